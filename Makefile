@@ -1,0 +1,47 @@
+# demo and test are the two commands of a fresh machine: each makes .venv from pinned versions and runs.
+#
+# The constraints name torch without a build. Where the default index serves a CUDA build and none is wanted, name an
+# index of CPU builds in PIP_EXTRA_INDEX_URL: its `+cpu` version satisfies the pin and is preferred.
+
+VENV := .venv
+ARGS ?=
+PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/refine-control demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A name on PATH may be a shim without its Python, or a Python without ensurepip: each is tried, not only found.
+$(VENV)/bin/pip:
+	@for python in $(PYTHONS); do \
+	    if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	    fi; \
+	done; \
+	echo "No Python 3.11 or newer with the venv module was found on PATH; install one (Debian: python3-venv)," \
+	     "or name it: make PYTHON=/path/to/python3.12" >&2; exit 1
+
+# torch comes first and by the pin: left to a dependency's resolution it may come as another version or build.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.installed

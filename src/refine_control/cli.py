@@ -1,0 +1,298 @@
+"""The command line: thin verbs whose heavy imports are inside, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from refine_control.cli_output import named_folders, progress_bar, show
+from refine_control.errors import DamagedError, MissingError
+
+
+def _app(**options: Any) -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+    )
+
+
+app = _app(help="Make big ControlNets small, and prove what was lost.")
+data_app = _app(help="Photos, masks and prompts into shards; their inspection.")
+mini_app = _app(help="The miniature SD3 that ships with the package.")
+bench_app = _app(help="Measure this machine.")
+app.add_typer(data_app, name="data")
+app.add_typer(mini_app, name="mini")
+app.add_typer(bench_app, name="bench")
+
+# Options that mean the same everywhere.
+InFolder = typer.Argument(exists=True, file_okay=False)
+InFile = typer.Option(exists=True, dir_okay=False)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")]
+Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
+Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]
+Injection = Annotated[Literal["exact", "diffusers"], typer.Option(help="As trained, or by the stock rule.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the report lands.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=2, help="Training steps, to make it shorter or longer.")] = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the mini ControlNet half as big, measure what was lost, write a report: minutes on a CPU, offline."""
+    if dry_run:
+        return show({"verb": "demo", "out": out, "seed": seed, "steps": steps}, as_json)
+    from refine_control.evaluation.demo import run_demo
+
+    made = run_demo(out, seed=seed, steps=steps, bar=progress_bar)
+    show(made if as_json else f"{made.text}\n{made.report}", as_json)
+
+
+@data_app.command("build")
+def data_build(
+    source: Annotated[Path, typer.Argument(exists=True)],
+    out: Path,
+    masks: Annotated[Literal["given"], typer.Option(help="given: a mask stands beside each photo.")] = "given",
+    prompts: Annotated[
+        Literal["given"], typer.Option(help="given: a local prompt stands beside each photo.")
+    ] = "given",
+    size: Annotated[int, typer.Option(help="Side of the square samples in pixels.")] = 64,
+    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of photos kept for the test.")] = 0.2,
+    unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the others without pixels.")] = 0.5,
+    seed: Seed = 0,
+    image_format: Annotated[
+        Literal["webp", "png", "jpg"], typer.Option("--format", help="webp is lossless here.")
+    ] = "webp",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many entries.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Photos, masks and prompts of SOURCE into shards under OUT; what is refused is told in rejects.jsonl."""
+    options: dict[str, Any] = {"size": size, "test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
+    options |= {"seed": seed, "image_format": image_format, "limit": limit}
+    if dry_run:
+        plan = {"verb": "data build", "source": source, "out": out, "masks": masks, "prompts": prompts, **options}
+        return show(plan, as_json)
+    from refine_control.data.build import build
+
+    summary = build(source, out, progress=progress_bar("photos"), **options)
+    show(summary if as_json else str(summary), as_json)
+
+
+@data_app.command("verify")
+def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> None:
+    """Read every byte of the shards in FOLDER; exit code 65 if any is not as it was written."""
+    from refine_control.data.shards import verify
+
+    problems = verify(folder)
+    show({"folder": folder, "problems": problems} if as_json else "\n".join(problems) or f"{folder} is whole", as_json)
+    if problems:
+        raise DamagedError(
+            f"{len(problems)} fault{'s' * (len(problems) > 1)} in {folder}; delete what is named above and build again"
+        )
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, InFolder],
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw samples into.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Counts of the shards in FOLDER and, with --sheet, a picture of samples."""
+    from refine_control.data.inspect import contact_sheet, inspect
+
+    show(inspect(folder), as_json)
+    if sheet is not None:
+        contact_sheet(folder, sheet)
+
+
+@app.command()
+def cache(
+    shards: Annotated[Path, InFolder],
+    out: Path,
+    model: Model = "mini",
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of what is stored.")] = "fp32",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Encode SHARDS once: latents and prompt embeddings under OUT."""
+    if dry_run:
+        return show({"verb": "cache", "shards": shards, "out": out, "model": model, "dtype": dtype}, as_json)
+    import torch
+
+    from refine_control.data.cache import build_cache
+    from refine_control.models.loading import load_backbone
+
+    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    made = build_cache(shards, out, load_backbone(model), stored, progress_bar("cache"))
+    show({"cache": out, "made": made}, as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; runs/<name> by default.")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train by RECIPE; the same command again continues, or does nothing when it is done."""
+    from refine_control.config import load_recipe, resolved_yaml
+
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        return show(resolved, as_json) if as_json else print(resolved_yaml(resolved), end="")
+    from refine_control.training.run import train as run
+
+    show(run(resolved, run_dir or Path("runs") / resolved.name, progress_bar("train")), as_json)
+
+
+@app.command()
+def evaluate(
+    student: Annotated[list[str], typer.Option(help="NAME=FOLDER, as often as needed.")],
+    test: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Shards of held-out samples.")],
+    out: Annotated[Path, typer.Option(help="Where tables and report land.")],
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    model: Model = "mini",
+    steps: Steps = 28,
+    guidance: Guidance = 7.0,
+    scale: Scale = 0.95,
+    injection: Injection = "exact",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
+    students = named_folders(student, "--student")
+    sampling: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
+    sampling |= {"conditioning_scale": scale, "injection": injection}
+    if dry_run:
+        return show({"teacher": teacher, "students": students, "test": test, "out": out, **sampling}, as_json)
+    from refine_control.config import SamplerConfig
+    from refine_control.evaluation.evaluate import evaluate as run
+
+    sampler = SamplerConfig(**sampling)
+    show(run(model, teacher, students, test, out, sampler, progress=progress_bar("evaluate")), as_json)
+
+
+@app.command()
+def inpaint(
+    image: Annotated[Path, InFile],
+    mask: Annotated[Path, InFile],
+    prompt: Annotated[str, typer.Option(help="What shall stand under the mask.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    model: Model = "mini",
+    controlnet: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    size: Annotated[int | None, typer.Option(min=16, help="Side in pixels; the model's own by default.")] = None,
+    composite: Annotated[bool, typer.Option("--composite", help="Put the kept pixels back.")] = False,
+    steps: Steps = 28,
+    guidance: Guidance = 7.0,
+    scale: Scale = 0.95,
+    injection: Injection = "exact",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Repaint the white of the mask in one image."""
+    sampling: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
+    sampling |= {"conditioning_scale": scale, "injection": injection}
+    options: dict[str, Any] = {"model": model, "controlnet": controlnet, "size": size, "composite": composite}
+    if dry_run:
+        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **sampling}
+        return show(plan, as_json=False)
+    from refine_control.config import SamplerConfig
+    from refine_control.pipeline import inpaint_file
+
+    print(inpaint_file(image, mask, prompt, out, sampler=SamplerConfig(**sampling), **options))
+
+
+@app.command()
+def cost(
+    controlnet: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, as often as needed.")] = None,
+    model: Model = "mini",
+    as_json: Json = False,
+) -> None:
+    """Parameters, operations and time of a denoising step with each ControlNet, the model's own first."""
+    from refine_control.evaluation.model_cost import compare
+
+    show(compare(model, named_folders(controlnet or [], "--controlnet")), as_json)
+
+
+@mini_app.command("train")
+def mini_train(
+    source: Annotated[Path | None, typer.Option("--from", exists=True, file_okay=False, help="Start here.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the bundle lands.")] = Path("runs/mini"),
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the mini bundle again from nothing, and say how long it takes."""
+    if dry_run:
+        return show({"verb": "mini train", "from": source, "out": out, "seed": seed}, as_json=False)
+    from refine_control.training.mini import train_bundle
+
+    train_bundle(out, seed=seed, start=source, progress=progress_bar("mini train"))
+    print(out)
+
+
+@mini_app.command("check")
+def mini_check(
+    n: Annotated[int, typer.Option("--n", min=1, help="Scenes to repaint.")] = 200,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Does the mini teacher obey its prompt, and is it at chance with an empty or a wrong one?"""
+    from refine_control.training.mini import check_bundle
+
+    show(check_bundle(n, seed=seed), as_json)
+
+
+@bench_app.command("step")
+def bench_step(
+    recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/ours_stage1",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time, memory and operations of one training step."""
+    from refine_control.config import load_recipe
+    from refine_control.training.bench import bench_step as run
+
+    show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has and lacks; exit code 69 if something needed is missing."""
+    from refine_control.doctor import diagnose
+
+    checks = diagnose()
+    show(checks if as_json else "\n".join(f"{c.state:8}{c.name:18}{c.detail}" for c in checks), as_json)
+    if missing := [check.name for check in checks if check.state == "missing"]:
+        raise MissingError(f"needed and missing or broken: {', '.join(missing)}; the lines above say how to mend it")
+
+
+def main() -> int:
+    """Runs the command line; an error that a person can mend is one message on stderr and its exit code."""
+    # transformers advises at import to install torchvision, which would break it beside a CPU torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(prog_name="refine-control")
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        from refine_control.doctor import mendable
+
+        refusal = mendable(error)
+        if refusal is None:
+            raise
+        print(f"refine-control: {refusal}", file=sys.stderr)
+        return refusal.exit_code
+    return 0

@@ -1,0 +1,73 @@
+"""What the command line shows: results, progress, and the names it gives to folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from refine_control.errors import InvalidInputError
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it: records become mappings, paths and arrays plain values, infinity the text inf."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "_asdict"):
+        return {key: plain(item) for key, item in value._asdict().items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: plain(getattr(value, key)) for key in value.__dataclass_fields__}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def show(value: Any, as_json: bool = True) -> None:
+    """Prints a result: JSON, or a line for each entry."""
+    result = plain(value)
+    if isinstance(result, str):
+        print(json.dumps(result) if as_json else result)
+    elif as_json or not isinstance(result, dict):
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        for key, item in result.items():
+            print(f"{key}: {item if isinstance(item, (str, int, float)) else json.dumps(item)}")
+
+
+def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
+    """NAME=FOLDER options as a mapping; a bare FOLDER is named by its last part."""
+    named: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        path = Path(folder if equals else pair)
+        name = name if equals else path.name
+        if name in named:
+            raise InvalidInputError(f"{option} {pair}: the name {name} is given twice; write NAME=FOLDER")
+        if not path.is_dir():
+            raise InvalidInputError(f"{option} {pair}: there is no folder {path}")
+        named[name] = path
+    return named
+
+
+def progress_bar(label: str) -> Callable[..., None]:
+    """A callback (done, total, note) that shows rate and time left on a terminal once two seconds have passed."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=label, delay=2, disable=None, leave=False)
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        if done < bar.n:  # the next stage begins
+            bar.reset()
+        bar.total = total
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+    return advance

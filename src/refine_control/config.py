@@ -1,0 +1,454 @@
+"""Recipes: what a run is made of, in validated and frozen records, read from YAML and `--set`.
+
+A recipe file is YAML with the traps closed. `1e-4` is a number. Only `true` and `false` are booleans: `yes`, `no`,
+`on`, `off` stay words, and a field that wants a boolean refuses them. `010` is refused wherever a number is wanted,
+for it is 8 to some readers and 10 to others. Duplicate keys, aliases and explicit tags are refused with their line.
+An unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from refine_control.errors import InvalidInputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    """A frozen record that takes no unknown key and coerces nothing but a whole number to a float."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Period = Annotated[int, Field(ge=0)]
+
+
+class StudentConfig(_Section):
+    """The small ControlNet and what it starts from."""
+
+    num_layers: int = Field(
+        default=12, ge=1, le=1024, description="control layers of the student; the paper has 12 for a teacher of 23"
+    )
+    init: Literal["transformer", "teacher", "random"] = Field(
+        default="transformer",
+        description="first layers of the transformer (the paper), last layer of each teacher group, or random",
+    )
+    seed: Seed = Field(default=0, description="seed of a random initialisation")
+
+
+class LossWeights(_Section):
+    """The factors of Eq. 1 and Eq. 6, and the alpha of Eq. 2."""
+
+    task: Weight = Field(default=4.0, description="l_task of Eq. 1; not read in stage 2")
+    output: Weight = Field(default=1.0, description="l_distill of Eq. 1 and 6")
+    feature: Weight = Field(default=1.0, description="l_af of Eq. 1 and 6; 0 is the row wo_cf")
+    alpha: float = Field(
+        default=0.975,
+        ge=0.5,
+        lt=1,
+        description="weight of the hole in Eq. 2, the rest weighs 1 - alpha; 0.5 is a quarter of w = J in Eq. 3",
+    )
+
+
+class ObjectiveConfig(_Section):
+    """What is minimised."""
+
+    kind: Literal["supervised", "self_supervised", "from_scratch"] = Field(
+        default="supervised",
+        description="Eq. 1 (stage 1), Eq. 6 (stage 2), or Eq. 3 alone without the teacher (Student_fc)",
+    )
+    weights: LossWeights = Field(default_factory=LossWeights, description="factors of the terms")
+    x0_source: Literal["masked", "teacher"] = Field(
+        default="masked",
+        description="clean latents of stage 2: of the masked image, or the teacher's cached completion",
+    )
+    feature_normalisation: Literal["none", "layer"] = Field(
+        default="none",
+        description="none is the paper; layer divides each term of Eq. 5 by the mean square of its teacher totals",
+    )
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its learning rate, a pure function of the step."""
+
+    learning_rate: float = Field(default=1e-5, gt=0, le=1, description="AdamW step size after the warm-up")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = Field(default=(0.9, 0.999), description="decay of the first and second moment for each step")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=1e-2, ge=0, le=1, description="decoupled decay, times the learning rate, each step"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="2-norm to which the whole gradient is clipped")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="course of the rate after the warm-up"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    final_fraction: Fraction = Field(
+        default=0.0, description="rate at the last step of a cosine, as a fraction of learning_rate"
+    )
+
+
+class TrainingConfig(_Section):
+    """How long, how much at once, and what is written on the way."""
+
+    stage: str = Field(default="stage1", pattern=r"^[\w-]+$", description="name of the stage; it seeds the randomness")
+    steps: int = Field(default=1000, ge=1, description="optimiser updates")
+    batch_size: int = Field(default=8, ge=1, description="samples of one update over all devices")
+    device_batch_size: int = Field(
+        default=0, ge=0, description="samples on one device at once, a divisor of batch_size; 0 is batch_size"
+    )
+    seed: Seed = Field(default=0, description="seed of order, masks, sigmas, noise and dropout")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic of the forward passes; weights are fp32"
+    )
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the weights' running mean for each step; 0 is none"
+    )
+    prompt_dropout: Fraction = Field(default=0.1, description="probability of an empty prompt, the teacher's too")
+    conditioning_scale: float = Field(default=1.0, gt=0, le=2, description="factor on the control residuals")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, 1.25 times the work"
+    )
+    compile: bool = Field(default=False, description="torch.compile the networks")
+    save_every: Period = Field(default=500, description="steps between checkpoints; 0 saves at the end alone")
+    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics")
+    validate_every: Period = Field(default=0, description="steps between validations; 0 is never")
+    num_validation_images: int = Field(default=16, ge=1, description="images of a validation")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 is all")
+
+    @model_validator(mode="after")
+    def _device_batch_divides(self) -> TrainingConfig:
+        if self.device_batch_size and self.batch_size % self.device_batch_size:
+            raise ValueError(f"device_batch_size {self.device_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class SigmaConfig(_Section):
+    """The noise levels of training: logit-normal, then shifted."""
+
+    logit_mean: float = Field(default=0.0, ge=-10, le=10, description="mean of logit(sigma) before the shift")
+    logit_std: float = Field(
+        default=1.0, gt=0, le=10, description="standard deviation of logit(sigma) before the shift"
+    )
+    shift: float | None = Field(default=None, gt=0, le=100, description="sigma shift; null is the scheduler's own")
+
+
+class SamplerConfig(_Section):
+    """Inference, equal for all rows of a table."""
+
+    num_inference_steps: int = Field(default=28, ge=1, le=1000, description="Euler steps")
+    guidance_scale: float = Field(default=7.0, ge=0, le=100, description="classifier-free guidance; 1 or less is none")
+    conditioning_scale: float = Field(default=0.95, ge=0, le=2, description="factor on the control residuals")
+    seed: Seed = Field(default=0, description="seed of the initial noise")
+    injection: Literal["exact", "diffusers"] = Field(
+        default="exact", description="which residual feeds which block: as trained, or by the rule of stock diffusers"
+    )
+    latents: Literal["mean", "sample"] = Field(
+        default="mean", description="masked latents: mean of the VAE posterior or a draw"
+    )
+
+
+class DataConfig(_Section):
+    """Cache folders by role; `refine-control cache` makes them."""
+
+    labeled: str | None = Field(default=None, description="cache of (image, mask, local prompt), D_sl")
+    unlabeled: str | None = Field(default=None, description="cache of (masked image, mask, local prompt), D_ssl")
+    test: str | None = Field(default=None, description="cache of held-out triplets, D_test")
+
+
+class Recipe(_Section):
+    """One run of training and how its result is sampled: a row of a table."""
+
+    name: str = Field(pattern=r"^[\w-]+([./][\w-]+)*$", description="name of the row; runs land in runs/<name>")
+    model: str = Field(default="mini", min_length=1, description="mini, a hub id, or a folder in diffusers layout")
+    teacher: str | None = Field(
+        default=None, min_length=1, description="hub id or folder of the teacher; null is the model's own ControlNet"
+    )
+    init_from: str | None = Field(
+        default=None, min_length=1, description="run or student folder to start from in place of student.init"
+    )
+    student: StudentConfig = Field(default_factory=StudentConfig, description="the small ControlNet")
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is minimised")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its rate")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="length, batch, periods")
+    sigmas: SigmaConfig = Field(default_factory=SigmaConfig, description="noise levels of training")
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="inference")
+    data: DataConfig = Field(default_factory=DataConfig, description="cache folders")
+    paper: dict[str, float] | None = Field(default=None, description="the paper's numbers of this row, by metric")
+
+
+class Budget(_Section):
+    """What every row of one comparison shares; fixed in recipes/mini/budgets.yaml before the first run."""
+
+    labeled: int = Field(ge=2, description="|D_sl|, labelled scenes")
+    unlabeled: int = Field(ge=2, description="|D_ssl|, scenes without the pixels of their holes")
+    test: int = Field(ge=2, description="test scenes")
+    data_seed: Seed = Field(description="seed of the training scenes")
+    test_seed: Seed = Field(description="seed of the test scenes")
+    train_seeds: list[Seed] = Field(min_length=1, description="seeds of training")
+    steps: int = Field(ge=2, description="optimiser updates of every student; ours: half of them in each stage")
+    batch_size: int = Field(ge=1, description="samples of one update")
+    num_inference_steps: int = Field(ge=1, description="Euler steps of the evaluation")
+    guidance_scale: float = Field(ge=0, description="guidance of the evaluation")
+
+
+def read_budget(name: str, steps: int | None = None) -> Budget:
+    """A row of recipes/mini/budgets.yaml, with other `steps` where given. Raises InvalidInputError for another name."""
+    path = RECIPES / "mini" / "budgets.yaml"
+    rows = _read_yaml(path)
+    if name not in rows:
+        raise InvalidInputError(f"there is no budget {name}; {path.name} has {', '.join(rows)}")
+    return Budget.model_validate(rows[name] if steps is None else {**rows[name], "steps": steps})
+
+
+def learning_rate_at(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
+    """The learning rate of the update `step` (0-based) in a run of `total_steps`.
+
+    Linear warm-up reaches the full rate at its last step; a cosine reaches `final_fraction` at the run's last step."""
+    if step < optimizer.warmup_steps:
+        return optimizer.learning_rate * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.learning_rate
+    progress = min(1.0, (step - optimizer.warmup_steps) / max(1, total_steps - 1 - optimizer.warmup_steps))
+    falling = 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.learning_rate * (optimizer.final_fraction + (1 - optimizer.final_fraction) * falling)
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes, as `mini/ours_stage1`."""
+    paths = (path for path in RECIPES.rglob("*.yaml") if path.name != "budgets.yaml")
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths)
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file or of a packaged name, with `section.key=value` overrides applied.
+
+    Raises InvalidInputError, one sentence: the file, the key, the value and what is allowed."""
+    path = _recipe_path(path_or_name)
+    values = _read_yaml(path)
+    overridden = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InvalidInputError(f"--set {override}: write it as section.key=value")
+        overridden[key] = override
+        _set(values, key, text, f"--set {override}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInputError(_sentence(error, str(path), overridden)) from None
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Hex sha256 of the recipe's canonical JSON: equal recipes, however written, have equal fingerprints."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# Reading YAML.
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with plain words typed as in YAML 1.2's core schema, decimal numbers only."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- yaml's own name
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not allowed", problem_mark=event.start_mark)
+        if event.tag is not None:
+            raise yaml.MarkedYAMLError(problem="explicit tags are not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every word which either YAML 1.1 or `_Loader` would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# A `$` would let a final line break through, so \Z.
+_NULL = re.compile(r"^(?:~|null|)\Z")
+_BOOL = re.compile(r"^(?:true|false)\Z")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", ""])
+    _class.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, ["t", "f"])
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a word", problem_mark=key_node.start_mark)
+        if key in mapping:
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {key}", problem_mark=key_node.start_mark)
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def _parse(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise InvalidInputError(f"{source}:{line} {error.problem or 'not YAML'}; correct it and try again") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{source}: not readable as YAML ({str(error).splitlines()[0]})") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"cannot read recipe {path}: {error.strerror}") from None
+    values = _parse(data, str(path))
+    if not isinstance(values, dict):
+        raise InvalidInputError(f"{path}: a recipe is a mapping of keys to values, for example `name: ours`")
+    return values
+
+
+def _recipe_path(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    names = recipe_names()
+    if str(path_or_name) in names:
+        return RECIPES / f"{path_or_name}.yaml"
+    nearest = difflib.get_close_matches(str(path_or_name), names, n=3, cutoff=0.3) or names
+    raise InvalidInputError(
+        f"no recipe is named {path_or_name}; nearest: {', '.join(nearest)}; or give a path that ends in .yaml"
+    )
+
+
+# Which keys there are, and what they admit.
+
+
+def _section_of(field: FieldInfo) -> type[_Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, _Section) else None
+
+
+def _fields(section: type[_Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key with its field; sections themselves included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        if inner := _section_of(field):
+            yield from _fields(inner, f"{prefix}{name}.")
+
+
+def _refuse_unknown(key: str, source: str) -> NoReturn:
+    keys = [name for name, _ in _fields()]
+    last = key.rpartition(".")[2]
+    elsewhere = [name for name in keys if name.rpartition(".")[2] == last]
+    alike = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in keys], n=1)
+    nearest = (
+        elsewhere
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+        or [name for name in keys if name.rpartition(".")[2] in alike]
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0)
+    )
+    raise InvalidInputError(f"{source}: unknown key {key}; the nearest valid one is {nearest[0]}")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _set(values: dict[str, Any], key: str, text: str, source: str) -> None:
+    """Puts the value of `--set` into the nested `values`; a field of text takes its text as it stands."""
+    known = dict(_fields())
+    field = known.get(key)
+    section, _, last = key.rpartition(".")
+    if field is None and section != "paper":
+        _refuse_unknown(key, source)
+    value: Any = text
+    takes_text = field is not None and str in _members(field.annotation)
+    if not takes_text or (text == "null" and field is not None and type(None) in _members(field.annotation)):
+        value = _parse(text, source)
+    target = values
+    for part in section.split(".") if section else ():
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            raise InvalidInputError(f"{source}: {section} is not a section in the recipe file")
+    target[last] = value
+
+
+_BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+
+
+def _allowed(field: FieldInfo) -> str:
+    """What a field admits, in words: `a whole number, at least 1`."""
+    if section := _section_of(field):
+        return f"a section with the keys {', '.join(section.model_fields)}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    kinds = []
+    for member in _members(field.annotation):
+        if get_origin(member) is Literal:
+            kinds.append("one of " + ", ".join(map(str, get_args(member))))
+        elif get_origin(member) is tuple:
+            kinds.append("a list of two numbers from 0 to below 1")
+        else:
+            kinds.append(words.get(member, "a mapping of words to numbers"))
+    bounds = [
+        f"{word} {getattr(item, name)}" for item in field.metadata for name, word in _BOUNDS if hasattr(item, name)
+    ]
+    if any(hasattr(item, "pattern") for item in field.metadata):
+        bounds.append("made of letters, digits, _ and - with single . or / between")
+    if any(getattr(item, "min_length", None) for item in field.metadata):
+        bounds.append("not empty")
+    return ", ".join([" or ".join(kinds), *bounds])
+
+
+def _sentence(error: ValidationError, source: str, overridden: dict[str, str]) -> str:
+    """The first error as one sentence: where, which key, its value, what is allowed."""
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    known = dict(_fields())
+    key = field_key = ".".join(str(part) for part in first["loc"])
+    while "." in field_key and field_key not in known:  # an item of a list or mapping: its field tells what is allowed
+        field_key = field_key.rpartition(".")[0]
+    for said in (key, field_key):
+        source = f"--set {overridden[said]}" if said in overridden else source
+    if first["type"] == "extra_forbidden":
+        _refuse_unknown(key, source)
+    if first["type"] == "value_error":
+        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}"
+    field = known[field_key]
+    if first["type"] == "missing" and key == field_key:
+        return f"{source}: {key} is missing; it is {_allowed(field)} ({field.description})"
+    if first["type"] == "missing":
+        key = field_key
+    return f"{source}: {key} is {first['input']!r} and must be {_allowed(field)} ({field.description})"

@@ -1,0 +1,293 @@
+"""`data build`: a source of photos -> shards in out/labeled, out/unlabeled and out/test, and out/rejects.jsonl.
+
+The split is by photograph, never by mask: a photo's role is a function of (seed, photo id) alone, so it
+stays when the set grows. Entries with one photo id or one content are one photograph.
+
+Killed anywhere, the same command ends with the same bytes. `build.json` (the parameters, and the sha256 of
+everything that is read) is written first; the entries of a role are taken in runs of `samples_per_shard`, each
+run becomes one shard and then one record under `.parts`; a run with a record is not done again. `manifest.json`
+is written last. A shard is therefore shorter than `samples_per_shard` by the rejects of its run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from refine_control.data import photos
+from refine_control.data.records import LABELED, ROLES, TEST, UNLABELED, Entry, Rejected
+from refine_control.data.shards import IMAGE_FORMATS, MADE_BY, Shards, ShardWriter, open_manifest, write_manifest
+from refine_control.errors import InvalidInputError
+from refine_control.storage import (
+    MANIFEST,
+    TEMPORARY,
+    only_writer,
+    sha256_file,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
+
+PARAMETERS = "build.json"
+REJECTS = "rejects.jsonl"
+FORMAT = 1
+"""Raised when the same parameters no longer give the same bytes."""
+_PARTS = ".parts"
+Progress = Callable[[int, int], None]
+"""Called with (entries done, entries in all)."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything the bytes of a build depend on, besides the source."""
+
+    size: int = 64
+    """Side of a sample in pixels, a multiple of 8, 8 to 4096."""
+    test_fraction: float = 0.2
+    """Share of the photos that go to `test`, 0 to 1."""
+    unlabeled_fraction: float = 0.5
+    """Share of the other photos that go to `unlabeled`, 0 to 1."""
+    seed: int = 0
+    image_format: str = "webp"
+    """webp (lossless), png, or jpg."""
+    limit: int | None = None
+    """Only the first so many entries."""
+    samples_per_shard: int = 1000
+    enlarge: bool = False
+    """Whether photos smaller than `size` are enlarged rather than refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("test_fraction", "unlabeled_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.size % 8 or not 8 <= self.size <= 4096:
+            raise InvalidInputError(f"size is {self.size}; it must be a multiple of 8 between 8 and 4096")
+        if self.image_format not in IMAGE_FORMATS:
+            raise InvalidInputError(f"image_format is {self.image_format!r}; choose {', '.join(IMAGE_FORMATS)}")
+        if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
+            raise InvalidInputError("samples_per_shard and limit must be at least 1")
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build made: entries = all samples + all rejects."""
+
+    out: Path
+    entries: int
+    samples: dict[str, int]
+    """By role."""
+    photos: dict[str, int]
+    """Photographs with at least one sample, by role."""
+    rejects: dict[str, int]
+    """By reason code."""
+    seconds: float
+    did_nothing: bool = False
+    """True where an earlier run had already made all of it."""
+
+    def __str__(self) -> str:
+        roles = ", ".join(f"{role} {self.samples[role]} ({self.photos[role]} photos)" for role in self.samples)
+        head = f"{self.entries} entries -> {sum(self.samples.values())} samples: {roles}"
+        tail = f"rejected {sum(self.rejects.values())}"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejects.items()))
+        done = f"{self.out} was already built; nothing to do" if self.did_nothing else f"built in {self.seconds:.1f} s"
+        return f"{head}\n{tail}{': ' + reasons if reasons else ''}\n{done}"
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one pass over the source, without decoding, has to say."""
+
+    sha256: str
+    photos: list[str]
+    """The photograph of each entry, in the order of `photos.entries`."""
+
+
+def role_of(photo: str, parameters: Parameters) -> str:
+    """The role of a photograph: a function of the seed, its id and the fractions alone."""
+    digest = hashlib.blake2b(f"{parameters.seed}\0{photo}".encode("utf-8", "surrogatepass"), digest_size=7)
+    share = int.from_bytes(digest.digest(), "big") / 2**56  # 56 bits: exact in a double, and below 1
+    if share < parameters.test_fraction:
+        return TEST
+    rest = parameters.test_fraction + (1 - parameters.test_fraction) * parameters.unlabeled_fraction
+    return UNLABELED if share < rest else LABELED
+
+
+def build(source: Path, out: Path, *, progress: Progress | None = None, **parameters: Any) -> BuildSummary:
+    """Builds or continues `out` from `source` (see `photos.entries`); `parameters` are those of `Parameters`.
+
+    Does nothing where the same build is already there. Raises InvalidInputError for a source without usable
+    photos, and for an `out` made from another source or with other parameters; InUseError while another
+    process builds there; DamagedError where what an earlier run finished is no longer whole."""
+    started = time.monotonic()
+    chosen = Parameters(**parameters)
+    source, out = Path(source), Path(out)
+    survey = _survey(source, chosen.limit)
+    if not survey.photos:
+        raise InvalidInputError(f"no photo was found in {source}; want manifest.jsonl, or name.jpg + name.mask.png")
+    wanted = {**asdict(chosen), "format": FORMAT, "source_sha256": survey.sha256, "entries": len(survey.photos)}
+    _check_folder(out, wanted)
+    with only_writer(out):
+        _check_folder(out, wanted)  # again: nobody else can change it now
+        done = (out / MANIFEST).is_file()
+        if not done:
+            _remove_leftovers(out)
+            if not (out / PARAMETERS).is_file():
+                write_json(out / PARAMETERS, {**wanted, "made_by": MADE_BY})
+            _build_roles(source, out, chosen, survey, progress)
+        with storage_errors(out):
+            shutil.rmtree(out / _PARTS, ignore_errors=True)
+        return _summary(out, time.monotonic() - started, done)
+
+
+def _survey(source: Path, limit: int | None) -> _Survey:
+    """Hashes all that `load` will read, and finds which entries are of one photograph."""
+    whole, parent, own = hashlib.sha256(), {}, []
+    hashes: dict[Path, str] = {}
+
+    def content(file: Path | None) -> str | None:
+        if file is not None and file not in hashes:
+            hashes[file] = sha256_file(file) if os.access(file, os.R_OK) else "not readable"
+        return None if file is None else hashes[file]
+
+    def root(node: tuple[int, str]) -> tuple[int, str]:
+        while (above := parent.setdefault(node, node)) != node:
+            node = above
+        return node
+
+    for entry in itertools.islice(photos.entries(source), limit):
+        image, mask = (content(photos.source_file(entry, name)) for name in (entry.image, entry.mask))
+        problem = entry.problem[0].value if entry.problem else None
+        told = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta, problem]
+        whole.update(json.dumps([*told, image, mask], sort_keys=True).encode() + b"\n")
+        nodes = [(0, entry.photo)] + ([(1, image)] if image is not None else [])
+        roots = [root(node) for node in nodes]
+        for each in roots:
+            parent[each] = min(roots)
+        own.append(nodes[0])
+    return _Survey(whole.hexdigest(), [root(node)[1] for node in own])
+
+
+def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
+    """Refuses an `out` that is something else than this build, begun or done."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InvalidInputError(f"{out} is a file; name a folder")
+    path = out / PARAMETERS
+    if not path.is_file():
+        strangers = [each.name for each in out.iterdir() if each.name != ".lock" and not each.name.endswith(TEMPORARY)]
+        if strangers:
+            raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and is not a build; name a new folder")
+        return
+    try:
+        found = json.loads(path.read_bytes())
+        differing = [
+            f"{key.replace('source_sha256', 'the content of the source')} ({found.get(key)} there, {value} now)"
+            for key, value in wanted.items()
+            if found.get(key) != value
+        ]
+    except (ValueError, AttributeError):
+        raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
+    if differing:
+        raise InvalidInputError(f"{out} was built differently: {', '.join(differing)}; delete it or name a new folder")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Temporary files of a run that was killed."""
+    with storage_errors(out):
+        for path in out.rglob(f".*{TEMPORARY}"):
+            path.unlink()
+
+
+def _build_roles(source: Path, out: Path, chosen: Parameters, survey: _Survey, progress: Progress | None) -> None:
+    """Every role's shards, then the rejects, then the manifest of the whole."""
+    report = progress or (lambda done, total: None)
+    total, count = len(survey.photos), itertools.count(1)
+    rejects: list[dict[str, Any]] = []
+    described = {"parameters": asdict(chosen), "source_sha256": survey.sha256}
+    for role in ROLES:
+        writer = ShardWriter(out / role, role, chosen.samples_per_shard, chosen.image_format)
+        runs = _batched(_entries_of(role, source, chosen, survey), chosen.samples_per_shard)
+        for number, run in enumerate(runs):
+            part = out / _PARTS / f"{role}-{number:05d}.json"
+            kept = _kept(part, out / role)
+            if kept is None:
+                refused = []
+                for row, entry in run:
+                    _add(writer, row, entry, survey.photos[row], chosen, refused)
+                    report(next(count), total)
+                kept = {"rejects": refused, "records": writer.cut()}
+                kept["shard_sha256"] = _shard_sha256(out / role, kept["records"])
+                with storage_errors(out):
+                    part.parent.mkdir(exist_ok=True)
+                write_json(part, kept)
+            else:
+                if kept["records"]:
+                    writer.adopt(kept["records"])
+                for _ in run:
+                    report(next(count), total)
+            rejects += kept["rejects"]
+        writer.finish(**described)
+    rejects.sort(key=lambda line: line["row"])
+    write_atomic(out / REJECTS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejects))
+    reasons = dict(Counter(line["reason"] for line in rejects))
+    if len(rejects) == total:
+        listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
+        raise InvalidInputError(f"all {total} entries of {source} were rejected: {listed}; see {out / REJECTS}")
+    facts = {"kind": "build", "entries": total, "rejects": reasons, **described}
+    write_manifest(out, facts, [PARAMETERS, REJECTS, *(f"{role}/{MANIFEST}" for role in ROLES)])
+
+
+def _entries_of(role: str, source: Path, chosen: Parameters, survey: _Survey) -> Iterator[tuple[int, Entry]]:
+    for row, entry in enumerate(itertools.islice(photos.entries(source), chosen.limit)):
+        if row < len(survey.photos) and role_of(survey.photos[row], chosen) == role:
+            yield row, entry
+
+
+def _batched(items: Iterator[tuple[int, Entry]], count: int) -> Iterator[list[tuple[int, Entry]]]:
+    while run := list(itertools.islice(items, count)):
+        yield run
+
+
+def _add(writer: ShardWriter, row: int, entry: Entry, photo: str, chosen: Parameters, refused: list[dict]) -> None:
+    """One entry becomes a sample or a line of `refused`."""
+    try:
+        sample = photos.load(entry, chosen.size, enlarge=chosen.enlarge)
+    except Rejected as error:
+        line = {"row": row, "key": entry.key, "path": entry.image, "reason": error.reason.value}
+        refused.append({**line, "detail": error.detail})
+    else:
+        writer.add(replace(sample, meta={**sample.meta, "photo": photo}))
+
+
+def _shard_sha256(folder: Path, records: list[dict[str, Any]]) -> str | None:
+    path = folder / records[0]["shard"] if records else None
+    return sha256_file(path) if path is not None and path.is_file() else None
+
+
+def _kept(part: Path, folder: Path) -> dict[str, Any] | None:
+    """The record of a run that is done and whose shard is whole, None where it must be done (again)."""
+    try:
+        kept = json.loads(part.read_bytes())
+        whole = kept["shard_sha256"] == _shard_sha256(folder, kept["records"])
+        return kept if whole and (kept["shard_sha256"] or not kept["records"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _summary(out: Path, seconds: float, did_nothing: bool) -> BuildSummary:
+    """Read back from what was published; a damaged manifest, index or a cut shard raises DamagedError."""
+    whole = open_manifest(out)
+    manifests = {role: Shards(out / role).manifest for role in ROLES}
+    samples = {role: manifest["samples"] for role, manifest in manifests.items()}
+    counted = {role: manifest["photos"] for role, manifest in manifests.items()}
+    return BuildSummary(out, whole["entries"], samples, counted, whole["rejects"], seconds, did_nothing)

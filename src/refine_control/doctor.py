@@ -1,0 +1,163 @@
+"""What this machine has and lacks: Python, the core packages, extras, GPU, offline settings; and how to mend it.
+
+Only the standard library is imported at the top: a broken package must not break its own diagnosis.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import NamedTuple
+
+from refine_control.errors import MissingError, RefineControlError, StorageError
+
+# fmt: off
+CORE = (
+    "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy", "scipy", "pillow",
+    "pydantic", "pyyaml", "typer", "rich", "tqdm", "matplotlib", "jinja2", "tensorboard",
+)
+# fmt: on
+
+# extra -> the modules it brings
+EXTRAS = {
+    "data": ("pyarrow", "skimage", "httpx"),
+    "eval": ("torchmetrics",),
+    "app": ("gradio",),
+    "review": ("fastapi", "uvicorn"),
+    "export": ("onnx", "onnxscript", "onnxruntime", "torchao"),
+    "openvino": ("openvino", "nncf"),
+    "ray": ("ray",),
+    "train-gpu": ("torchao", "deepspeed"),
+}
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+class Check(NamedTuple):
+    """One finding. `state` is ok, missing (needed, and to be mended) or note (fine without)."""
+
+    name: str
+    state: str
+    detail: str
+
+
+def diagnose() -> list[Check]:
+    """Every check, the needed ones first."""
+    return [_python(), _packages(), _torchvision(), _models_import(), _gpu(), *_extras(), _offline()]
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings `module`, or None."""
+    top = module.partition(".")[0]
+    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
+
+
+def mendable(error: Exception) -> RefineControlError | None:
+    """What a person can mend in an error of ours, of Python or of torch; None when it is a bug of ours."""
+    if isinstance(error, RefineControlError):
+        return error
+    full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and full):
+        return StorageError("out of memory; choose a smaller batch (--set training.device_batch_size=...) or size")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return StorageError(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space")
+    if isinstance(error, ModuleNotFoundError) and error.name and (extra := extra_of(error.name)):
+        return MissingError(f"{error.name} is not installed; run pip install 'refine-control[{extra}]'")
+    return None
+
+
+def _python() -> Check:
+    return Check(
+        "python",
+        "ok",
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+    )
+
+
+def _packages() -> Check:
+    versions, absent = [], []
+    for name in CORE:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        return Check("packages", "missing", f"not installed: {', '.join(absent)}; run pip install refine-control")
+    return Check("packages", "ok", ", ".join(versions[:4]))
+
+
+def _importing(*names: str) -> str | None:
+    """The first failure of importing `names` (module or module:attribute), in one line, or None."""
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            imported = importlib.import_module(module)
+            if attribute:
+                getattr(imported, attribute)
+        except Exception as error:  # whatever a broken binary package throws is the finding
+            return f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+    return None
+
+
+def _torchvision() -> Check:
+    if importlib.util.find_spec("torchvision") is None:
+        return Check("torchvision", "ok", "not installed, and not needed")
+    if failure := _importing("torch", "torchvision"):
+        return Check(
+            "torchvision",
+            "missing",
+            f"installed but broken ({failure}), which makes transformers and diffusers fail with messages like "
+            "\"Could not import module 'CLIPTextModel'\"; run pip uninstall torchvision",
+        )
+    return Check("torchvision", "ok", "installed and imports; not needed")
+
+
+def _models_import() -> Check:
+    failure = _importing(
+        "torch", "transformers:CLIPTextModelWithProjection", "diffusers:SD3ControlNetModel", "diffusers:AutoencoderKL"
+    )
+    if failure:
+        return Check("models", "missing", f"{failure}; see the lines above, or install the core packages again")
+    return Check("models", "ok", "torch, transformers and diffusers import")
+
+
+def _gpu() -> Check:
+    if _importing("torch"):
+        return Check("gpu", "note", "unknown, for torch does not import")
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        detail = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+        return Check("gpu", "ok", f"{detail}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
+    if shutil.which("nvidia-smi"):
+        return Check(
+            "gpu",
+            "note",
+            f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: a CPU build, or a driver too old",
+        )
+    return Check("gpu", "note", "none; the mini size runs on the CPU, the sd3 size needs a GPU")
+
+
+def _extras() -> list[Check]:
+    checks = []
+    for extra, modules in EXTRAS.items():
+        absent = [module for module in modules if importlib.util.find_spec(module) is None]
+        if absent:
+            detail = f"not installed ({', '.join(absent)}); pip install 'refine-control[{extra}]' if you want it"
+            checks.append(Check(f"extra {extra}", "note", detail))
+        else:
+            checks.append(Check(f"extra {extra}", "ok", ", ".join(modules)))
+    return checks
+
+
+def _offline() -> Check:
+    said = [f"{name}={os.environ[name]}" for name in OFFLINE if os.environ.get(name)]
+    home = os.environ.get("HF_HOME")
+    detail = ("offline by " + ", ".join(said)) if said else "downloads are allowed once for each model"
+    return Check("hub", "note" if said else "ok", detail + (f"; cache in {home}" if home else ""))

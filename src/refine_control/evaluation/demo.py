@@ -1,0 +1,173 @@
+"""`refine-control demo`: the main job from rendered scenes to a report, with the verbs everybody uses.
+
+scenes -> shards -> caches -> Student_fc and the two stages of ours (same initialisation, samples a step and
+steps) -> evaluation of both beside the teacher -> report. Nothing is precomputed but the mini bundle.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refine_control.config import Recipe, SamplerConfig, load_recipe, read_budget
+from refine_control.data.cache import build_cache
+from refine_control.data.scene_shards import build_scenes
+from refine_control.evaluation.evaluate import (
+    TEACHER,
+    compare,
+    cost_table,
+    difference_table,
+    quality_table,
+    read_test,
+    sampler_facts,
+    summarise,
+    text_table,
+    write_results,
+)
+from refine_control.evaluation.model_cost import model_costs
+from refine_control.evaluation.obedience import load_classifier
+from refine_control.evaluation.report import Curve, read_metrics_jsonl
+from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.mini import BUNDLE
+from refine_control.storage import only_writer
+from refine_control.training.run import fast_precision, train, training_device
+
+Progress = Callable[[int, int, str], None]
+
+
+class Demonstrated(NamedTuple):
+    """What the demo leaves: the report's path, the tables as text, and all numbers."""
+
+    report: Path
+    text: str
+    summary: dict[str, Any]
+
+
+def _recipes(budget: Any, out: Path, seed: int) -> dict[str, Recipe]:
+    """The three runs of the comparison, by folder name."""
+    half = budget.steps // 2
+    steps = {"fc": budget.steps, "ours_stage1": half, "ours_stage2": budget.steps - half}
+    precision = fast_precision(training_device())
+    recipes = {}
+    for name, count in steps.items():
+        overrides = [
+            f"training.steps={count}",
+            f"training.batch_size={budget.batch_size}",
+            f"training.seed={seed}",
+            f"training.precision={precision}",
+            f"data.labeled={out / 'cache' / 'labeled'}",
+            f"data.unlabeled={out / 'cache' / 'unlabeled'}",
+        ]
+        if name == "ours_stage2":
+            overrides.append(f"init_from={out / f'ours_stage1_{seed}'}")
+        recipes[name] = load_recipe(f"mini/{name}", overrides)
+    return recipes
+
+
+def _curves(out: Path, seed: int) -> list[Curve]:
+    """Loss curves: the task loss of fc and stage 1; output and feature losses of both stages, ours."""
+    logs = {n: read_metrics_jsonl(out / f"{n}_{seed}" / "metrics.jsonl") for n in ("fc", "ours_stage1", "ours_stage2")}
+    curves = [
+        Curve("Task loss, Eq. 3", {n: logs[n]["task_loss"] for n in ("fc", "ours_stage1")}, log_y=True),
+    ]
+    for term, title in (("output_loss", "Output loss, Eq. 4"), ("feature_loss", "Feature loss, Eq. 5")):
+        curves.append(Curve(title, {n: logs[n][term] for n in ("ours_stage1", "ours_stage2")}, log_y=True))
+    layers = {k.split("/")[1]: v for k, v in logs["ours_stage1"].items() if k.startswith("feature_losses/")}
+    curves.append(Curve("Feature loss by student layer, stage 1", layers, log_y=True))
+    return curves
+
+
+def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> list[str]:
+    """What came out, whatever it is."""
+    teacher, ours = costs[TEACHER], costs["ours"]
+    out = [
+        f"A ControlNet of {teacher.num_layers} layers was distilled into {ours.num_layers}: "
+        f"{teacher.num_params / ours.num_params:.2f} times fewer parameters, "
+        f"{teacher.gflops_step / ours.gflops_step:.2f} times fewer operations in a denoising step.",
+        f"Both students saw {budget.steps} steps of {budget.batch_size} samples from the same initialisation; "
+        f"fc learned from {budget.labeled} labelled scenes, ours from the same and from {budget.unlabeled} without pixels "
+        "in their holes.",
+    ]
+    pair = summary["paired_differences"]["ours - fc"]
+    for metric, unit in (("psnr_region", "dB of region PSNR"), ("both", "points of obedience (colour and shape)")):
+        d = pair[metric]
+        verdict = "excludes zero" if d["excludes_zero"] else "does not exclude zero"
+        out.append(
+            f"Ours against fc: {d['mean']:+.2f} {unit}, 95 % interval [{d['low']:+.2f}, {d['high']:+.2f}], "
+            f"which {verdict}."
+        )
+    return out
+
+
+def run_demo(
+    out: Path, *, seed: int = 0, budget: str = "demo", steps: int | None = None, bar: Any = None
+) -> Demonstrated:
+    """Runs the comparison of `budget` (a row of recipes/mini/budgets.yaml) with one training seed in `out`.
+
+    `bar(label)` gives a progress callback for each part. The same call continues what was interrupted.
+    Raises what the verbs raise."""
+    numbers = read_budget(budget, steps)
+    tell = bar or (lambda label: None)
+    with only_writer(out):
+        build_scenes(
+            out / "scenes",
+            labeled=numbers.labeled,
+            unlabeled=numbers.unlabeled,
+            test=numbers.test,
+            seed=numbers.data_seed,
+            test_seed=numbers.test_seed,
+            progress=tell("scenes"),
+        )
+        backbone = load_backbone("mini")
+        for role in ("labeled", "unlabeled"):
+            build_cache(out / "scenes" / role, out / "cache" / role, backbone, progress=tell(f"cache {role}"))
+        seconds = {}
+        for name, recipe in _recipes(numbers, out, seed).items():
+            seconds[name] = train(recipe, out / f"{name}_{seed}", tell(f"train {name}")).seconds
+        photos = read_test(out / "scenes" / "test")
+        sampler = SamplerConfig(
+            num_inference_steps=numbers.num_inference_steps, guidance_scale=numbers.guidance_scale, conditioning_scale=1.0
+        )
+        students = {"ours": out / f"ours_stage2_{seed}" / "student", "fc": out / f"fc_{seed}" / "student"}
+        backbone = load_backbone("mini")
+        controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+        result = compare(backbone, controlnets, photos, sampler, load_classifier(BUNDLE), tell("evaluate"))
+        summary = summarise(result, "ours", "fc")
+        sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
+        costs = model_costs(backbone, controlnets, "mini", sources)
+        facts = {
+            **sampler_facts(sampler, len(photos)),
+            "labelled scenes": str(numbers.labeled),
+            "unlabelled scenes": str(numbers.unlabeled),
+            "training": f"{numbers.steps} steps of {numbers.batch_size} samples for each student, seed {seed}",
+            "training seconds": ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()),
+            "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+            "command": f"refine-control demo --budget {budget} --seed {seed}",
+        }
+        sentences = _sentences(summary, costs, numbers)
+        title = "A 23-layer ControlNet distilled into 12 layers"
+        report = write_results(
+            out, title, photos, result, summary, costs, facts, sentences=sentences, curves=_curves(out, seed)
+        )
+    shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
+    head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"
+    text = "\n\n".join([head, *shown, text_table(cost_table(costs, result.seconds)), "\n".join(sentences), f"report: {report}"])
+    return Demonstrated(report, text, {**summary, "report": str(report)})
+
+
+_SHORT = ("model", "pair", "PSNR region dB", "PSNR dB", "SSIM", "colour obeyed %", "shape obeyed %", "both obeyed %")
+
+
+def _terminal(table: Any) -> Any:
+    """The columns that fit a terminal."""
+    kept = [i for i, c in enumerate(table.columns) if c in _SHORT]
+    return table.__class__(
+        table.caption, [table.columns[i] for i in kept], [[r[i] for i in kept] for r in table.rows], table.notes
+    )
+
+
+def difference_table_short(summary: dict[str, Any]) -> Any:
+    """The paired differences in the columns that fit a terminal."""
+    return _terminal(difference_table(summary))

@@ -1,0 +1,295 @@
+"""`refine-control evaluate`: teacher and students on the same pictures, masks, prompts and noise, with intervals."""
+
+# N pictures, H W pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refine_control.config import SamplerConfig
+from refine_control.data.records import Photo
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation import metrics
+from refine_control.evaluation.model_cost import ModelCost, model_costs
+from refine_control.evaluation.obedience import Classifier, load_classifier, obedience
+from refine_control.evaluation.pictures import PictureGrid, picture_grid
+from refine_control.evaluation.report import Curve, ReportData, Table, write_report
+from refine_control.evaluation.statistics import Interval, bootstrap_mean, gap_closed, paired_difference
+from refine_control.models.backbone import Backbone
+from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.pipeline import inpaint, make_pipeline, warn_unknown_words
+from refine_control.storage import only_writer, write_atomic, write_json
+
+TEACHER = "teacher"
+HEADINGS = {
+    "psnr": "PSNR dB",
+    "psnr_region": "PSNR region dB",
+    "psnr_composited": "PSNR composited dB",
+    "ssim": "SSIM",
+    "ssim_region": "SSIM region",
+    "ssim_composited": "SSIM composited",
+    "colour": "colour obeyed %",
+    "shape": "shape obeyed %",
+    "both": "both obeyed %",
+}
+_PERCENT = ("colour", "shape", "both")
+_BOOTSTRAP_SEED = 20250922
+Progress = Callable[[int, int, str], None]
+Scores = dict[str, np.ndarray]
+
+
+class Result(NamedTuple):
+    """What `compare` found."""
+
+    scores: dict[str, Scores]
+    """By model, then metric: (N,) values."""
+    images: dict[str, np.ndarray]
+    """By model: (N,H,W,3) uint8, uncomposited."""
+    seconds: dict[str, float]
+    """By model: per image, of the whole evaluation."""
+
+
+def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier | None) -> Scores:
+    """All metrics of one model: painted (N,H,W,3) uint8 against the photos; obedience where targets are known."""
+    reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+    composited = metrics.composite(reference, painted, masks)
+    out = {
+        "psnr": metrics.psnr(reference, painted),
+        "psnr_region": metrics.psnr(reference, painted, masks),
+        "psnr_composited": metrics.psnr(reference, composited),
+        "ssim": metrics.ssim(reference, painted),
+        "ssim_composited": metrics.ssim(reference, composited),
+    }
+    inner = masks[:, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS]
+    if inner.any((1, 2)).all():
+        out["ssim_region"] = metrics.ssim(reference, painted, masks)
+    if classifier is not None:
+        colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
+        obeyed = obedience(classifier, painted, masks, colour, shape)
+        out |= {name: 100.0 * getattr(obeyed, name) for name in _PERCENT}
+    return out
+
+
+def compare(
+    backbone: Backbone,
+    controlnets: Mapping[str, Any],
+    photos: Sequence[Photo],
+    sampler: SamplerConfig,
+    classifier: Classifier | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all."""
+    import time
+
+    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+    result = Result({}, {}, {})
+    for number, (name, controlnet) in enumerate(controlnets.items()):
+
+        def tell(done: int, total: int, word: str, number: int = number, name: str = name) -> None:
+            if progress:
+                progress(number * total + done, len(controlnets) * total, name)
+
+        pipeline = make_pipeline(backbone, controlnet, sampler.injection, sampler.latents)
+        began = time.perf_counter()
+        painted = inpaint(pipeline, backbone, images, masks, [p.prompt for p in photos], sampler, progress=tell)
+        result.seconds[name] = (time.perf_counter() - began) / len(photos)
+        result.images[name] = painted
+        result.scores[name] = score(photos, painted, classifier)
+    return result
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    interval = bootstrap_mean(values, _BOOTSTRAP_SEED)
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def summarise(result: Result, ours: str | None = None, baseline: str | None = None) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals, paired differences between all pairs of models, and the share of the gap
+    from `baseline` to the teacher that `ours` closes."""
+    names = list(result.scores)
+    known = [m for m in HEADINGS if all(m in s for s in result.scores.values())]
+    differences: dict[str, Any] = {}
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            pair = {m: paired_difference(result.scores[a][m], result.scores[b][m], _BOOTSTRAP_SEED) for m in known}
+            differences[f"{a} - {b}"] = {m: _interval_dict(interval) for m, interval in pair.items()}
+    out: dict[str, Any] = {
+        "samples": len(next(iter(result.images.values()))),
+        "models": {n: {m: _summary(result.scores[n][m]) for m in known} for n in names},
+        "paired_differences": differences,
+        "seconds_per_image": result.seconds,
+    }
+    if ours in names and baseline in names and TEACHER in names:
+        out["gap_closed"] = {}
+        for m in ("psnr_region", "both"):
+            if m in known and result.scores[TEACHER][m].mean() != result.scores[baseline][m].mean():
+                share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=_BOOTSTRAP_SEED)
+                out["gap_closed"][m] = _interval_dict(share)
+    return out
+
+
+def _interval_dict(interval: Interval) -> dict[str, Any]:
+    bounds = {"low": interval.low, "high": interval.high}
+    finite = {k: (v if np.isfinite(v) else None) for k, v in bounds.items()}
+    return {"mean": interval.mean, **finite, "excludes_zero": interval.excludes_zero}
+
+
+def _cell(values: Mapping[str, float], digits: int) -> str:
+    return f"{values['mean']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
+
+
+def _digits(metric: str) -> int:
+    return 4 if metric.startswith("ssim") else 1 if metric in _PERCENT else 2
+
+
+def quality_table(summary: Mapping[str, Any]) -> Table:
+    """A row for each model, a column for each metric."""
+    models = summary["models"]
+    known = list(next(iter(models.values())))
+    rows = [[name, *(_cell(values[m], _digits(m)) for m in known)] for name, values in models.items()]
+    notes = [
+        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw pipeline "
+        "output unless composited (kept pixels put back); region: inside the mask."
+    ]
+    return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, notes)
+
+
+def difference_table(summary: Mapping[str, Any]) -> Table:
+    """A row for each pair of models."""
+    pairs = summary["paired_differences"]
+    known = list(next(iter(pairs.values())))
+    rows = [
+        [pair, *(_cell(v[m], _digits(m)) + ("" if v[m]["excludes_zero"] else " (zero inside)") for m in known)]
+        for pair, v in pairs.items()
+    ]
+    return Table("Paired differences", ["pair", *(HEADINGS[m] for m in known)], rows, ["On the same pictures and noise."])
+
+
+def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:
+    """A row for each model."""
+    rows = [
+        [
+            name,
+            str(c.num_layers),
+            f"{c.num_params:,}",
+            f"{c.gflops_controlnet:.3f}",
+            f"{c.gflops_step:.3f}",
+            f"{1000 * c.step_seconds:.1f}",
+            f"{1000 * seconds[name]:.0f}" if name in seconds else "",
+            f"{c.peak_memory / 2**20:.0f}",
+        ]
+        for name, c in costs.items()
+    ]
+    columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
+    columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
+    notes = [
+        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak memory "
+        "is of a fresh process that samples with this model."
+    ]
+    return Table("Cost", columns, rows, notes)
+
+
+def text_table(table: Table) -> str:
+    """The table for a terminal."""
+    rows = [list(table.columns), *(list(r) for r in table.rows)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(table.columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def pictures(photos: Sequence[Photo], images: Mapping[str, np.ndarray], count: int = 12) -> PictureGrid:
+    """Original (mask outlined), masked, and every model's raw output, for the first `count` pictures."""
+    rows = []
+    for i, photo in enumerate(photos[:count]):
+        hole = np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8)
+        rows.append([photo.image, hole, *(painted[i] for painted in images.values())])
+    return PictureGrid(
+        ["original", "masked", *images], rows, [p.prompt for p in photos[:count]], [p.mask for p in photos[:count]]
+    )
+
+
+def write_results(
+    out: Path,
+    title: str,
+    photos: Sequence[Photo],
+    result: Result,
+    summary: dict[str, Any],
+    costs: Mapping[str, ModelCost],
+    facts: Mapping[str, str],
+    *,
+    sentences: Sequence[str] = (),
+    curves: Sequence[Curve] = (),
+    tables: Sequence[Table] = (),
+) -> Path:
+    """metrics.json (with every picture's scores), grid.png and report.html in `out`; returns the report's path."""
+    per_image = {n: {m: [round(float(x), 6) for x in v] for m, v in s.items()} for n, s in result.scores.items()}
+    described = {n: c._asdict() for n, c in costs.items()}
+    keys = [p.key for p in photos]
+    write_json(
+        out / "metrics.json", {**summary, "cost": described, "facts": facts, "keys": keys, "per_image": per_image}
+    )
+    grid = pictures(photos, result.images)
+    write_atomic(out / "grid.png", picture_grid(grid))
+    shown = [quality_table(summary), cost_table(costs, result.seconds)]
+    if len(result.scores) > 1:
+        shown.insert(1, difference_table(summary))
+    data = ReportData(title, list(sentences), facts, [*shown, *tables], grid, list(curves))
+    write_report(out / "report.html", data)
+    return out / "report.html"
+
+
+def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
+    """How the pictures were sampled, for the report and the terminal."""
+    return {
+        "pictures": str(count),
+        "sampler": f"Euler, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}, "
+        f"conditioning scale {sampler.conditioning_scale:g}, injection {sampler.injection}, seed {sampler.seed}",
+    }
+
+
+def read_test(folder: Path) -> list[Photo]:
+    """The photos of a folder of shards. Raises InvalidInputError when it is none or has no pixels in its holes."""
+    from refine_control.data.records import UNLABELED
+    from refine_control.data.shards import Shards, open_manifest
+
+    manifest = open_manifest(folder)
+    if manifest["role"] == UNLABELED:
+        raise InvalidInputError(f"{folder} has the role unlabeled: there is nothing to compare with; give test shards")
+    shards = Shards(folder)
+    if len(shards) < 2:
+        raise InvalidInputError(f"{folder} holds {len(shards)} sample; intervals need at least 2")
+    return [shards[i] for i in range(len(shards))]
+
+
+def evaluate(
+    model: str,
+    teacher: str | None,
+    students: Mapping[str, Path],
+    test: Path,
+    out: Path,
+    sampler: SamplerConfig,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Teacher and students on test shards; writes `out` and returns the summary with the report's path.
+
+    The students named `ours` and `fc` give the share of the gap that is closed."""
+    photos = read_test(test)
+    warn_unknown_words(model, [p.prompt for p in photos])
+    with only_writer(out):
+        backbone = load_backbone(model, load_controlnet(teacher) if teacher else None)
+        controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+        known = all("colour" in p.meta and "shape" in p.meta for p in photos)
+        from refine_control.models.mini import BUNDLE
+
+        classifier = load_classifier(BUNDLE) if known else None
+        result = compare(backbone, controlnets, photos, sampler, classifier, progress)
+        summary = summarise(result, "ours", "fc")
+        sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
+        costs = model_costs(backbone, controlnets, model, sources)
+        facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
+        report = write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts)
+    return {**summary, "report": str(report)}

@@ -1,0 +1,120 @@
+"""What each ControlNet costs to run in one model: counted, timed alternately, and weighed in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from refine_control.config import SamplerConfig
+from refine_control.evaluation.cost import count_flops, count_parameters, interleaved, peak_memory
+from refine_control.models.backbone import Backbone, predict_velocity
+from refine_control.models.controlnet import control_residuals
+from refine_control.models.loading import load_backbone, load_controlnet
+
+
+class ModelCost(NamedTuple):
+    """One ControlNet in one model, a single picture at the model's own size, without guidance."""
+
+    num_layers: int
+    num_params: int
+    """Of the ControlNet."""
+    gflops_controlnet: float
+    """One forward pass; 1 multiply-add = 2 FLOP."""
+    gflops_step: float
+    """ControlNet and transformer: one denoising step."""
+    step_seconds: float
+    """Median of one denoising step, timed alternately with the others."""
+    peak_memory: int
+    """Bytes of resident (GPU: allocated) memory in a process that does nothing but sample; 0 = not measured."""
+
+
+def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
+    """Two functions: one ControlNet pass, and one denoising step, on a picture of the model's own size."""
+    transformer = backbone.transformer
+    size, channels = transformer.config["sample_size"], transformer.config["in_channels"]
+    embeds, pooled = backbone.encode_prompts(["a red circle"])
+    device, dtype = transformer.device, transformer.dtype
+    noisy = torch.zeros(1, channels, size, size, device=device, dtype=dtype)
+    extra = controlnet.config["extra_conditioning_channels"]
+    cond = torch.zeros(1, channels + extra, size, size, device=device, dtype=dtype)
+    sigmas = torch.full((1,), 0.5, device=device)
+
+    @torch.no_grad()
+    def controlled() -> list[torch.Tensor]:
+        return control_residuals(controlnet, noisy, sigmas, embeds, cond, backbone.pooled_width)
+
+    @torch.no_grad()
+    def whole() -> torch.Tensor:
+        return predict_velocity(transformer, noisy, sigmas, embeds, pooled, controlled())
+
+    return controlled, whole
+
+
+def _peak_in_fresh_process(model: str, folder: str | None) -> int:
+    """Bytes at the peak of a process that loads the model and samples one picture."""
+    command = [sys.executable, "-m", "refine_control.evaluation.model_cost", model, folder or ""]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(result.stdout.split()[-1]) if result.returncode == 0 else 0
+
+
+def model_costs(
+    backbone: Backbone,
+    controlnets: Mapping[str, Any],
+    model: str,
+    folders: Mapping[str, str | None],
+    repeats: int = 20,
+) -> dict[str, ModelCost]:
+    """Costs by name; ControlNets of one shape share one memory measurement. `folders` say where each came from
+    (None: the model's own)."""
+    steps = {name: _step(backbone, controlnet) for name, controlnet in controlnets.items()}
+    times = interleaved({name: whole for name, (_, whole) in steps.items()}, repeats=repeats, warmup=2)
+    peaks: dict[int, int] = {}
+    out = {}
+    for name, controlnet in controlnets.items():
+        layers = len(controlnet.transformer_blocks)
+        if layers not in peaks:
+            peaks[layers] = _peak_in_fresh_process(model, folders[name])
+        controlled, whole = steps[name]
+        out[name] = ModelCost(
+            layers,
+            count_parameters(controlnet),
+            count_flops(controlled) / 1e9,
+            count_flops(whole) / 1e9,
+            times[name].median,
+            peaks[layers],
+        )
+    return out
+
+
+def compare(model: str, folders: Mapping[str, Path]) -> dict[str, ModelCost]:
+    """`refine-control cost`: the model's own ControlNet (`teacher`) and those in `folders`."""
+    backbone = load_backbone(model)
+    controlnets = {"teacher": backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in folders.items()}}
+    sources = {"teacher": None, **{n: str(f) for n, f in folders.items()}}
+    return model_costs(backbone, controlnets, model, sources)
+
+
+def _main(model: str, folder: str) -> None:
+    """Loads, samples one picture in two steps, prints the peak."""
+    import numpy as np
+
+    from refine_control.pipeline import inpaint, make_pipeline
+
+    torch.set_num_threads(1)
+    loaded = load_controlnet(folder) if folder else None
+    backbone = load_backbone(model, loaded)
+    side = backbone.transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
+    image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
+    mask[:, side // 4 : side // 2, side // 4 : side // 2] = True
+    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
+    inpaint(pipeline, backbone, image, mask, ["a red circle"], SamplerConfig(num_inference_steps=2), batch_size=1)
+    print(peak_memory())
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2])

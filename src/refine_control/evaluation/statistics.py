@@ -1,0 +1,151 @@
+"""Intervals for means, differences and ratios by the bootstrap, so that no table row stands without its spread.
+
+# S training seeds, N scenes (test images); values (N,) or (S, N): row s is one training run, column n one scene
+
+Every method is judged on the same scenes, so scenes are drawn once per resample and used for every method
+and every seed (crossed, not nested: the N scenes of two seeds are the same N scenes). All intervals are
+percentile intervals. With S seeds the spread between seeds comes out sqrt((S - 1) / S) of its size
+(0.82 at S = 3): few seeds make an interval too narrow, and no resampling can mend that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refine_control.errors import InvalidInputError
+
+_CHUNK_VALUES = 1 << 21  # drawn indices held at a time; a fixed number, since the draws depend on it
+
+
+class Interval(NamedTuple):
+    """A mean with the ends of its confidence interval, low <= high, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True when zero lies outside [low, high]: a difference that resampling the data does not explain away."""
+        return self.low > 0.0 or self.high < 0.0
+
+    def __format__(self, spec: str) -> str:
+        """`f"{interval:.4f}"` -> `0.7505 [0.7491, 0.7519]`; the specification is each number's, `.2f` by default."""
+        mean, low, high = (format(value, spec or ".2f") for value in self)
+        return f"{mean} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+
+def bootstrap_mean(values: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """The mean of (N,) values and its bootstrap interval over scenes.
+
+    Raises InvalidInputError for values that are not (N,), finite and at least two, for seed < 0,
+    resamples < 1 and a level outside (0, 1)."""
+    data = _checked("values", values, dimensions=(1,))
+    return _interval_of_mean(data[None], seed, resamples, level)
+
+
+def two_level(values: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """The mean of (S, N) values and its bootstrap interval over seeds, then scenes.
+
+    Each resample draws S seeds, then N scenes which all of them share. With S = 1 this is `bootstrap_mean`
+    of the row: the spread between training runs is unknown, not zero.
+    Raises InvalidInputError as `bootstrap_mean` does, and for values that are not (S, N)."""
+    return _interval_of_mean(_checked("values", values, dimensions=(2,)), seed, resamples, level)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """The mean of a - b and its paired interval: both methods are resampled by the same scenes (and seeds).
+
+    a and b are (N,) or (S, N); an (N,) one is a method without training seeds and counts for each seed of
+    the other. Raises InvalidInputError as `bootstrap_mean` does, and for a different N or S."""
+    left, right = _aligned({"a": a, "b": b})
+    return _interval_of_mean(left - right, seed, resamples, level)
+
+
+def gap_closed(
+    teacher: ArrayLike,
+    baseline: ArrayLike,
+    ours: ArrayLike,
+    seed: int,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """(ours - baseline) / (teacher - baseline) of the means: 0 at the baseline, 1 at the teacher.
+
+    The paper's 76.5 % of PSNR is this number. All three, (N,) or (S, N), are resampled together; the sign of
+    the metric does not matter, so that it also reads FID-like values where lower is better.
+    When the gap teacher - baseline itself is not told from zero at this level, any share fits the data: the
+    ends are then -inf and inf. Raises InvalidInputError as `paired_difference` does, and for a gap of
+    exactly zero, where there is no share at all."""
+    top, bottom, middle = _aligned({"teacher": teacher, "baseline": baseline, "ours": ours})
+    gap, gain = top - bottom, middle - bottom
+    if gap.mean() == 0.0:
+        raise InvalidInputError("teacher and baseline have the same mean, so there is no gap to close")
+    share = float(gain.mean() / gap.mean())
+    gains, gaps = _resampled_means(np.stack([gain, gap]), seed, resamples, level)
+    if not _interval(float(gap.mean()), gaps, level).excludes_zero:
+        return Interval(share, -np.inf, np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = gains / gaps
+    return _interval(share, shares[np.isfinite(shares)], level)
+
+
+def _checked(name: str, values: ArrayLike, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim not in dimensions:
+        wanted = " or ".join({1: "(N,)", 2: "(S, N)"}[d] for d in dimensions)
+        raise InvalidInputError(f"{name}: the shape is {array.shape}; give {wanted}")
+    if array.shape[-1] < 2 or array.size == 0:
+        raise InvalidInputError(f"{name}: the shape is {array.shape}; an interval needs at least two scenes")
+    if not np.isfinite(array).all():
+        raise InvalidInputError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} numbers are not finite")
+    return array
+
+
+def _aligned(named: dict[str, ArrayLike]) -> list[NDArray[np.float64]]:
+    """Each as (S, N) with one S and one N; (N,) is repeated for each seed of the others."""
+    arrays = {name: np.atleast_2d(_checked(name, values, (1, 2))) for name, values in named.items()}
+    seeds = max(array.shape[0] for array in arrays.values())
+    without_seeds = {name for name, values in named.items() if np.ndim(values) == 1}
+    shapes = {array.shape[1:] if name in without_seeds else array.shape for name, array in arrays.items()}
+    if len({shape[-1] for shape in shapes}) > 1 or len({shape for shape in shapes if len(shape) == 2}) > 1:
+        described = ", ".join(f"{name} {np.shape(values)}" for name, values in named.items())
+        raise InvalidInputError(f"paired values need the same scenes and seeds, in one order; got {described}")
+    return [np.broadcast_to(array, (seeds, array.shape[1])) for array in arrays.values()]
+
+
+def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int, level: float) -> NDArray[np.float64]:
+    """(K, S, N) -> (K, resamples) means, each over S drawn seeds and N drawn scenes, the same for all K."""
+    if seed < 0:
+        raise InvalidInputError(f"seed is {seed}; give 0 or more")
+    if resamples < 1:
+        raise InvalidInputError(f"resamples is {resamples}; give at least 1, and some thousands to trust the ends")
+    if not 0.0 < level < 1.0:
+        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    quantities, seeds, scenes = values.shape
+    generator = np.random.default_rng(seed)
+    means = np.empty((quantities, resamples))
+    step = max(1, _CHUNK_VALUES // (quantities * scenes))
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=size) / seeds
+        drawn_scenes = generator.integers(scenes, size=(size, scenes))
+        for quantity in range(quantities):
+            rows = drawn_seeds @ values[quantity]  # (size, N): each scene's mean over the drawn seeds
+            means[quantity, start : start + size] = np.take_along_axis(rows, drawn_scenes, axis=1).mean(axis=1)
+    return means
+
+
+def _interval(mean: float, means: NDArray[np.float64], level: float) -> Interval:
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(mean, float(low), float(high))
+
+
+def _interval_of_mean(values: NDArray[np.float64], seed: int, resamples: int, level: float) -> Interval:
+    return _interval(float(values.mean()), _resampled_means(values[None], seed, resamples, level)[0], level)

@@ -1,0 +1,91 @@
+"""Equations 1 to 6 of the paper as pure functions; the mean over elements is the reduction (docs/paper.md)."""
+
+# B batch, C channels, h w latents, N tokens, D width, S student layers, T teacher layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from refine_control.injection import groups, layer_of_site
+
+
+class Losses(NamedTuple):
+    """The terms of Eq. 1 or Eq. 6, each a scalar; a term that an objective does not have is 0."""
+
+    loss: torch.Tensor
+    task_loss: torch.Tensor
+    output_loss: torch.Tensor
+    feature_loss: torch.Tensor
+    feature_losses: torch.Tensor
+    """(S,) the layers' parts of `feature_loss`; empty without Eq. 5."""
+
+
+def mask_weight(mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Eq. 2: w = alpha M + (1 - alpha)(J - M). Mask (B,1,h,w), 1 = inpaint; alpha in (0, 1)."""
+    return alpha * mask + (1 - alpha) * (1 - mask)
+
+
+def task_loss(target: torch.Tensor, student: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Eq. 3: E ||w (v - v_student)||^2, w inside the norm (1521 : 1 at alpha = .975). (B,C,h,w) -> scalar.
+
+    `weight` None is w = J, the row wo_mask."""
+    error = target.float() - student.float()
+    return (error if weight is None else weight.float() * error).square().mean()
+
+
+def output_loss(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Eq. 4: E ||v_teacher - v_student||^2, the student answers as the teacher does. (B,C,h,w) -> scalar."""
+    return (teacher.float() - student.float()).square().mean()
+
+
+def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:
+    """sum_{s in G_j} f_T of site s, for each of the student's `num_layers` groups: (B,N,D) each."""
+    feeds = layer_of_site(len(teacher), num_sites)
+    return [torch.stack([teacher[feeds[s]] for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
+
+
+def feature_losses(
+    teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], num_sites: int = 23, relative: bool = False
+) -> torch.Tensor:
+    """Eq. 5 by layer: E || |G_j| f_S^j - sum_{s in G_j} f_T^s ||^2 -> (S,).
+
+    f are ControlNet residuals after their zero-linears, (B,N,D) each: injected totals are compared.
+    `relative` divides each layer by the mean square of its own total, so no layer drowns another
+    (not in the paper; measured in docs/results.md)."""
+    parts = []
+    for own, total, sites in zip(
+        student, teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites), strict=True
+    ):
+        part = (len(sites) * own.float() - total.float()).square().mean()
+        parts.append(part / total.float().square().mean().clamp_min(1e-12) if relative else part)
+    return torch.stack(parts)
+
+
+def combine(
+    *,
+    task: torch.Tensor | None,
+    output: torch.Tensor | None,
+    features: torch.Tensor | None,
+    task_weight: float = 4.0,
+    output_weight: float = 1.0,
+    feature_weight: float = 1.0,
+) -> Losses:
+    """Eq. 1 and, without `task`, Eq. 6: L = l_task L_task + l_distill L_distill + l_af L_af. Weight 0 = not added.
+
+    Raises ValueError when no term is given."""
+    given = next((term for term in (task, output, features) if term is not None), None)
+    if given is None:
+        raise ValueError("a loss needs at least one of task, output and features")
+    zero = given.new_zeros(())
+    task_term = zero if task is None else task
+    output_term = zero if output is None else output
+    layers = given.new_zeros(0) if features is None else features
+    feature_term = layers.sum()
+    loss = zero
+    for weight, term in ((task_weight, task), (output_weight, output), (feature_weight, features)):
+        if term is not None and weight:
+            loss = loss + weight * term.sum()
+    return Losses(loss, task_term, output_term, feature_term, layers)

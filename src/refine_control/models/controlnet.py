@@ -1,0 +1,155 @@
+"""ControlNets: residuals for training, exact injection for the pipeline, and how a student is born."""
+
+# B batch, h w latents, N image tokens, D width, L control layers, S student layers, T teacher layers
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, Literal
+
+import torch
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
+from torch import nn
+
+from refine_control.errors import InvalidInputError
+from refine_control.injection import Injection, expand_residuals, groups, stock_injects_exactly
+
+logger = logging.getLogger(__name__)
+StudentInit = Literal["transformer", "teacher", "random"]
+_NO_GRADIENT = ("attn.to_add_out.", "ff_context.")
+"""Of the last block: its text stream is read by nobody, so these never get a gradient."""
+
+
+def control_cond(masked_latents: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,16,h,w) and mask (B,1,H,W) or (B,1,h,w), 1 = inpaint -> (B,17,h,w) = cat(masked_latents, 1 - mask).
+
+    The one place where the mask is inverted: the 17th channel is 1 where the picture is kept. The mask
+    is resized to the latents by nearest neighbour, as the pipeline does."""
+    small = mask_at_latents(mask, masked_latents)
+    return torch.cat([masked_latents, 1 - small], dim=1)
+
+
+def mask_at_latents(mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Mask (B,1,H,W) -> (B,1,h,w) in the type of `latents`, nearest neighbour, 1 = inpaint."""
+    return nn.functional.interpolate(mask.to(latents.dtype), size=latents.shape[-2:])
+
+
+def control_residuals(
+    controlnet: SD3ControlNetModel,
+    noisy_latents: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    cond: torch.Tensor,
+    pooled_width: int,
+    conditioning_scale: float = 1.0,
+) -> list[torch.Tensor]:
+    """The L residuals (B,N,D) after the zero-linears, before injection.
+
+    The pooled projection is zeros, as the inpainting pipeline feeds it (PAPER trap 1)."""
+    dtype = controlnet.dtype
+    return SD3ControlNetModel.forward(
+        controlnet,
+        hidden_states=noisy_latents.to(dtype),
+        controlnet_cond=cond.to(dtype),
+        conditioning_scale=conditioning_scale,
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        pooled_projections=torch.zeros(len(cond), pooled_width, dtype=dtype, device=cond.device),
+        timestep=sigmas * 1000,
+        return_dict=False,
+    )[0]
+
+
+class InjectedControlNet(SD3ControlNetModel):
+    """An SD3ControlNetModel that returns one residual for each transformer block.
+
+    Handed 24 residuals, every diffusers version injects them one-to-one, so the stock pipeline is exact
+    for any layer count. `injection` "diffusers" reproduces what diffusers >= 0.32 does by itself."""
+
+    injection: Injection = "exact"
+    num_blocks: int = 24
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        residuals = super().forward(*args, return_dict=False, **kwargs)[0]
+        expanded = expand_residuals(residuals, self.num_blocks, self.injection)
+        return SD3ControlNetOutput(controlnet_block_samples=tuple(expanded)) if return_dict else (expanded,)
+
+
+def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injection = "exact") -> InjectedControlNet:
+    """The same module (same parameters) as an InjectedControlNet for a transformer of `num_blocks`."""
+    shallow = copy.copy(controlnet)
+    shallow.__class__ = InjectedControlNet
+    shallow.injection, shallow.num_blocks = injection, num_blocks
+    return shallow
+
+
+def trainable_parameters(controlnet: SD3ControlNetModel) -> dict[str, nn.Parameter]:
+    """Parameters by name, without the last block's six that never get a gradient; those are frozen here."""
+    last = f"transformer_blocks.{len(controlnet.transformer_blocks) - 1}."
+    out = {}
+    for name, parameter in controlnet.named_parameters():
+        dead = name.startswith(last) and name.removeprefix(last).startswith(_NO_GRADIENT)
+        parameter.requires_grad_(not dead)
+        if not dead:
+            out[name] = parameter
+    return out
+
+
+def from_transformer(transformer: SD3Transformer2DModel, num_layers: int, extra_channels: int = 1) -> SD3ControlNetModel:
+    """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero.
+
+    Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (PAPER trap 4).
+    Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
+    sites = len(transformer.transformer_blocks) - 1
+    if not 1 <= num_layers <= sites:
+        raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")
+    known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
+    config = {k: v for k, v in dict(transformer.config).items() if k in known}
+    config |= {
+        "num_layers": num_layers,
+        "extra_conditioning_channels": extra_channels,
+        "dual_attention_layers": tuple(i for i in config.get("dual_attention_layers") or () if i < num_layers),
+    }
+    controlnet = SD3ControlNetModel(**config)
+    for part in ("pos_embed", "time_text_embed", "context_embedder"):
+        getattr(controlnet, part).load_state_dict(getattr(transformer, part).state_dict())
+    for own, block in zip(controlnet.transformer_blocks, transformer.transformer_blocks, strict=False):
+        own.load_state_dict(block.state_dict())
+    return controlnet
+
+
+def build_student(
+    transformer: SD3Transformer2DModel, teacher: SD3ControlNetModel, num_layers: int, init: StudentInit, seed: int
+) -> SD3ControlNetModel:
+    """A student of `num_layers`, fp32 on the CPU.
+
+    `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
+    each group of Eq. 5, the zero-linear scaled so that the group's total is that layer's own times the group's size
+    over itself, i.e. copied. `random`: a new network from `seed` with zero zero-linears."""
+    extra = teacher.config["extra_conditioning_channels"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = from_transformer(transformer.float(), num_layers, extra)
+        if init == "random":
+            return SD3ControlNetModel.from_config(dict(student.config))
+    if init == "teacher":
+        for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
+            getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
+        sites = len(transformer.transformer_blocks) - 1
+        for layer, group in enumerate(groups(num_layers, sites)):
+            source = group[-1] * len(teacher.transformer_blocks) // sites
+            student.transformer_blocks[layer].load_state_dict(teacher.transformer_blocks[source].state_dict())
+            student.controlnet_blocks[layer].load_state_dict(teacher.controlnet_blocks[source].state_dict())
+    return student
+
+
+def warn_if_stock_differs(num_layers: int, num_blocks: int) -> None:
+    """Logs a warning when stock diffusers would inject this layer count differently."""
+    if not stock_injects_exactly(num_layers, num_blocks):
+        logger.warning(
+            "stock diffusers injects a ControlNet of %d layers into %d blocks shifted; run it by refine-control, "
+            "or choose 1, 2, 3, 4, 6, 8 or 12 layers",
+            num_layers,
+            num_blocks,
+        )

@@ -1,0 +1,168 @@
+"""Strict loading of models in diffusers layout: what is on disk is what you get, or a sentence says why not.
+
+A model is named `mini`, by a folder, or by a hub id. Weights are safetensors only. diffusers itself accepts
+a folder whose config and weights disagree in layer count, without a word (PAPER trap 5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
+
+from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.attention import use_plain_attention
+from refine_control.models.backbone import Backbone
+from refine_control.models.controlnet import warn_if_stock_differs
+from refine_control.models.mini import BUNDLE, MAX_SEQUENCE_LENGTH
+from refine_control.storage import publish_folder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SD3_MAX_SEQUENCE_LENGTH = 256
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a model named `mini`, by a path, or by a hub id (downloaded once, then offline).
+
+    Raises MissingError when a hub id is neither cached nor reachable, InvalidInputError for a missing folder."""
+    if str(model) == "mini":
+        if not (BUNDLE / "model_index.json").is_file():
+            raise MissingError(f"the mini bundle is not in {BUNDLE}; make it with `refine-control mini train`")
+        return BUNDLE
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
+        raise InvalidInputError(f"no model folder at {model}; give `mini`, a folder in diffusers layout, or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub's errors have no common ancestor; every one of them means "not to be had"
+        raise MissingError(
+            f"{model} is no local folder, and the hub did not give it ({type(error).__name__}); check the name, "
+            f"accept its licence if it is gated, or fetch it with `hf download {model}` and pass the folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise InvalidInputError(f"{folder} has no config.json; give a ControlNet folder in diffusers layout") from None
+    except ValueError:
+        raise InvalidInputError(f"{folder / 'config.json'} is not JSON; save the model again") from None
+
+
+def _compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: Path) -> None:
+    """Key sets and shapes both ways, all finite."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [k for k in expected.keys() & found.keys() if expected[k].shape != found[k].shape]
+    for names, what in ((missing, "lacks"), (unknown, "holds unknown"), (sorted(shapes), "has another shape for")):
+        if names:
+            raise InvalidInputError(
+                f"the weights in {folder} disagree with its config.json: it {what} {len(names)} tensors, "
+                f"first {names[0]}; use the config that belongs to these weights"
+            )
+    bad = next((k for k, v in found.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
+    if bad:
+        raise InvalidInputError(f"{folder}: the tensor {bad} holds values that are not finite; use another checkpoint")
+
+
+def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNetModel:
+    """An fp32 ControlNet on the CPU from a folder or hub id, loaded strictly.
+
+    `extra_channels` stands in for a config without `extra_conditioning_channels` (the published teacher's; PAPER
+    trap 6). Raises InvalidInputError when config and weights disagree or a weight is not finite."""
+    from safetensors.torch import load_file
+
+    path = resolve(folder)
+    config = _read_config(path)
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
+    files = [f for f in files if "fp16" not in f.name] or files
+    if not files:
+        raise InvalidInputError(f"{path} has no {WEIGHTS}; only safetensors are read")
+    known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
+    arguments = {"extra_conditioning_channels": extra_channels, **{k: v for k, v in config.items() if k in known}}
+    arguments["dual_attention_layers"] = tuple(arguments.get("dual_attention_layers") or ())
+    try:
+        tensors = {k: v for file in files for k, v in load_file(file).items()}
+    except Exception as error:  # safetensors raises its own Rust error type for a cut or foreign file
+        raise InvalidInputError(f"{path}: {error}; copy the weights again") from error
+    with torch.device("meta"):
+        controlnet = SD3ControlNetModel(**arguments)
+    expected = {k: v for k, v in controlnet.state_dict().items() if not k.endswith("pos_embed.pos_embed")}
+    _compare({k: v for k, v in tensors.items() if not k.endswith("pos_embed.pos_embed")}, expected, path)
+    controlnet = SD3ControlNetModel(**arguments)
+    controlnet.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    return controlnet.eval()
+
+
+def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: int, **described: Any) -> None:
+    """Publishes a folder that stock `SD3ControlNetModel.from_pretrained` loads; warns where stock injects wrongly.
+
+    `described` goes into the folder's manifest: what made it."""
+    warn_if_stock_differs(len(controlnet.transformer_blocks), num_blocks)
+    with publish_folder(folder, **described) as temporary:
+        controlnet.save_pretrained(temporary, max_shard_size="100GB")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars for the seconds that loading takes."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
+
+
+def load_pipeline(
+    model: str | Path, controlnet: SD3ControlNetModel | None = None, dtype: torch.dtype = torch.float32
+) -> StableDiffusion3ControlNetInpaintingPipeline:
+    """The stock inpainting pipeline of a model; the folder may lack a ControlNet (plain SD3) if one is given."""
+    path = resolve(model)
+    try:
+        index = json.loads((path / "model_index.json").read_text())
+    except FileNotFoundError:
+        raise InvalidInputError(f"{path} has no model_index.json; give a pipeline folder in diffusers layout") from None
+    if controlnet is None:
+        if "controlnet" not in index:
+            raise InvalidInputError(f"{path} holds no ControlNet; name one with --controlnet or `teacher:` in the recipe")
+        controlnet = load_controlnet(path / "controlnet")
+    given: dict[str, Any] = {"controlnet": controlnet}
+    if index.get("text_encoder_3", [None])[0] is None:
+        given |= {"text_encoder_3": None, "tokenizer_3": None}
+    with _quiet():
+        return StableDiffusion3ControlNetInpaintingPipeline.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, **given
+        )
+
+
+def max_sequence_length(model: str | Path) -> int:
+    """T5 tokens: 0 for the mini model and any other without T5 whose card says so, else 256."""
+    path = resolve(model)
+    card = path / "refine_control.json"
+    if card.is_file():
+        return json.loads(card.read_text())["max_sequence_length"]
+    return MAX_SEQUENCE_LENGTH if str(model) == "mini" else SD3_MAX_SEQUENCE_LENGTH
+
+
+def load_backbone(
+    model: str | Path, controlnet: SD3ControlNetModel | None = None, plain_attention: bool = False
+) -> Backbone:
+    """The frozen parts of a model. `plain_attention` takes the processor that is faster for bf16 on CPU."""
+    pipeline = load_pipeline(model, controlnet)
+    if plain_attention:
+        use_plain_attention(pipeline.transformer, pipeline.controlnet)
+    return Backbone(pipeline, max_sequence_length(model))

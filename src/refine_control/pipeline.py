@@ -1,0 +1,197 @@
+"""The inpainting pipeline: the stock one with exact injection, and the masked latents' mean unless a draw is asked for."""
+
+# B batch, H W pixels
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3ControlNetInpaintingPipeline
+from PIL import Image
+
+from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
+from refine_control.injection import Injection
+from refine_control.models.backbone import Backbone, encode_images, masked_pixels
+from refine_control.models.controlnet import SD3ControlNetModel, control_cond, injected
+from refine_control.randomness import slot_normals
+
+Progress = Callable[[int, int, str], None]
+logger = logging.getLogger(__name__)
+
+
+class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
+    """Stock but for one method: `prepare_image_with_mask` may use the posterior's mean instead of a draw.
+
+    With `latents_mode` "sample" every step is stock's, and so is the picture, bit for bit (PAPER trap 3)."""
+
+    latents_mode: Literal["mean", "sample"] = "mean"
+
+    def prepare_image_with_mask(
+        self,
+        image: Any,
+        mask: Any,
+        width: int,
+        height: int,
+        batch_size: int,
+        num_images_per_prompt: int,
+        device: Any,
+        dtype: torch.dtype,
+        do_classifier_free_guidance: bool = False,
+        guess_mode: bool = False,
+    ) -> torch.Tensor:
+        """Image and mask (1 = inpaint) -> control_cond (B,17,h,w), twice where guidance asks for it."""
+        if self.latents_mode == "sample":
+            return super().prepare_image_with_mask(
+                image,
+                mask,
+                width,
+                height,
+                batch_size,
+                num_images_per_prompt,
+                device,
+                dtype,
+                do_classifier_free_guidance,
+                guess_mode,
+            )
+        if not isinstance(image, torch.Tensor):
+            image = self.image_processor.preprocess(image, height=height, width=width)
+        if not isinstance(mask, torch.Tensor):
+            mask = self.mask_processor.preprocess(mask, height=height, width=width)
+        repeats = batch_size if len(image) == 1 else num_images_per_prompt
+        image = image.repeat_interleave(repeats, dim=0).to(device, dtype)
+        mask = mask.repeat_interleave(repeats, dim=0).to(device, dtype)
+        cond = control_cond(encode_images(self.vae, masked_pixels(image, mask)), mask).to(dtype)
+        return torch.cat([cond] * 2) if do_classifier_free_guidance and not guess_mode else cond
+
+
+def make_pipeline(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    injection: Injection = "exact",
+    latents_mode: Literal["mean", "sample"] = "mean",
+) -> InpaintingPipeline:
+    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters."""
+    components = {**backbone.pipeline.components, "controlnet": injected(controlnet, backbone.num_blocks, injection)}
+    pipeline = InpaintingPipeline(**components)
+    pipeline.latents_mode = latents_mode
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def inpaint(
+    pipeline: InpaintingPipeline,
+    backbone: Backbone,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str],
+    sampler: SamplerConfig,
+    *,
+    first: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
+
+    The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any two models, batch
+    sizes and subsets are compared on the same noise."""
+    count, height, width = images.shape[:3]
+    factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config["in_channels"]
+    device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
+    out = []
+    for a in range(0, count, batch_size):
+        b = min(a + batch_size, count)
+        shape = (channels, height // factor, width // factor)
+        noise = slot_normals(shape, range(first + a, first + b), sampler.seed, "initial noise")
+        pixels = torch.from_numpy(images[a:b]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        result = pipeline(
+            prompt=list(prompts[a:b]),
+            control_image=pixels,
+            control_mask=torch.from_numpy(masks[a:b])[:, None].float(),
+            height=height,
+            width=width,
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            controlnet_conditioning_scale=sampler.conditioning_scale,
+            latents=noise.to(device, dtype),
+            max_sequence_length=backbone.max_sequence_length,
+            output_type="pt",
+        ).images
+        out.append((result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        if progress:
+            progress(b, count, "inpaint")
+    return np.concatenate(out)
+
+
+def warn_unknown_words(model: str | Path, prompts: Sequence[str]) -> None:
+    """For the mini model's closed vocabulary: says which words of the prompts it does not know, and their share."""
+    from refine_control.data.vocabulary import unknown_words
+
+    unknown, share = unknown_words(prompts)
+    if str(model) == "mini" and unknown:
+        shown = ", ".join(repr(w) for w in unknown[:8]) + (" ..." if len(unknown) > 8 else "")
+        logger.warning(
+            "the mini model does not know %d words (%.0f %% of all words in the prompts): %s; it ignores what they mean",
+            len(unknown),
+            100 * share,
+            shown,
+        )
+
+
+def inpaint_file(
+    image: Path,
+    mask: Path,
+    prompt: str,
+    out: Path,
+    *,
+    model: str = "mini",
+    controlnet: str | None = None,
+    sampler: SamplerConfig | None = None,
+    size: int | None = None,
+    composite: bool = False,
+) -> Path:
+    """Repaints the white part of `mask` in the photograph `image` by `prompt` and writes a PNG.
+
+    The photo is read by the rules of `data build` (EXIF turns, 16 bits, CMYK, ...) and cropped to a square of
+    `size` pixels around the hole (the model's own size by default).
+    Raises InvalidInputError for files that cannot be used, MissingError for weights that are not there."""
+    from refine_control.data.photos import load
+    from refine_control.data.records import Entry, Rejected
+    from refine_control.models.loading import load_backbone, load_controlnet
+    from refine_control.storage import write_atomic
+
+    for path in (image, mask):
+        if not path.is_file():
+            raise InvalidInputError(f"no file at {path}; give a photograph and its mask (white = inpaint)")
+    if not prompt.strip():
+        raise InvalidInputError("the prompt is empty; say what belongs in the hole")
+    warn_unknown_words(model, [prompt])
+    loaded = load_controlnet(controlnet) if controlnet else None
+    backbone = load_backbone(model, loaded)
+    transformer = backbone.transformer
+    size = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
+    root = Path(image.anchor or ".").resolve() if image.is_absolute() else Path.cwd()
+    entry = Entry("input", root, str(image.resolve()), str(mask.resolve()), prompt)
+    try:
+        photo = load(entry, size, enlarge=True)
+    except Rejected as rejected:
+        raise InvalidInputError(f"{image} with {mask}: {rejected.detail} ({rejected.reason.value})") from None
+    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
+    painted = inpaint(
+        pipeline, backbone, photo.image[None], photo.mask[None], [prompt], sampler or SamplerConfig(), batch_size=1
+    )[0]
+    if composite:
+        painted = np.where(photo.mask[..., None], painted, photo.image)
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(painted).save(buffer, format="PNG")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, buffer.getvalue())
+    return out

@@ -1,0 +1,70 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, manifest last, the old one kept until the new verifies."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.storage import publish_folder, read_manifest
+
+_NAME = re.compile(r"^step_(\d{8})$")
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on: the tensors of the optimiser after `step` updates."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    root = run_dir / "checkpoints"
+    found = [p for p in root.iterdir() if _NAME.match(p.name)] if root.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], fingerprint: str) -> Path:
+    """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older ones. Raises StorageError."""
+    from safetensors.torch import save_file
+
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with publish_folder(final, step=step, fingerprint=fingerprint) as folder:
+        save_file(contiguous, folder / "state.safetensors")
+    read_manifest(final)
+    for old in _folders(run_dir):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or None. A damaged one is passed over for an older whole one.
+
+    Raises InvalidInputError when it belongs to another recipe, DamagedError when all are damaged."""
+    from safetensors.torch import load_file
+
+    damage: DamagedError | None = None
+    for folder in _folders(run_dir):
+        try:
+            manifest = read_manifest(folder)
+        except FileNotFoundError:
+            damage = DamagedError(f"{folder} has no manifest; delete it and run again")
+            continue
+        except DamagedError as error:
+            damage = error
+            continue
+        if manifest["fingerprint"] != fingerprint:
+            raise InvalidInputError(
+                f"{run_dir} holds a run of another recipe (its checkpoint's fingerprint is "
+                f"{manifest['fingerprint'][:12]}, this one's {fingerprint[:12]}); choose another --run-dir"
+            )
+        return Checkpoint(manifest["step"], load_file(folder / "state.safetensors"))
+    if damage:
+        raise damage
+    return None

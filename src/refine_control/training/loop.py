@@ -1,0 +1,242 @@
+"""`fit`: the one training loop. It knows optimisation, checkpoints and logs, and no objective.
+
+The objective owns every network, the frozen teacher included. All randomness comes from `Draw`, a
+pure function of (seed, stage, step, slot); all processes of a run agree on it, so the batch is the
+same on 1, 2 or 4 of them. Kill it anywhere, run the same command, get the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
+from refine_control.errors import InterruptedCleanlyError, NonFiniteError
+from refine_control.randomness import slot_normals, slot_uniforms
+from refine_control.storage import write_json
+from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
+from refine_control.training.optimizer import MasterWeights
+
+
+class Draw(NamedTuple):
+    """The random numbers of one micro-batch: each purpose and slot has its own, whatever was drawn before."""
+
+    seed: int
+    stage: str
+    step: int
+    slots: Sequence[int]
+
+    def normals(self, purpose: str, *shape: int) -> torch.Tensor:
+        """(B, *shape) standard normals on the CPU."""
+        return slot_normals(shape, self.slots, self.seed, self.stage, purpose, self.step)
+
+    def uniforms(self, purpose: str) -> torch.Tensor:
+        """(B,) in [0, 1) on the CPU."""
+        return slot_uniforms(self.slots, self.seed, self.stage, purpose, self.step)
+
+
+class Objective(Protocol):
+    """What is minimised. `loss` is differentiated; every other scalar field is logged under its name."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters to update, by name."""
+        ...
+
+    def losses(self, batch: Any, draw: Draw) -> Any:
+        """A NamedTuple of tensors with `loss` first: scalars, or vectors logged element by element."""
+        ...
+
+
+class Batches(Protocol):
+    """Samples by (step, slot): a pure function, so that resuming needs one integer."""
+
+    def batch(self, draw: Draw) -> Any:
+        """The samples of `draw.slots` at `draw.step`."""
+        ...
+
+
+class Fitted(NamedTuple):
+    """What a run did in this sitting."""
+
+    steps: int
+    """Updates of the whole run."""
+    seconds: float
+    """Of this sitting."""
+    weights: dict[str, torch.Tensor]
+    """The final weights (averaged where the recipe has an EMA), fp32, by name."""
+
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, a word on the losses)"""
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], int]]:
+    """Yields a question: 0, or the number of the first SIGTERM or SIGINT. A second signal ends the process at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        seen.append(number)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals stay with their owner
+        previous.clear()
+    try:
+        yield lambda: seen[0] if seen else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard; lines after a resumed step are dropped, so that a log reads as one run."""
+
+    def __init__(self, run_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.path.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _named_scalars(losses: Any) -> dict[str, torch.Tensor]:
+    """`feature_losses` (S,) becomes feature_losses/00 ...; scalars keep their names."""
+    out: dict[str, torch.Tensor] = {}
+    for name, value in losses._asdict().items():
+        if value.ndim == 0:
+            out[name] = value.detach()
+        else:
+            out.update({f"{name}/{i:02d}": part for i, part in enumerate(value.detach())})
+    return out
+
+
+def _reduce(accelerator: Any, grads: list[torch.Tensor]) -> None:
+    """Averages gradients over processes in one message."""
+    if accelerator.num_processes > 1:
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[range]:
+    """This process's slots of the global batch, in device batches."""
+    if training.batch_size % processes:
+        raise ValueError(f"batch_size {training.batch_size} is not a multiple of {processes} processes")
+    own = training.batch_size // processes
+    device = min(training.device_batch_size or own, own)
+    return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
+
+
+def fit(
+    objective: Objective,
+    batches: Batches,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    run_dir: Path,
+    fingerprint: str,
+    *,
+    validate: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Minimises `objective` for `training.steps` updates, resuming the run in `run_dir` where it has one.
+
+    `validate(step, weights)` is called every `validate_every` steps on the main process.
+
+    Raises InterruptedCleanlyError after a saved SIGTERM or SIGINT, NonFiniteError, InvalidInputError for a
+    run of another recipe, StorageError."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
+    master = MasterWeights(
+        objective.trainable().items(),
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        ema_decay=training.ema_decay,
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resumed = load_checkpoint(run_dir, fingerprint)
+    start = resumed.step if resumed else 0
+    if resumed:
+        master.load(resumed.tensors, start)
+    log = _Log(run_dir, start) if accelerator.is_main_process else None
+    began = time.monotonic()
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(run_dir, step, master.tensors(), fingerprint)
+        accelerator.wait_for_everyone()
+
+    with _asked_to_stop() as stopped:
+        for step in range(start, training.steps):
+            logged: dict[str, torch.Tensor] = {}
+            for micro in slots:
+                draw = Draw(training.seed, training.stage, step, micro)
+                losses = objective.losses(batches.batch(draw), draw)
+                (losses.loss / len(slots)).backward()
+                master.accumulate()
+                for name, value in _named_scalars(losses).items():
+                    logged[name] = logged.get(name, 0) + value / len(slots)
+            _reduce(accelerator, master.grads)
+            rate = learning_rate_at(step, optimizer, training.steps)
+            norm = master.step(rate, step, optimizer.max_grad_norm)
+            done = step + 1
+            if done % training.log_every == 0 or done == training.steps:
+                values = {name: float(value) for name, value in logged.items()}
+                if not math.isfinite(values["loss"]) or not math.isfinite(float(norm)):
+                    raise NonFiniteError(
+                        f"the loss or its gradient is not finite at step {done} of {run_dir}; "
+                        "lower optimizer.learning_rate and run again from the last checkpoint"
+                    )
+                seconds = (time.monotonic() - began) / (done - start)
+                if log:
+                    log.write(done, {**values, "grad_norm": float(norm), "learning_rate": rate, "seconds": seconds})
+                if progress:
+                    progress(done, training.steps, f"loss {values['loss']:.4f}")
+            if training.save_every and done % training.save_every == 0 and done < training.steps:
+                save(done)
+            if validate and training.validate_every and done % training.validate_every == 0 and log:
+                validate(done, master.ema_state())
+            if stopped() and done < training.steps:
+                save(done)
+                raise InterruptedCleanlyError(
+                    f"stopped by signal {stopped()} after step {done} of {training.steps}; everything is saved in "
+                    f"{run_dir}, run the same command to continue"
+                )
+    if start < training.steps:
+        save(training.steps)
+    if log:
+        log.close()
+        write_json(run_dir / "done.json", {"fingerprint": fingerprint, "steps": training.steps})
+    weights = {name: tensor.float().clone() for name, tensor in master.ema_state().items()}
+    return Fitted(training.steps, time.monotonic() - began, weights)

@@ -1,0 +1,188 @@
+"""The paper's two stages and its baseline as objectives: each owns the frozen networks and one student."""
+
+# B batch, h w latents, S student layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import SD3ControlNetModel
+from torch import nn
+
+from refine_control import flow
+from refine_control.config import LossWeights, SigmaConfig
+from refine_control.losses import Losses, combine, feature_losses, mask_weight, output_loss, task_loss
+from refine_control.models.backbone import Backbone, predict_velocity
+from refine_control.models.controlnet import control_cond, control_residuals, trainable_parameters
+from refine_control.training.loop import Draw
+
+
+class LabeledBatch(NamedTuple):
+    """From D_sl: everything, in latents. latents and masked_latents (B,16,h,w), mask (B,1,h,w) 1 = inpaint."""
+
+    latents: torch.Tensor
+    masked_latents: torch.Tensor
+    mask: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+
+
+class UnlabeledBatch(NamedTuple):
+    """From D_ssl: no ground truth. x0_latents are the masked image's own, or the teacher's completion."""
+
+    x0_latents: torch.Tensor
+    masked_latents: torch.Tensor
+    mask: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+
+
+class Noised(NamedTuple):
+    """One point on the path for each sample."""
+
+    noisy_latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+
+
+class Answer(NamedTuple):
+    """What a ControlNet injects, and the velocity that follows."""
+
+    residuals: Sequence[torch.Tensor]
+    velocity: torch.Tensor
+
+
+class Networks:
+    """Frozen backbone and teacher, one student: every forward pass an objective makes.
+
+    The teacher (and the backbone behind it) runs outside the graph; behind the student the backbone is
+    frozen but in the graph, for gradients pass through it to the residuals."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        teacher: SD3ControlNetModel | None,
+        student: SD3ControlNetModel,
+        *,
+        dtype: torch.dtype = torch.float32,
+        sigmas: SigmaConfig | None = None,
+        conditioning_scale: float = 1.0,
+    ):
+        self.backbone, self.teacher = backbone, teacher
+        self.student = student.to(dtype)
+        backbone.transformer.to(dtype).requires_grad_(False)
+        if teacher is not None:
+            teacher.to(dtype).requires_grad_(False).eval()
+        self.parameters = trainable_parameters(self.student)
+        self.sigmas = sigmas or SigmaConfig()
+        self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
+        self.conditioning_scale = conditioning_scale
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The student's parameters that get a gradient."""
+        return self.parameters
+
+    def noised(self, latents: torch.Tensor, draw: Draw) -> Noised:
+        """x_t of clean latents (B,16,h,w) at logit-normal, shifted sigmas."""
+        sigmas = flow.logit_normal_sigmas(
+            draw.normals("sigmas"), self.sigmas.logit_mean, self.sigmas.logit_std, self.shift
+        ).to(latents.device)
+        noise = draw.normals("noise", *latents.shape[1:]).to(latents.device)
+        return Noised(flow.interpolate(latents, noise, sigmas), noise, sigmas)
+
+    def _answer(self, controlnet: SD3ControlNetModel, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+        residuals = control_residuals(
+            controlnet,
+            at.noisy_latents,
+            at.sigmas,
+            batch.prompt_embeds,
+            control_cond(batch.masked_latents, batch.mask),
+            self.backbone.pooled_width,
+            self.conditioning_scale,
+        )
+        transformer = self.backbone.transformer
+        v = predict_velocity(
+            transformer, at.noisy_latents, at.sigmas, batch.prompt_embeds, batch.pooled_prompt_embeds, residuals
+        )
+        return Answer(residuals, v)
+
+    def student_answer(self, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+        """With a graph back to the student's parameters."""
+        return self._answer(self.student, at, batch)
+
+    @torch.no_grad()
+    def teacher_answer(self, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+        """The same point and prompt, without a graph."""
+        if self.teacher is None:
+            raise ValueError("this objective was built without a teacher")
+        return self._answer(self.teacher, at, batch)
+
+    @property
+    def num_sites(self) -> int:
+        return self.backbone.num_blocks - 1
+
+
+class Supervised:
+    """Eq. 1: stage 1, the task, the teacher's output and its features, on labelled data."""
+
+    def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
+        self.networks, self.weights, self.relative = networks, weights, relative_features
+        self.trainable = networks.trainable
+
+    def losses(self, batch: LabeledBatch, draw: Draw) -> Losses:
+        """l_task L_task + l_distill L_distill + l_af L_af."""
+        w = self.weights
+        at = self.networks.noised(batch.latents, draw)
+        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
+        target = flow.velocity(batch.latents, at.noise)
+        return combine(
+            task=task_loss(target, student.velocity, mask_weight(batch.mask, w.alpha)),
+            output=output_loss(teacher.velocity, student.velocity),
+            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
+            task_weight=w.task,
+            output_weight=w.output,
+            feature_weight=w.feature,
+        )
+
+
+class SelfSupervised:
+    """Eq. 6: stage 2, the teacher alone, on data that has no ground truth."""
+
+    def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
+        self.networks, self.weights, self.relative = networks, weights, relative_features
+        self.trainable = networks.trainable
+
+    def losses(self, batch: UnlabeledBatch, draw: Draw) -> Losses:
+        """l_distill L_distill + l_af L_af."""
+        at = self.networks.noised(batch.x0_latents, draw)
+        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
+        return combine(
+            task=None,
+            output=output_loss(teacher.velocity, student.velocity),
+            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
+            output_weight=self.weights.output,
+            feature_weight=self.weights.feature,
+        )
+
+
+class FromScratch:
+    """Eq. 3 alone: Student_fc, the same network trained without the teacher."""
+
+    def __init__(self, networks: Networks, weights: LossWeights):
+        self.networks, self.weights = networks, weights
+        self.trainable = networks.trainable
+
+    def losses(self, batch: LabeledBatch, draw: Draw) -> Losses:
+        """l_task L_task."""
+        at = self.networks.noised(batch.latents, draw)
+        student = self.networks.student_answer(at, batch)
+        target = flow.velocity(batch.latents, at.noise)
+        weight = mask_weight(batch.mask, self.weights.alpha)
+        return combine(
+            task=task_loss(target, student.velocity, weight),
+            output=None,
+            features=None,
+            task_weight=self.weights.task,
+        )

@@ -1,0 +1,170 @@
+"""`refine-control train`: a recipe becomes a student folder that stock diffusers loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from refine_control.config import Recipe, fingerprint, resolved_yaml
+from refine_control.data.cache import Cache, model_mark
+from refine_control.data.records import LABELED, UNLABELED
+from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.attention import use_plain_attention
+from refine_control.models.backbone import Backbone
+from refine_control.models.controlnet import SD3ControlNetModel, build_student
+from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet
+from refine_control.storage import MANIFEST, only_writer, read_manifest, write_atomic
+from refine_control.training.batches import LabeledBatches, UnlabeledBatches
+from refine_control.training.loop import Progress, fit
+from refine_control.training.objectives import FromScratch, Networks, SelfSupervised, Supervised
+
+STUDENT = "student"
+
+
+class Trained(NamedTuple):
+    """Where a run left its student."""
+
+    student: Path
+    steps: int
+    seconds: float
+    """Of this sitting; 0 when the run had been finished before."""
+
+
+def fast_precision(device: torch.device) -> str:
+    """bf16 where the processor has units for it (measured in docs/results.md), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def training_device() -> torch.device:
+    """The process's GPU where there is one, else the CPU."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).device
+
+
+def student_folder(path: str | Path) -> Path:
+    """A student folder, or the one inside a run's folder."""
+    inside = Path(path) / STUDENT
+    return inside if (inside / "config.json").is_file() else Path(path)
+
+
+def _student(recipe: Recipe, backbone: Backbone) -> SD3ControlNetModel:
+    teacher = backbone.pipeline.controlnet
+    if recipe.init_from is None:
+        return build_student(
+            backbone.transformer, teacher, recipe.student.num_layers, recipe.student.init, recipe.student.seed
+        )
+    student = load_controlnet(student_folder(recipe.init_from))
+    if len(student.transformer_blocks) != recipe.student.num_layers:
+        raise InvalidInputError(
+            f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
+            f"{recipe.student.num_layers}; make them agree"
+        )
+    return student
+
+
+def _cache(path: str | None, key: str, role: str, model: str) -> Cache:
+    if path is None:
+        raise InvalidInputError(f"the recipe has no data.{key}; give one with --set data.{key}=CACHE_FOLDER")
+    return Cache(Path(path), model).require(role)
+
+
+def _objective_and_batches(
+    recipe: Recipe, networks: Networks, mark: str, device: torch.device
+) -> tuple[Any, LabeledBatches | UnlabeledBatches]:
+    """The one place that turns `objective.kind` into classes."""
+    objective, training = recipe.objective, recipe.training
+    relative = objective.feature_normalisation == "layer"
+    common: dict[str, Any] = {
+        "batch_size": training.batch_size,
+        "prompt_dropout": training.prompt_dropout,
+        "device": device,
+    }
+    if objective.kind == "self_supervised":
+        x0 = "masked_latents" if objective.x0_source == "masked" else "completions"
+        cache = _cache(recipe.data.unlabeled, "unlabeled", UNLABELED, mark)
+        if x0 not in cache.arrays:
+            raise MissingError(f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete`")
+        return SelfSupervised(networks, objective.weights, relative), UnlabeledBatches(cache, x0=x0, **common)
+    batches = LabeledBatches(_cache(recipe.data.labeled, "labeled", LABELED, mark), **common)
+    if objective.kind == "from_scratch":
+        return FromScratch(networks, objective.weights), batches
+    return Supervised(networks, objective.weights, relative), batches
+
+
+def _prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
+    teacher = load_controlnet(recipe.teacher) if recipe.teacher else None
+    backbone = load_backbone(recipe.model, teacher)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    student = _student(recipe, backbone)
+    teacher = backbone.pipeline.controlnet if recipe.objective.kind != "from_scratch" else None
+    if device.type == "cpu":
+        use_plain_attention(backbone.transformer, backbone.pipeline.controlnet, student)
+    for part in (backbone.transformer, backbone.pipeline.controlnet, student):
+        part.to(device)
+    if recipe.training.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+        backbone.transformer.enable_gradient_checkpointing()
+    if recipe.training.compile:
+        for part in (backbone.transformer, backbone.pipeline.controlnet, student):
+            for block in part.transformer_blocks:
+                block.compile()
+    networks = Networks(
+        backbone,
+        teacher,
+        student,
+        dtype=dtype,
+        sigmas=recipe.sigmas,
+        conditioning_scale=recipe.training.conditioning_scale,
+    )
+    return backbone, networks
+
+
+def _done(run_dir: Path, mark: str) -> Trained | None:
+    """The finished student of the same recipe, verified; None where there is none."""
+    folder = run_dir / STUDENT
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if manifest["fingerprint"] != mark:
+        raise InvalidInputError(f"{run_dir} holds the student of another recipe; choose another --run-dir")
+    return Trained(folder, manifest["steps"], 0.0)
+
+
+def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Trained:
+    """Runs a recipe in `run_dir`, from its last checkpoint where it has one; finished runs are left as they are.
+
+    Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
+    mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+    with only_writer(run_dir):
+        device = training_device()
+        backbone, networks = _prepare(recipe, device)
+        model = model_mark(backbone)
+        start = student_folder(recipe.init_from) / MANIFEST if recipe.init_from else None
+        born = json.loads(start.read_text())["files"] if start and start.is_file() else recipe.init_from
+        mark = hashlib.sha256(f"{fingerprint(recipe)} {model} {json.dumps(born)}".encode()).hexdigest()
+        if done := _done(run_dir, mark):
+            return done
+        objective, batches = _objective_and_batches(recipe, networks, model, device)
+        write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
+        fitted = fit(objective, batches, recipe.optimizer, recipe.training, run_dir, mark, progress=progress)
+        student = networks.student.to("cpu", torch.float32)
+        student.load_state_dict(fitted.weights, strict=False)
+        save_controlnet(
+            student,
+            run_dir / STUDENT,
+            backbone.num_blocks,
+            kind="student",
+            fingerprint=mark,
+            recipe=recipe.model_dump(mode="json"),
+            steps=fitted.steps,
+        )
+    return Trained(run_dir / STUDENT, fitted.steps, fitted.seconds)
