@@ -27,15 +27,16 @@ SAMPLING = ["--conditioning-scale", "--guidance", "--injection", SEED, "--steps"
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
     "bench step": [JSON, "--repeats", "--set", "recipe"],
-    "cache": [DRY, "--dtype", JSON, "--model", "out", "shards"],
+    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "out", "shards"],
     "cost": ["--controlnet", JSON, "--model"],
     "data build": [
         *(DRY, "--format", JSON, "--limit", "--masks", "--prompts", SEED, "--size", "--test-fraction"),
         *("--unlabeled-fraction", "out", "source"),
     ],
     "data inspect": [JSON, "--sheet", "folder"],
+    "data scenes": [DRY, JSON, "--labeled", SEED, "--test", "--unlabeled", "out"],
     "data verify": [JSON, "folder"],
-    "demo": [DRY, JSON, "--out", SEED, "--steps"],
+    "demo": ["--budget", DRY, JSON, "--out", SEED, "--steps"],
     "doctor": [JSON],
     "evaluate": [
         *(*SAMPLING, DRY, JSON, "--model", "--out", "--student", "--teacher", "--test"),
@@ -43,8 +44,8 @@ VERBS = {
     "inpaint": [
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],
-    "mini check": [JSON, "--n", SEED],
-    "mini train": [DRY, "--from", "--out", SEED],
+    "mini check": ["--bundle", JSON, "--n", SEED],
+    "mini train": ["--check", DRY, "--from", JSON, "--out", SEED, "--stage"],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
 }
 

@@ -16,10 +16,10 @@ FLOORS = {
     **dict.fromkeys(["", "errors", "storage", "config", "flow", "injection", "losses", "randomness"], 0),
     **dict.fromkeys(["data.records", "data.vocabulary"], 0),
     **dict.fromkeys(["models", "data"], 1),
-    **dict.fromkeys(["evaluation.features", "evaluation.metrics", "evaluation.statistics"], 1),
+    **dict.fromkeys(["evaluation.features", "evaluation.metrics", "evaluation.statistics", "evaluation.pictures"], 1),
     **dict.fromkeys(["training", "pipeline", "data.cache", "evaluation.cost", "evaluation.obedience"], 2),
     **dict.fromkeys(["evaluation", "export", "app"], 3),
-    **dict.fromkeys(["cli", "cli_output", "doctor"], 4),
+    **dict.fromkeys(["cli", "cli_data", "cli_options", "cli_output", "doctor"], 4),
 }
 
 # A foreign library enters by these doors alone; by none, it does not enter.
@@ -27,7 +27,7 @@ DOORS = {
     "diffusers": ["models", "pipeline", "training.bench"],
     "transformers": ["models", "pipeline", "evaluation.features"],
     "accelerate": ["training"],
-    "typer": ["cli"],
+    "typer": ["cli", "cli_data", "cli_options"],
     "pydantic": ["config"],
     "yaml": ["config"],
     "gradio": ["app"],

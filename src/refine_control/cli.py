@@ -5,136 +5,52 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from refine_control.cli_data import cache, data_app
+from refine_control.cli_options import (
+    DryRun,
+    Guidance,
+    InFile,
+    Injection,
+    Json,
+    Model,
+    Scale,
+    Seed,
+    Steps,
+    make_app,
+)
 from refine_control.cli_output import named_folders, progress_bar, show
-from refine_control.errors import DamagedError, MissingError
+from refine_control.errors import MissingError
 
 
-def _app(**options: Any) -> typer.Typer:
-    return typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
-    )
-
-
-app = _app(help="Make big ControlNets small, and prove what was lost.")
-data_app = _app(help="Photos, masks and prompts into shards; their inspection.")
-mini_app = _app(help="The miniature SD3 that ships with the package.")
-bench_app = _app(help="Measure this machine.")
+app = make_app(help="Make big ControlNets small, and prove what was lost.")
+mini_app = make_app(help="The miniature SD3 that ships with the package.")
+bench_app = make_app(help="Measure this machine.")
 app.add_typer(data_app, name="data")
+app.command()(cache)
 app.add_typer(mini_app, name="mini")
 app.add_typer(bench_app, name="bench")
-
-# Options that mean the same everywhere.
-InFolder = typer.Argument(exists=True, file_okay=False)
-InFile = typer.Option(exists=True, dir_okay=False)
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")]
-Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
-Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]
-Injection = Annotated[Literal["exact", "diffusers"], typer.Option(help="As trained, or by the stock rule.")]
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the report lands.")] = Path("runs/demo"),
     seed: Seed = 0,
+    budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "demo",
     steps: Annotated[int | None, typer.Option(min=2, help="Training steps, to make it shorter or longer.")] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Make the mini ControlNet half as big, measure what was lost, write a report: minutes on a CPU, offline."""
     if dry_run:
-        return show({"verb": "demo", "out": out, "seed": seed, "steps": steps}, as_json)
+        return show({"verb": "demo", "out": out, "seed": seed, "budget": budget, "steps": steps}, as_json)
     from refine_control.evaluation.demo import run_demo
 
-    made = run_demo(out, seed=seed, steps=steps, bar=progress_bar)
-    show(made if as_json else f"{made.text}\n{made.report}", as_json)
-
-
-@data_app.command("build")
-def data_build(
-    source: Annotated[Path, typer.Argument(exists=True)],
-    out: Path,
-    masks: Annotated[Literal["given"], typer.Option(help="given: a mask stands beside each photo.")] = "given",
-    prompts: Annotated[
-        Literal["given"], typer.Option(help="given: a local prompt stands beside each photo.")
-    ] = "given",
-    size: Annotated[int, typer.Option(help="Side of the square samples in pixels.")] = 64,
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of photos kept for the test.")] = 0.2,
-    unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the others without pixels.")] = 0.5,
-    seed: Seed = 0,
-    image_format: Annotated[
-        Literal["webp", "png", "jpg"], typer.Option("--format", help="webp is lossless here.")
-    ] = "webp",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many entries.")] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Photos, masks and prompts of SOURCE into shards under OUT; what is refused is told in rejects.jsonl."""
-    options: dict[str, Any] = {"size": size, "test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
-    options |= {"seed": seed, "image_format": image_format, "limit": limit}
-    if dry_run:
-        plan = {"verb": "data build", "source": source, "out": out, "masks": masks, "prompts": prompts, **options}
-        return show(plan, as_json)
-    from refine_control.data.build import build
-
-    summary = build(source, out, progress=progress_bar("photos"), **options)
-    show(summary if as_json else str(summary), as_json)
-
-
-@data_app.command("verify")
-def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> None:
-    """Read every byte of the shards in FOLDER; exit code 65 if any is not as it was written."""
-    from refine_control.data.shards import verify
-
-    problems = verify(folder)
-    show({"folder": folder, "problems": problems} if as_json else "\n".join(problems) or f"{folder} is whole", as_json)
-    if problems:
-        raise DamagedError(
-            f"{len(problems)} fault{'s' * (len(problems) > 1)} in {folder}; delete what is named above and build again"
-        )
-
-
-@data_app.command("inspect")
-def data_inspect(
-    folder: Annotated[Path, InFolder],
-    sheet: Annotated[Path | None, typer.Option(help="PNG to draw samples into.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Counts of the shards in FOLDER and, with --sheet, a picture of samples."""
-    from refine_control.data.inspect import contact_sheet, inspect
-
-    show(inspect(folder), as_json)
-    if sheet is not None:
-        contact_sheet(folder, sheet)
-
-
-@app.command()
-def cache(
-    shards: Annotated[Path, InFolder],
-    out: Path,
-    model: Model = "mini",
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of what is stored.")] = "fp32",
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Encode SHARDS once: latents and prompt embeddings under OUT."""
-    if dry_run:
-        return show({"verb": "cache", "shards": shards, "out": out, "model": model, "dtype": dtype}, as_json)
-    import torch
-
-    from refine_control.data.cache import build_cache
-    from refine_control.models.loading import load_backbone
-
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    made = build_cache(shards, out, load_backbone(model), stored, progress_bar("cache"))
-    show({"cache": out, "made": made}, as_json)
+    made = run_demo(out, seed=seed, budget=budget, steps=steps, bar=progress_bar)
+    show(made.summary if as_json else made.text, as_json)
 
 
 @app.command()
@@ -229,29 +145,38 @@ def cost(
 @mini_app.command("train")
 def mini_train(
     source: Annotated[Path | None, typer.Option("--from", exists=True, file_okay=False, help="Start here.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the bundle lands.")] = Path("runs/mini"),
+    out: Annotated[Path, typer.Option(help="The bundle lands in OUT/bundle.")] = Path("runs/mini"),
     seed: Seed = 0,
+    stage: Annotated[list[str] | None, typer.Option(help="NAME or NAME=STEPS; all stages by default.")] = None,
+    check: Annotated[int, typer.Option(min=0, help="Scenes to measure the result on; 0: none.")] = 1000,
     dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
-    """Make the mini bundle again from nothing, and say how long it takes."""
-    if dry_run:
-        return show({"verb": "mini train", "from": source, "out": out, "seed": seed}, as_json=False)
-    from refine_control.training.mini import train_bundle
+    """Make the mini bundle again from nothing, or go on from a bundle, and say what it took and what it can do."""
+    from refine_control.training.stages import named_stages
 
-    train_bundle(out, seed=seed, start=source, progress=progress_bar("mini train"))
-    print(out)
+    stages = named_stages(stage or [])
+    if dry_run:
+        return show({"verb": "mini train", "from": source, "out": out, "seed": seed, "stages": stages}, as_json)
+    from refine_control.training.bundle import make_bundle
+
+    bar = progress_bar("mini train")
+    show(make_bundle(out, seed, start=source, stages=stages, count=check, progress=bar), as_json)
 
 
 @mini_app.command("check")
 def mini_check(
-    n: Annotated[int, typer.Option("--n", min=1, help="Scenes to repaint.")] = 200,
+    n: Annotated[int, typer.Option("--n", min=2, help="Scenes to repaint.")] = 200,
+    bundle: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="The shipped one by default.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Does the mini teacher obey its prompt, and is it at chance with an empty or a wrong one?"""
     from refine_control.training.mini import check_bundle
 
-    show(check_bundle(n, seed=seed), as_json)
+    show(check_bundle(n, seed=seed, bundle=bundle), as_json)
 
 
 @bench_app.command("step")

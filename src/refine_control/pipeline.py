@@ -14,11 +14,12 @@ import torch
 from diffusers import StableDiffusion3ControlNetInpaintingPipeline
 from PIL import Image
 
+from refine_control import flow
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
-from refine_control.models.backbone import Backbone, encode_images, masked_pixels
-from refine_control.models.controlnet import SD3ControlNetModel, control_cond, injected
+from refine_control.models.backbone import Backbone, encode_images, masked_pixels, predict_velocity
+from refine_control.models.controlnet import SD3ControlNetModel, control_cond, control_residuals, injected
 from refine_control.randomness import slot_normals
 
 Progress = Callable[[int, int, str], None]
@@ -111,7 +112,7 @@ def inpaint(
         noise = slot_normals(shape, range(first + a, first + b), sampler.seed, "initial noise")
         pixels = torch.from_numpy(images[a:b]).permute(0, 3, 1, 2).float() / 127.5 - 1
         result = pipeline(
-            prompt=list(prompts[a:b]),
+            prompt=backbone.readable(prompts[a:b]),
             control_image=pixels,
             control_mask=torch.from_numpy(masks[a:b])[:, None].float(),
             height=height,
@@ -129,6 +130,42 @@ def inpaint(
     return np.concatenate(out)
 
 
+@torch.no_grad()
+def complete_latents(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    masked_latents: torch.Tensor,
+    mask: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    empty: tuple[torch.Tensor, torch.Tensor],
+    sampler: SamplerConfig,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """What a ControlNet paints, in latents: the x0 of stage 2 where there is no ground truth.
+
+    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint; `text` and `empty` are (prompt_embeds,
+    pooled_prompt_embeds) of B samples -> latents (B,16,h,w), by Euler steps on the scheduler's own sigmas."""
+    scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
+    scheduler.set_timesteps(sampler.num_inference_steps, device=noise.device)
+    cond = control_cond(masked_latents, mask)
+    latents, guided = noise, sampler.guidance_scale > 1
+
+    def answer(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        sigmas = sigma.expand(len(at))
+        residuals = control_residuals(
+            controlnet, at, sigmas, embeds, cond, backbone.pooled_width, sampler.conditioning_scale
+        )
+        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals).float()
+
+    for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        v = answer(latents, sigma, *text)
+        if guided:
+            v_empty = answer(latents, sigma, *empty)
+            v = v_empty + sampler.guidance_scale * (v - v_empty)
+        latents = flow.euler_step(latents, v, sigma[None], following[None])
+    return latents
+
+
 def warn_unknown_words(model: str | Path, prompts: Sequence[str]) -> None:
     """For the mini model's closed vocabulary: says which words of the prompts it does not know, and their share."""
     from refine_control.data.vocabulary import unknown_words
@@ -137,7 +174,7 @@ def warn_unknown_words(model: str | Path, prompts: Sequence[str]) -> None:
     if str(model) == "mini" and unknown:
         shown = ", ".join(repr(w) for w in unknown[:8]) + (" ..." if len(unknown) > 8 else "")
         logger.warning(
-            "the mini model does not know %d words (%.0f %% of all words in the prompts): %s; it ignores what they mean",
+            "the mini model does not know %d words (%.0f %% of all words in the prompts): %s; it leaves them out",
             len(unknown),
             100 * share,
             shown,

@@ -127,9 +127,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InUseError(
-                f"another process is writing to {folder}; wait for it or choose another folder"
-            ) from error
+            raise InUseError(f"another process is writing to {folder}; wait for it or choose another folder") from error
         yield
     finally:
         lock.close()

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from refine_control.config import SamplerConfig
 from refine_control.data.records import LABELED, ROLES, UNLABELED, Photo
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.models.backbone import Backbone, masked_pixels
 from refine_control.models.controlnet import mask_at_latents
+from refine_control.pipeline import complete_latents
+from refine_control.randomness import slot_normals
 from refine_control.storage import MANIFEST, only_writer, publish_folder, read_manifest, sha256_file
 
 CACHE_VERSION = 1
@@ -81,10 +84,12 @@ def write_cache(
     *,
     source: dict[str, Any],
     dtype: torch.dtype = torch.float32,
+    completions: SamplerConfig | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Encodes `count` photos of one size into `out`, replacing what is there only when whole.
 
+    With `completions` the model's own ControlNet (the teacher) also paints every hole once.
     The role `unlabeled` stores no latents of the picture, only of the picture without its hole.
     Raises ValueError for an unknown role, InvalidInputError for an empty source."""
     if role not in ROLES:
@@ -101,6 +106,7 @@ def write_cache(
         "dtype": str(dtype).removeprefix("torch."),
         "model": model_mark(backbone),
         "source": source,
+        "completions": completions.model_dump(mode="json") if completions else None,
     }
     with publish_folder(out, **described) as folder:
         writer = _Writer(folder, count)
@@ -125,13 +131,49 @@ def write_cache(
             embeds, pooled = backbone.encode_prompts(texts[first : first + _BATCH])
             text_writer.put("prompt_embeds", first, _to_numpy(embeds, dtype))
             text_writer.put("pooled_prompt_embeds", first, _to_numpy(pooled, dtype))
+        if completions is not None:
+            _write_completions(writer, text_writer, backbone, completions, dtype, progress)
         writer.close()
         text_writer.close()
         (folder / "samples.json").write_text(json.dumps({"keys": keys, "prompts": texts}, ensure_ascii=False))
 
 
+def _write_completions(
+    writer: _Writer,
+    text_writer: _Writer,
+    backbone: Backbone,
+    sampler: SamplerConfig,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> None:
+    """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
+
+    def read(name: str, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> torch.Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(arrays[name][rows]))
+        return (values.view(torch.bfloat16) if values.dtype == torch.uint16 else values).float()
+
+    for first in range(0, writer.count, _BATCH):
+        rows = np.arange(first, min(first + _BATCH, writer.count))
+        latents, mask = (read(n, rows, writer.arrays) for n in ("masked_latents", "masks"))
+        numbers = np.asarray(writer.arrays["prompt_index"][rows])
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        text = tuple(read(n, numbers, text_writer.arrays) for n in names)
+        empty = tuple(read(n, np.zeros_like(numbers), text_writer.arrays) for n in names)
+        noise = slot_normals(latents.shape[1:], rows.tolist(), sampler.seed, "completion")
+        teacher = backbone.pipeline.controlnet
+        painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
+        writer.put("completions", first, _to_numpy(painted, dtype))
+        if progress:
+            progress(int(rows[-1]) + 1, writer.count, "completions")
+
+
 def build_cache(
-    source: Path, out: Path, backbone: Backbone, dtype: torch.dtype = torch.float32, progress: Progress | None = None
+    source: Path,
+    out: Path,
+    backbone: Backbone,
+    dtype: torch.dtype = torch.float32,
+    completions: SamplerConfig | None = None,
+    progress: Progress | None = None,
 ) -> bool:
     """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model."""
     from refine_control.data.shards import Shards
@@ -144,11 +186,23 @@ def build_cache(
     with only_writer(out.with_name(f".{out.name}.writer")):
         if (out / MANIFEST).is_file():
             had = read_manifest(out, verify=False)
-            same = (had["source"], had["dtype"]) == (described, str(dtype).removeprefix("torch."))
+            wanted = completions.model_dump(mode="json") if completions else None
+            name = str(dtype).removeprefix("torch.")
+            same = (had["source"], had["dtype"], had["completions"]) == (described, name, wanted)
             if same and had["model"] == model_mark(backbone):
                 return False
         photos = (shards[i] for i in range(len(shards)))
-        write_cache(photos, len(shards), out, backbone, role, source=described, dtype=dtype, progress=progress)
+        write_cache(
+            photos,
+            len(shards),
+            out,
+            backbone,
+            role,
+            source=described,
+            dtype=dtype,
+            completions=completions,
+            progress=progress,
+        )
     return True
 
 
@@ -161,7 +215,9 @@ class Cache:
         try:
             self.manifest = read_manifest(folder)
         except FileNotFoundError:
-            raise InvalidInputError(f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`") from None
+            raise InvalidInputError(
+                f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`"
+            ) from None
         if self.manifest.get("kind") != "cache":
             raise InvalidInputError(f"{folder} is no cache; make one with `refine-control cache`")
         if model is not None and self.manifest["model"] != model:

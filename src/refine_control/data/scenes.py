@@ -211,7 +211,9 @@ def _render(seed: int, indices: np.ndarray, kind: str) -> Scenes:
     _paint(canvas, rows, target, objects)
     x, y, radius = (torch.from_numpy(getattr(objects, f)[rows, target]).float() for f in ("x", "y", "radius"))
     colour, shape, counts = objects.colour, objects.shape, objects.present.sum(1)
-    pairs = [list(zip(c[:k].tolist(), s[:k].tolist(), strict=True)) for c, s, k in zip(colour, shape, counts, strict=True)]
+    pairs = [
+        list(zip(c[:k].tolist(), s[:k].tolist(), strict=True)) for c, s, k in zip(colour, shape, counts, strict=True)
+    ]
     return Scenes(
         images=canvas.clamp_(0, 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
         masks=_masks(rest[:, :14], x, y, radius),
@@ -244,7 +246,9 @@ def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
     plain = render(seed, start, count - half).images.permute(0, 3, 1, 2).float() / 127.5 - 1
     draws = torch.from_numpy(uniforms(derive_seed(seed, "leaves"), np.arange(start, start + half), 520))
     waves = 3 * _WAVES
-    fields = torch.stack([_texture(draws[:, k * waves : (k + 1) * waves].reshape(half, _WAVES, 3)) for k in range(3)], 1)
+    fields = torch.stack(
+        [_texture(draws[:, k * waves : (k + 1) * waves].reshape(half, _WAVES, 3)) for k in range(3)], 1
+    )
     luminance = (0.1 + 0.35 * draws[:, 220])[:, None, None]
     chroma = (0.25 * draws[:, 221])[:, None, None, None]
     tone = 1.6 * (draws[:, 222:225] - 0.5)

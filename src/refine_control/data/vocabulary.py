@@ -42,6 +42,13 @@ def unknown_words(prompts: Sequence[str]) -> tuple[list[str], float]:
     return [word for word, _ in unknown.most_common()], unknown.total() / max(1, spoken.total())
 
 
+def only_known(prompt: str) -> str:
+    """The prompt itself where every word is known, else its known words alone, in order."""
+    spoken = words(prompt)
+    known = [word for word in spoken if word in WORDS]
+    return prompt if len(known) == len(spoken) else " ".join(known)
+
+
 def local_prompt(colour: int, shape: int) -> str:
     """`a red circle`, `an orange star`: indices into COLOURS and SHAPES."""
     name = list(COLOURS)[colour]

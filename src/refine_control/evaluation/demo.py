@@ -128,7 +128,9 @@ def run_demo(
             seconds[name] = train(recipe, out / f"{name}_{seed}", tell(f"train {name}")).seconds
         photos = read_test(out / "scenes" / "test")
         sampler = SamplerConfig(
-            num_inference_steps=numbers.num_inference_steps, guidance_scale=numbers.guidance_scale, conditioning_scale=1.0
+            num_inference_steps=numbers.num_inference_steps,
+            guidance_scale=numbers.guidance_scale,
+            conditioning_scale=1.0,
         )
         students = {"ours": out / f"ours_stage2_{seed}" / "student", "fc": out / f"fc_{seed}" / "student"}
         backbone = load_backbone("mini")
@@ -153,7 +155,9 @@ def run_demo(
         )
     shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
     head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"
-    text = "\n\n".join([head, *shown, text_table(cost_table(costs, result.seconds)), "\n".join(sentences), f"report: {report}"])
+    text = "\n\n".join(
+        [head, *shown, text_table(cost_table(costs, result.seconds)), "\n".join(sentences), f"report: {report}"]
+    )
     return Demonstrated(report, text, {**summary, "report": str(report)})
 
 

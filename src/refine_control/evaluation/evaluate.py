@@ -166,7 +166,9 @@ def difference_table(summary: Mapping[str, Any]) -> Table:
         [pair, *(_cell(v[m], _digits(m)) + ("" if v[m]["excludes_zero"] else " (zero inside)") for m in known)]
         for pair, v in pairs.items()
     ]
-    return Table("Paired differences", ["pair", *(HEADINGS[m] for m in known)], rows, ["On the same pictures and noise."])
+    return Table(
+        "Paired differences", ["pair", *(HEADINGS[m] for m in known)], rows, ["On the same pictures and noise."]
+    )
 
 
 def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:

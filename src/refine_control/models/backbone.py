@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
+from refine_control.data.vocabulary import only_known
 from refine_control.injection import expand_residuals
 
 
@@ -18,8 +19,14 @@ class Backbone:
 
     Everything in it is frozen; `velocity` stays in the graph for gradients to residuals."""
 
-    def __init__(self, pipeline: StableDiffusion3ControlNetInpaintingPipeline, max_sequence_length: int):
+    def __init__(
+        self,
+        pipeline: StableDiffusion3ControlNetInpaintingPipeline,
+        max_sequence_length: int,
+        closed_vocabulary: bool = False,
+    ):
         self.pipeline = pipeline
+        self.closed_vocabulary = closed_vocabulary
         self.max_sequence_length = max_sequence_length
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
         for part in (pipeline.vae, pipeline.transformer, *self.text_encoders, pipeline.controlnet):
@@ -55,10 +62,14 @@ class Backbone:
         config = self.vae.config
         return self.vae.decode(latents.to(self.vae.dtype) / config["scaling_factor"] + config["shift_factor"]).sample
 
+    def readable(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
+        return [only_known(p) for p in prompts] if self.closed_vocabulary else list(prompts)
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code."""
         with torch.no_grad():
-            return encode_prompts(self.pipeline, prompts, self.max_sequence_length)
+            return encode_prompts(self.pipeline, self.readable(prompts), self.max_sequence_length)
 
 
 def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -67,7 +78,9 @@ def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
-def encode_prompts(pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompts(
+    pipeline: Any, prompts: Sequence[str], max_sequence_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline's `encode_prompt` without guidance: (B,T,D_text), (B,D_pooled); differentiable."""
     texts = list(prompts)
     embeds, _, pooled, _ = pipeline.encode_prompt(

@@ -96,7 +96,9 @@ def trainable_parameters(controlnet: SD3ControlNetModel) -> dict[str, nn.Paramet
     return out
 
 
-def from_transformer(transformer: SD3Transformer2DModel, num_layers: int, extra_channels: int = 1) -> SD3ControlNetModel:
+def from_transformer(
+    transformer: SD3Transformer2DModel, num_layers: int, extra_channels: int = 1
+) -> SD3ControlNetModel:
     """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero.
 
     Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (PAPER trap 4).

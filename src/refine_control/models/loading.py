@@ -19,7 +19,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.attention import use_plain_attention
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import warn_if_stock_differs
-from refine_control.models.mini import BUNDLE, MAX_SEQUENCE_LENGTH
+from refine_control.models.mini import BUNDLE
 from refine_control.storage import publish_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -138,7 +138,9 @@ def load_pipeline(
         raise InvalidInputError(f"{path} has no model_index.json; give a pipeline folder in diffusers layout") from None
     if controlnet is None:
         if "controlnet" not in index:
-            raise InvalidInputError(f"{path} holds no ControlNet; name one with --controlnet or `teacher:` in the recipe")
+            raise InvalidInputError(
+                f"{path} holds no ControlNet; name one with --controlnet or `teacher:` in the recipe"
+            )
         controlnet = load_controlnet(path / "controlnet")
     given: dict[str, Any] = {"controlnet": controlnet}
     if index.get("text_encoder_3", [None])[0] is None:
@@ -149,13 +151,10 @@ def load_pipeline(
         )
 
 
-def max_sequence_length(model: str | Path) -> int:
-    """T5 tokens: 0 for the mini model and any other without T5 whose card says so, else 256."""
-    path = resolve(model)
-    card = path / "refine_control.json"
-    if card.is_file():
-        return json.loads(card.read_text())["max_sequence_length"]
-    return MAX_SEQUENCE_LENGTH if str(model) == "mini" else SD3_MAX_SEQUENCE_LENGTH
+def _card(model: str | Path) -> dict[str, Any]:
+    """What a bundle of this project says of itself; other models say nothing."""
+    card = resolve(model) / "refine_control.json"
+    return json.loads(card.read_text()) if card.is_file() else {}
 
 
 def load_backbone(
@@ -165,4 +164,9 @@ def load_backbone(
     pipeline = load_pipeline(model, controlnet)
     if plain_attention:
         use_plain_attention(pipeline.transformer, pipeline.controlnet)
-    return Backbone(pipeline, max_sequence_length(model))
+    card = _card(model)
+    return Backbone(
+        pipeline,
+        card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH),
+        closed_vocabulary=card.get("closed_vocabulary", False),
+    )

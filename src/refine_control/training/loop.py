@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
-from refine_control.errors import InterruptedCleanlyError, NonFiniteError
+from refine_control.errors import InterruptedCleanlyError, InvalidInputError, NonFiniteError
 from refine_control.randomness import slot_normals, slot_uniforms
-from refine_control.storage import write_json
+from refine_control.storage import write_atomic, write_json
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.optimizer import MasterWeights
 
@@ -113,7 +114,7 @@ class _Log:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.path.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+            write_atomic(self.path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
@@ -122,6 +123,9 @@ class _Log:
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, picture: np.ndarray) -> None:
+        self.board.add_image("validation", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self.file.close()
@@ -139,18 +143,28 @@ def _named_scalars(losses: Any) -> dict[str, torch.Tensor]:
     return out
 
 
-def _reduce(accelerator: Any, grads: list[torch.Tensor]) -> None:
-    """Averages gradients over processes in one message."""
-    if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+def _reduce(accelerator: Any, grads: list[torch.Tensor], asked: bool) -> bool:
+    """Averages gradients over processes in one message; True on all of them where one was `asked` to stop."""
+    if accelerator.num_processes == 1:
+        return asked
+    word = torch.full((1,), float(asked), device=grads[0].device)
+    flat = accelerator.reduce(torch.cat([*(g.flatten() for g in grads), word]), reduction="mean")
+    for grad, part in zip(grads, flat[:-1].split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+    return bool(flat[-1] > 0)
+
+
+def _means(accelerator: Any, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Logged values averaged over processes, as floats."""
+    return dict(zip(values, accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist(), strict=True))
 
 
 def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[range]:
     """This process's slots of the global batch, in device batches."""
     if training.batch_size % processes:
-        raise ValueError(f"batch_size {training.batch_size} is not a multiple of {processes} processes")
+        raise InvalidInputError(
+            f"training.batch_size {training.batch_size} is not a multiple of the {processes} processes; change one"
+        )
     own = training.batch_size // processes
     device = min(training.device_batch_size or own, own)
     return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
@@ -164,12 +178,13 @@ def fit(
     run_dir: Path,
     fingerprint: str,
     *,
-    validate: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+    validate: Callable[[int, dict[str, torch.Tensor]], np.ndarray] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Minimises `objective` for `training.steps` updates, resuming the run in `run_dir` where it has one.
 
-    `validate(step, weights)` is called every `validate_every` steps on the main process.
+    `validate(step, weights)` is called every `validate_every` steps on the main process; its picture (H,W,3) uint8 is
+    logged.
 
     Raises InterruptedCleanlyError after a saved SIGTERM or SIGINT, NonFiniteError, InvalidInputError for a
     run of another recipe, StorageError."""
@@ -203,34 +218,37 @@ def fit(
             for micro in slots:
                 draw = Draw(training.seed, training.stage, step, micro)
                 losses = objective.losses(batches.batch(draw), draw)
-                (losses.loss / len(slots)).backward()
+                share = len(micro) / sum(map(len, slots))
+                (losses.loss * share).backward()
                 master.accumulate()
                 for name, value in _named_scalars(losses).items():
-                    logged[name] = logged.get(name, 0) + value / len(slots)
-            _reduce(accelerator, master.grads)
+                    logged[name] = logged.get(name, 0) + value * share
+            stop = _reduce(accelerator, master.grads, bool(stopped()))
             rate = learning_rate_at(step, optimizer, training.steps)
             norm = master.step(rate, step, optimizer.max_grad_norm)
-            done = step + 1
-            if done % training.log_every == 0 or done == training.steps:
-                values = {name: float(value) for name, value in logged.items()}
-                if not math.isfinite(values["loss"]) or not math.isfinite(float(norm)):
-                    raise NonFiniteError(
-                        f"the loss or its gradient is not finite at step {done} of {run_dir}; "
-                        "lower optimizer.learning_rate and run again from the last checkpoint"
-                    )
+            done, last = step + 1, step + 1 == training.steps
+            saves = not last and (stop or bool(training.save_every and done % training.save_every == 0))
+            logs = last or done % training.log_every == 0
+            # a norm that is not finite spoils every later one, so looking before each save keeps checkpoints clean
+            if (saves or logs) and not math.isfinite(float(norm)):
+                raise NonFiniteError(
+                    f"the loss or its gradient is not finite at step {done} of {run_dir}; "
+                    "lower optimizer.learning_rate and run again in another --run-dir"
+                )
+            if logs:
+                values = _means(accelerator, logged)
                 seconds = (time.monotonic() - began) / (done - start)
                 if log:
                     log.write(done, {**values, "grad_norm": float(norm), "learning_rate": rate, "seconds": seconds})
                 if progress:
                     progress(done, training.steps, f"loss {values['loss']:.4f}")
-            if training.save_every and done % training.save_every == 0 and done < training.steps:
+            if saves:
                 save(done)
             if validate and training.validate_every and done % training.validate_every == 0 and log:
-                validate(done, master.ema_state())
-            if stopped() and done < training.steps:
-                save(done)
+                log.picture(done, validate(done, master.ema_state()))
+            if stop and not last:
                 raise InterruptedCleanlyError(
-                    f"stopped by signal {stopped()} after step {done} of {training.steps}; everything is saved in "
+                    f"stopped by a signal after step {done} of {training.steps}; everything is saved in "
                     f"{run_dir}, run the same command to continue"
                 )
     if start < training.steps:

@@ -41,6 +41,7 @@ from refine_control.pipeline import inpaint, make_pipeline
 from refine_control.randomness import derive_seed, permutation
 from refine_control.storage import publish_folder, write_json
 from refine_control.training.loop import Draw, Progress, fit
+from refine_control.training.stages import STAGES, Stage
 
 
 class StageLosses(NamedTuple):
@@ -92,9 +93,7 @@ class SceneBatches:
     @torch.no_grad()
     def _encode(self, draw: Draw, number: int) -> SceneBatch:
         each = self.steps_in_pool // self.repeats
-        rows = [
-            scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots
-        ]
+        rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots]
         images = torch.cat([r.images for r in rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         masks = torch.cat([r.masks for r in rows])[:, None].float()
         parts = zip(images.split(64), masks.split(64), strict=True)
@@ -214,26 +213,7 @@ class TeacherObjective:
         cond = control_cond(batch.masked_latents, batch.mask)
         residuals = control_residuals(self.controlnet, noisy, sigmas, embeds, cond, pooled.shape[-1])
         predicted = predict_velocity(self.pipeline.transformer, noisy, sigmas, embeds, pooled, residuals)
-        return weighted_losses(
-            predicted.float() - flow.velocity(batch.latents, noise), batch.mask, self.inside_weight
-        )
-
-
-class Stage(NamedTuple):
-    """How one network of the bundle is trained: a row of the bundle's recipe."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    ema_decay: float
-
-
-STAGES = {
-    "autoencoder": Stage(4000, 16, 1.5e-3, 0.999),
-    "base": Stage(5000, 64, 1.2e-3, 0.998),
-    "teacher": Stage(6000, 64, 1.2e-3, 0.998),
-}
-"""Defaults of `mini train`: hours on two cores, minutes on a GPU."""
+        return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, self.inside_weight)
 
 
 def run_stage(
@@ -271,8 +251,8 @@ def run_stage(
             temporary = folder / "weights.tmp"
             save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
             temporary.replace(result)
-            samples = stage.steps * stage.batch_size
-            write_json(folder / "stage.json", {**stage._asdict(), "samples": samples, "seed": seed})
+            seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "seconds_last_sitting": fitted.seconds}
+            write_json(folder / "stage.json", {**stage._asdict(), **seen})
         return fitted.weights
     return load_file(result)
 
@@ -336,7 +316,9 @@ def train_bundle(
         objective = BaseObjective(pipeline, torch.bfloat16)
         weights = run_stage("base", objective, SceneBatches(pipeline.vae), stages["base"], work, seed, progress)
         for name, part in objective.parts.items():
-            part.float().load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, strict=False)
+            part.float().load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, strict=False
+            )
             part.requires_grad_(False)
         pipeline.register_modules(controlnet=from_transformer(pipeline.transformer, 23))
         use_plain_attention(pipeline.controlnet)
@@ -417,8 +399,12 @@ def check_bundle(
     out: dict[str, Any] = {
         "scenes": count,
         "autoencoder_psnr": float(psnr(rendered.images.numpy(), kept).mean()),
-        "oracle_clean": {n: 100 * float((getattr(seen, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")},
-        "oracle_noise": {n: 100 * float((getattr(guess, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")},
+        "oracle_clean": {
+            n: 100 * float((getattr(seen, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
+        },
+        "oracle_noise": {
+            n: 100 * float((getattr(guess, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
+        },
         "sampler": CHECK_SAMPLER.model_dump(mode="json"),
     }
     for kind in prompts:

@@ -21,6 +21,7 @@ from refine_control.storage import MANIFEST, only_writer, read_manifest, write_a
 from refine_control.training.batches import LabeledBatches, UnlabeledBatches
 from refine_control.training.loop import Progress, fit
 from refine_control.training.objectives import FromScratch, Networks, SelfSupervised, Supervised
+from refine_control.training.validation import Validation
 
 STUDENT = "student"
 
@@ -90,7 +91,9 @@ def _objective_and_batches(
         x0 = "masked_latents" if objective.x0_source == "masked" else "completions"
         cache = _cache(recipe.data.unlabeled, "unlabeled", UNLABELED, mark)
         if x0 not in cache.arrays:
-            raise MissingError(f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete`")
+            raise MissingError(
+                f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
+            )
         return SelfSupervised(networks, objective.weights, relative), UnlabeledBatches(cache, x0=x0, **common)
     batches = LabeledBatches(_cache(recipe.data.labeled, "labeled", LABELED, mark), **common)
     if objective.kind == "from_scratch":
@@ -144,6 +147,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
     mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
+    if recipe.training.validate_every and not recipe.data.test:
+        raise InvalidInputError("training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER")
     with only_writer(run_dir):
         device = training_device()
         backbone, networks = _prepare(recipe, device)
@@ -155,7 +160,17 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
             return done
         objective, batches = _objective_and_batches(recipe, networks, model, device)
         write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
-        fitted = fit(objective, batches, recipe.optimizer, recipe.training, run_dir, mark, progress=progress)
+        validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
+        fitted = fit(
+            objective,
+            batches,
+            recipe.optimizer,
+            recipe.training,
+            run_dir,
+            mark,
+            validate=validate,
+            progress=progress,
+        )
         student = networks.student.to("cpu", torch.float32)
         student.load_state_dict(fitted.weights, strict=False)
         save_controlnet(

@@ -1,0 +1,26 @@
+"""Options that mean the same in every verb, and how an app of verbs is made."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def make_app(**options: Any) -> typer.Typer:
+    """An app that answers plainly: no shell completion, no boxes, no pretty tracebacks."""
+    return typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+    )
+
+
+InFolder = typer.Argument(exists=True, file_okay=False)
+InFile = typer.Option(exists=True, dir_okay=False)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")]
+Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
+Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]
+Injection = Annotated[Literal["exact", "diffusers"], typer.Option(help="As trained, or by the stock rule.")]

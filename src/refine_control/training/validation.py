@@ -1,0 +1,80 @@
+"""Pictures on the way: what the student paints now, from its averaged weights, beside the originals."""
+
+# B pictures, H W pixels, h w latents
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from refine_control.config import Recipe
+from refine_control.data.cache import photos_as_tensors
+from refine_control.data.shards import Shards
+from refine_control.evaluation.pictures import PictureGrid, picture_grid
+from refine_control.models.backbone import masked_pixels
+from refine_control.models.controlnet import mask_at_latents
+from refine_control.pipeline import complete_latents
+from refine_control.randomness import slot_normals
+from refine_control.storage import write_atomic
+from refine_control.training.objectives import Networks
+
+
+class Validation:
+    """Paints the first `num_validation_images` of the shards in `data.test` with the recipe's sampler.
+
+    Raises what `Shards` raises when `data.test` holds none."""
+
+    def __init__(self, recipe: Recipe, networks: Networks, run_dir: Path):
+        shards = Shards(Path(str(recipe.data.test)))
+        count = min(recipe.training.num_validation_images, len(shards))
+        self.photos = [shards[i] for i in range(count)]
+        self.networks, self.sampler, self.folder = networks, recipe.sampler, run_dir / "validation"
+        backbone = networks.backbone
+        pixels, mask = photos_as_tensors(self.photos)
+        self.masked_latents = backbone.encode_images(masked_pixels(pixels, mask))
+        self.mask = mask_at_latents(mask, self.masked_latents)
+        self.text = backbone.encode_prompts([p.prompt for p in self.photos])
+        self.empty = backbone.encode_prompts([""] * count)
+        self.noise = slot_normals(self.masked_latents.shape[1:], range(count), self.sampler.seed, "initial noise")
+
+    @torch.no_grad()
+    def __call__(self, step: int, weights: dict[str, torch.Tensor]) -> np.ndarray:
+        """Writes `validation/step_XXXXXXXX.png` and returns the picture (H,W,3) uint8; the student is left as it was."""
+        from PIL import Image
+
+        parameters = self.networks.parameters
+        trained = {name: p.detach().clone() for name, p in parameters.items()}
+        device = self.networks.student.device
+        try:
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+            text, empty = (tuple(t.to(device) for t in pair) for pair in (self.text, self.empty))
+            latents = complete_latents(
+                self.networks.backbone,
+                self.networks.student,
+                self.masked_latents.to(device),
+                self.mask.to(device),
+                text,  # type: ignore[arg-type]
+                empty,  # type: ignore[arg-type]
+                self.sampler,
+                self.noise.to(device),
+            )
+        finally:
+            for name, parameter in parameters.items():
+                parameter.copy_(trained[name])
+        decoded = self.networks.backbone.decode_latents(latents.to(self.networks.backbone.vae.device))
+        painted = ((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        png = picture_grid(
+            PictureGrid(
+                ["original", f"student at step {step}"],
+                [[p.image, i] for p, i in zip(self.photos, painted, strict=True)],
+                [p.prompt for p in self.photos],
+                [p.mask for p in self.photos],
+            )
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / f"step_{step:08d}.png", png)
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
