@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[_name] = "1"
@@ -14,8 +14,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("laws", deadline=None)  # a busy machine breaks no law
+settings.load_profile("laws")
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from refine_control.models.backbone import Backbone
+    from refine_control.models.controlnet import ControlNet
 
 _LIST = Path(__file__).with_name("allowed_skips.txt")
 _ALLOWED = {line.partition("#")[0].strip() for line in _LIST.read_text().splitlines()} - {""}
@@ -41,3 +50,44 @@ def pytest_make_collect_report() -> Iterator[None]:
     report = yield
     _refuse_skip(report)
     return report
+
+
+# SD3's own classes, small enough for laws: 24 blocks of width 32. Nothing in them is zero but what a test makes zero.
+
+
+def _disturb(controlnet: ControlNet, seed: int) -> ControlNet:
+    """Noise in the layers that are zero at birth, so that residuals, losses and gradients are not trivially zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in (controlnet.controlnet_blocks, controlnet.pos_embed_input):
+            for parameter in part.parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return controlnet
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """An untrained backbone with a noisy 23-layer teacher; shared, so leave it as it is."""
+    from refine_control.models import mini
+    from refine_control.models.backbone import Backbone
+
+    narrow = {"attention_head_dim": 16, "caption_projection_dim": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini, "TRANSFORMER", {**mini.TRANSFORMER, **narrow})
+        patch.setattr(mini, "VAE", {**mini.VAE, "block_out_channels": (8, 8, 16, 16)})
+        pipeline = mini.new_pipeline(tmp_path_factory.mktemp("tiny"), seed=0)
+    pipeline.vae.register_to_config(shift_factor=0.1, scaling_factor=1.7)
+    pipeline.set_progress_bar_config(disable=True)
+    _disturb(pipeline.controlnet, 1)
+    return Backbone(pipeline, max_sequence_length=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tiny_backbone: Backbone) -> Callable[..., ControlNet]:
+    """`tiny_student(num_layers, seed=2)`: a new noisy ControlNet on the tiny backbone's transformer."""
+    from refine_control.models.controlnet import from_transformer
+
+    def build(num_layers: int, seed: int = 2) -> ControlNet:
+        return _disturb(from_transformer(tiny_backbone.transformer, num_layers), seed).eval()
+
+    return build

@@ -25,7 +25,6 @@ from refine_control.cli_options import (
 from refine_control.cli_output import named_folders, progress_bar, show
 from refine_control.errors import MissingError
 
-
 app = make_app(help="Make big ControlNets small, and prove what was lost.")
 mini_app = make_app(help="The miniature SD3 that ships with the package.")
 bench_app = make_app(help="Measure this machine.")
@@ -174,7 +173,7 @@ def mini_check(
     as_json: Json = False,
 ) -> None:
     """Does the mini teacher obey its prompt, and is it at chance with an empty or a wrong one?"""
-    from refine_control.training.mini import check_bundle
+    from refine_control.training.check import check_bundle
 
     show(check_bundle(n, seed=seed, bundle=bundle), as_json)
 
@@ -208,6 +207,8 @@ def main() -> int:
     """Runs the command line; an error that a person can mend is one message on stderr and its exit code."""
     # transformers advises at import to install torchvision, which would break it beside a CPU torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers warns at every change of type and every cut prompt; what matters is said by our own verbs.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         app(prog_name="refine-control")
     except KeyboardInterrupt:

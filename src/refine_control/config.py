@@ -163,6 +163,9 @@ class SamplerConfig(_Section):
     latents: Literal["mean", "sample"] = Field(
         default="mean", description="masked latents: mean of the VAE posterior or a draw"
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic of transformer and ControlNet; the VAE and the steps are fp32"
+    )
 
 
 class DataConfig(_Section):

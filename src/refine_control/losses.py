@@ -42,9 +42,9 @@ def output_loss(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:
-    """sum_{s in G_j} f_T of site s, for each of the student's `num_layers` groups: (B,N,D) each."""
+    """sum_{s in G_j} f_T of site s, for each of the student's `num_layers` groups: (B,N,D) each, fp32."""
     feeds = layer_of_site(len(teacher), num_sites)
-    return [torch.stack([teacher[feeds[s]] for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
+    return [torch.stack([teacher[feeds[s]].float() for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
 
 
 def feature_losses(
@@ -59,8 +59,8 @@ def feature_losses(
     for own, total, sites in zip(
         student, teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites), strict=True
     ):
-        part = (len(sites) * own.float() - total.float()).square().mean()
-        parts.append(part / total.float().square().mean().clamp_min(1e-12) if relative else part)
+        part = (len(sites) * own.float() - total).square().mean()
+        parts.append(part / total.square().mean().clamp_min(1e-12) if relative else part)
     return torch.stack(parts)
 
 

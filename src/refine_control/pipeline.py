@@ -1,4 +1,4 @@
-"""The inpainting pipeline: the stock one with exact injection, and the masked latents' mean unless a draw is asked for."""
+"""The inpainting pipeline: stock with exact injection, and the masked latents' mean unless a draw is asked for."""
 
 # B batch, H W pixels
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -86,9 +86,41 @@ def make_pipeline(
 
 
 @torch.no_grad()
-def inpaint(
+def run_pipeline(
     pipeline: InpaintingPipeline,
     backbone: Backbone,
+    image: np.ndarray,
+    mask: np.ndarray,
+    prompt: str,
+    sampler: SamplerConfig,
+) -> np.ndarray:
+    """One picture through the pipeline: image (H,W,3) uint8, mask (H,W) bool True = inpaint -> (H,W,3) uint8."""
+    height, width = mask.shape
+    shape = (
+        pipeline.transformer.config["in_channels"],
+        *(side // pipeline.vae_scale_factor for side in (height, width)),
+    )
+    noise = slot_normals(shape, [0], sampler.seed, "initial noise")
+    result = cast(Any, pipeline)(
+        prompt=backbone.readable([prompt]),
+        control_image=torch.from_numpy(image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1,
+        control_mask=torch.from_numpy(mask)[None, None].float(),
+        height=height,
+        width=width,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        controlnet_conditioning_scale=sampler.conditioning_scale,
+        latents=noise.to(pipeline.transformer.device, pipeline.transformer.dtype),
+        max_sequence_length=backbone.max_sequence_length,
+        output_type="pt",
+    ).images[0]
+    return (result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@torch.no_grad()
+def inpaint(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
     images: np.ndarray,
     masks: np.ndarray,
     prompts: Sequence[str],
@@ -100,33 +132,33 @@ def inpaint(
 ) -> np.ndarray:
     """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
 
-    The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any two models, batch
-    sizes and subsets are compared on the same noise."""
-    count, height, width = images.shape[:3]
-    factor, channels = pipeline.vae_scale_factor, pipeline.transformer.config["in_channels"]
-    device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
+    The pictures of `InpaintingPipeline` but for rounding; the transformer and the ControlNet may be in bf16, the VAE
+    and the steps stay in fp32. The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any
+    two models, batch sizes and subsets are compared on the same noise. Raises ValueError for latents "sample"."""
+    if sampler.latents != "mean":
+        raise ValueError("batches are encoded by the posterior's mean; draws are for InpaintingPipeline")
+    device = backbone.transformer.device
     out = []
-    for a in range(0, count, batch_size):
-        b = min(a + batch_size, count)
-        shape = (channels, height // factor, width // factor)
-        noise = slot_normals(shape, range(first + a, first + b), sampler.seed, "initial noise")
+    for a in range(0, len(images), batch_size):
+        b = min(a + batch_size, len(images))
         pixels = torch.from_numpy(images[a:b]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        result = pipeline(
-            prompt=backbone.readable(prompts[a:b]),
-            control_image=pixels,
-            control_mask=torch.from_numpy(masks[a:b])[:, None].float(),
-            height=height,
-            width=width,
-            num_inference_steps=sampler.num_inference_steps,
-            guidance_scale=sampler.guidance_scale,
-            controlnet_conditioning_scale=sampler.conditioning_scale,
-            latents=noise.to(device, dtype),
-            max_sequence_length=backbone.max_sequence_length,
-            output_type="pt",
-        ).images
-        out.append((result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        mask = torch.from_numpy(masks[a:b])[:, None].float()
+        masked_latents = backbone.encode_images(masked_pixels(pixels, mask).to(device)).float()
+        noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
+        latents = complete_latents(
+            backbone,
+            controlnet,
+            masked_latents,
+            mask.to(device),
+            backbone.encode_prompts(prompts[a:b]),
+            backbone.encode_prompts([""] * (b - a)),
+            sampler,
+            noise.to(device),
+        )
+        decoded = (backbone.decode_latents(latents).float().cpu() / 2 + 0.5).clamp(0, 1)
+        out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
         if progress:
-            progress(b, count, "inpaint")
+            progress(b, len(images), "inpaint")
     return np.concatenate(out)
 
 
@@ -155,7 +187,8 @@ def complete_latents(
         residuals = control_residuals(
             controlnet, at, sigmas, embeds, cond, backbone.pooled_width, sampler.conditioning_scale
         )
-        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals).float()
+        v = predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection)
+        return v.float()
 
     for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
         v = answer(latents, sigma, *text)
@@ -212,17 +245,16 @@ def inpaint_file(
     loaded = load_controlnet(controlnet) if controlnet else None
     backbone = load_backbone(model, loaded)
     transformer = backbone.transformer
-    size = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
+    side: int = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
     root = Path(image.anchor or ".").resolve() if image.is_absolute() else Path.cwd()
     entry = Entry("input", root, str(image.resolve()), str(mask.resolve()), prompt)
     try:
-        photo = load(entry, size, enlarge=True)
+        photo = load(entry, side, enlarge=True)
     except Rejected as rejected:
         raise InvalidInputError(f"{image} with {mask}: {rejected.detail} ({rejected.reason.value})") from None
-    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
-    painted = inpaint(
-        pipeline, backbone, photo.image[None], photo.mask[None], [prompt], sampler or SamplerConfig(), batch_size=1
-    )[0]
+    sampler = sampler or SamplerConfig()
+    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet, sampler.injection, sampler.latents)
+    painted = run_pipeline(pipeline, backbone, photo.image, photo.mask, prompt, sampler)
     if composite:
         painted = np.where(photo.mask[..., None], painted, photo.image)
     import io

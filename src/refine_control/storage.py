@@ -109,8 +109,13 @@ def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:
     """The manifest of a published folder; with `verify`, each file's size and sha256 are checked.
 
     Raises DamagedError naming the first file that differs, FileNotFoundError without a manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, expected in manifest["files"].items() if verify else ():
+    text = (folder / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(text)
+        files = manifest["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{folder / MANIFEST} is damaged; delete {folder} and make it again") from None
+    for name, expected in files if verify else ():
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
             raise DamagedError(f"{path} is not the file its manifest describes; delete {folder} and make it again")

@@ -175,7 +175,9 @@ def build_cache(
     completions: SamplerConfig | None = None,
     progress: Progress | None = None,
 ) -> bool:
-    """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model."""
+    """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model.
+
+    Raises InvalidInputError when `source` holds no shards, or `out` holds something that is no cache."""
     from refine_control.data.shards import Shards
 
     if not (source / MANIFEST).is_file():
@@ -184,8 +186,10 @@ def build_cache(
     role = json.loads((source / MANIFEST).read_text())["role"]
     described = {"shards": sha256_file(source / MANIFEST)}
     with only_writer(out.with_name(f".{out.name}.writer")):
-        if (out / MANIFEST).is_file():
-            had = read_manifest(out, verify=False)
+        had = read_manifest(out, verify=False) if (out / MANIFEST).is_file() else {}
+        if had.get("kind") != "cache" and out.exists() and any(out.iterdir()):
+            raise InvalidInputError(f"{out} holds something that is no cache; choose another folder")
+        if had:
             wanted = completions.model_dump(mode="json") if completions else None
             name = str(dtype).removeprefix("torch.")
             same = (had["source"], had["dtype"], had["completions"]) == (described, name, wanted)

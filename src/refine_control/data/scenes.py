@@ -10,6 +10,7 @@ independently of the target (an exact twin excepted, which is never drawn).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -157,6 +158,8 @@ def _distance(shape: int, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: Objects) -> None:
     """Draws object `column[i]` on `canvas[rows[i]]` in place: canvas (N, 3, 64, 64) in 0..255."""
+    if not len(rows):
+        return
     shapes = objects.shape[rows, column]
     order = np.argsort(shapes, kind="stable")
     rows, column, shapes = rows[order], column[order], shapes[order]
@@ -167,9 +170,9 @@ def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: 
     cos, sin = take["angle"].cos(), take["angle"].sin()
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
     bounds = np.searchsorted(shapes, np.arange(len(SHAPES) + 1))
-    distance = torch.cat(
-        [_distance(s, u[a:b], v[a:b]) for s, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a]
-    )
+    distance = torch.cat([_distance(s, u[a:b], v[a:b]) for s, (a, b) in enumerate(pairwise(bounds)) if b > a])
+    # the soft edge of a sharp corner reaches far beyond it: it ends at the disc, which every mask covers
+    distance = torch.maximum(distance, (dx.square() + dy.square()).sqrt_() - 1)
     alpha = (0.5 - distance * take["radius"]).clamp_(0, 1)[:, None]
     shade = (dx * take["light"].cos() + dy * take["light"].sin()).mul_(0.14).add_(0.96)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
@@ -206,8 +209,7 @@ def _render(seed: int, indices: np.ndarray, kind: str) -> Scenes:
     rows = np.arange(len(indices))
     for column in range(MAX_OBJECTS):
         drawn = rows[objects.present[:, column] & (target != column)]
-        if len(drawn):
-            _paint(canvas, drawn, np.full(len(drawn), column), objects)
+        _paint(canvas, drawn, np.full(len(drawn), column), objects)
     _paint(canvas, rows, target, objects)
     x, y, radius = (torch.from_numpy(getattr(objects, f)[rows, target]).float() for f in ("x", "y", "radius"))
     colour, shape, counts = objects.colour, objects.shape, objects.present.sum(1)
@@ -238,13 +240,16 @@ def render(seed: int, start: int, count: int, kind: str = "any") -> Scenes:
 
 
 def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
-    """(count, 3, 64, 64) in [-1, 1] for the autoencoder: half scenes, half pictures with the statistics of photographs.
+    """(count, 3, 64, 64) in [-1, 1] for the autoencoder: even numbers are scenes, odd ones look like photographs.
 
+    Picture `start + i` is a function of (seed, start + i) alone.
     The latter are dead leaves (Lee, Mumford, Huang 2001) over 1/f fields with strong luminance and weaker
     chroma, so that an autoencoder that never saw a photograph can keep one."""
-    half = count // 2
-    plain = render(seed, start, count - half).images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    draws = torch.from_numpy(uniforms(derive_seed(seed, "leaves"), np.arange(start, start + half), 520))
+    numbers = np.arange(start, start + count)
+    odd = numbers % 2 == 1
+    half = int(odd.sum())
+    plain = _render(derive_seed(seed, "scenes", "any"), numbers[~odd], "any").images
+    draws = torch.from_numpy(uniforms(derive_seed(seed, "leaves"), numbers[odd], 520))
     waves = 3 * _WAVES
     fields = torch.stack(
         [_texture(draws[:, k * waves : (k + 1) * waves].reshape(half, _WAVES, 3)) for k in range(3)], 1
@@ -270,9 +275,7 @@ def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
         paint = 0.5 * tone[:, :, None, None] + own[:, :, None, None]
         shade = (0.3 * u[:, 9, 0])[:, None, None, None] * fields.roll((leaf * 7 + 5, leaf * 3), (2, 3))[:, :1]
         picture = torch.lerp(picture, paint + shade, alpha)
-    return torch.cat([plain, picture.clamp(-1, 1)])[torch.from_numpy(np.argsort(draws_order(seed, start, count)))]
-
-
-def draws_order(seed: int, start: int, count: int) -> np.ndarray:
-    """(count,) uniforms that shuffle a mixture."""
-    return uniforms(derive_seed(seed, "order"), np.arange(start, start + count), 1)[:, 0]
+    out = torch.empty(count, 3, SIZE, SIZE)
+    out[torch.from_numpy(~odd)] = plain.permute(0, 3, 1, 2).float() / 127.5 - 1
+    out[torch.from_numpy(odd)] = picture.clamp(-1, 1)
+    return out

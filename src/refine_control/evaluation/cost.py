@@ -5,6 +5,7 @@ One multiply-accumulate (MAC) is 2 FLOPs everywhere in this project; papers that
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
@@ -68,13 +69,19 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
     def add_matrix_vector(bias: Any, matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
         return 2 * matrix[0] * matrix[1]
 
+    def linear(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(hidden) * weight[0]
+
     aten = torch.ops.aten
-    return {
+    formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         aten.mv: matrix_vector,
         aten.addmv: add_matrix_vector,
     }
+    if torch.backends.mkldnn.is_available():  # models/cpu_kernels.py
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+    return formulas
 
 
 def time_call(fn: Callable[[], Any], warmup: int = 1, repeats: int = 10) -> Timing:

@@ -87,8 +87,8 @@ def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> l
         f"{teacher.num_params / ours.num_params:.2f} times fewer parameters, "
         f"{teacher.gflops_step / ours.gflops_step:.2f} times fewer operations in a denoising step.",
         f"Both students saw {budget.steps} steps of {budget.batch_size} samples from the same initialisation; "
-        f"fc learned from {budget.labeled} labelled scenes, ours from the same and from {budget.unlabeled} without pixels "
-        "in their holes.",
+        f"fc learned from {budget.labeled} labelled scenes, ours from the same and from {budget.unlabeled} without "
+        "pixels in their holes.",
     ]
     pair = summary["paired_differences"]["ours - fc"]
     for metric, unit in (("psnr_region", "dB of region PSNR"), ("both", "points of obedience (colour and shape)")):
@@ -131,14 +131,15 @@ def run_demo(
             num_inference_steps=numbers.num_inference_steps,
             guidance_scale=numbers.guidance_scale,
             conditioning_scale=1.0,
+            precision=fast_precision(training_device()),
         )
         students = {"ours": out / f"ours_stage2_{seed}" / "student", "fc": out / f"fc_{seed}" / "student"}
         backbone = load_backbone("mini")
         controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
-        result = compare(backbone, controlnets, photos, sampler, load_classifier(BUNDLE), tell("evaluate"))
-        summary = summarise(result, "ours", "fc")
         sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, "mini", sources)
+        result = compare(backbone, controlnets, photos, sampler, load_classifier(BUNDLE), tell("evaluate"))
+        summary = summarise(result, "ours", "fc")
         facts = {
             **sampler_facts(sampler, len(photos)),
             "labelled scenes": str(numbers.labeled),

@@ -20,8 +20,9 @@ from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
 from refine_control.evaluation.statistics import Interval, bootstrap_mean, gap_closed, paired_difference
 from refine_control.models.backbone import Backbone
+from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_backbone, load_controlnet
-from refine_control.pipeline import inpaint, make_pipeline, warn_unknown_words
+from refine_control.pipeline import inpaint, warn_unknown_words
 from refine_control.storage import only_writer, write_atomic, write_json
 
 TEACHER = "teacher"
@@ -82,9 +83,17 @@ def compare(
     classifier: Classifier | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all."""
+    """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
+
+    Transformer and ControlNets are cast to `sampler.precision` in place: measure costs before."""
     import time
 
+    import torch
+
+    dtype = torch.bfloat16 if sampler.precision == "bf16" else torch.float32
+    if dtype == torch.bfloat16 and backbone.transformer.device.type == "cpu":
+        use_cpu_kernels(backbone.transformer, *controlnets.values())
+    backbone.transformer.to(dtype)
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     result = Result({}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
@@ -93,9 +102,9 @@ def compare(
             if progress:
                 progress(number * total + done, len(controlnets) * total, name)
 
-        pipeline = make_pipeline(backbone, controlnet, sampler.injection, sampler.latents)
+        controlnet.to(dtype)
         began = time.perf_counter()
-        painted = inpaint(pipeline, backbone, images, masks, [p.prompt for p in photos], sampler, progress=tell)
+        painted = inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], sampler, progress=tell)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
         result.images[name] = painted
         result.scores[name] = score(photos, painted, classifier)
@@ -152,8 +161,8 @@ def quality_table(summary: Mapping[str, Any]) -> Table:
     known = list(next(iter(models.values())))
     rows = [[name, *(_cell(values[m], _digits(m)) for m in known)] for name, values in models.items()]
     notes = [
-        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw pipeline "
-        "output unless composited (kept pixels put back); region: inside the mask."
+        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
+        "pipeline output unless composited (kept pixels put back); region: inside the mask."
     ]
     return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, notes)
 
@@ -162,12 +171,12 @@ def difference_table(summary: Mapping[str, Any]) -> Table:
     """A row for each pair of models."""
     pairs = summary["paired_differences"]
     known = list(next(iter(pairs.values())))
-    rows = [
-        [pair, *(_cell(v[m], _digits(m)) + ("" if v[m]["excludes_zero"] else " (zero inside)") for m in known)]
-        for pair, v in pairs.items()
-    ]
+    rows = [[pair, *(_cell(v[m], _digits(m)) for m in known)] for pair, v in pairs.items()]
     return Table(
-        "Paired differences", ["pair", *(HEADINGS[m] for m in known)], rows, ["On the same pictures and noise."]
+        "Paired differences",
+        ["pair", *(HEADINGS[m] for m in known)],
+        rows,
+        ["On the same pictures and noise. An interval with zero inside is no evidence of a difference."],
     )
 
 
@@ -189,8 +198,8 @@ def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> 
     columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
     columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
     notes = [
-        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak memory "
-        "is of a fresh process that samples with this model."
+        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak "
+        "memory is of a fresh process that samples with this model."
     ]
     return Table("Cost", columns, rows, notes)
 
@@ -248,7 +257,8 @@ def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
     return {
         "pictures": str(count),
         "sampler": f"Euler, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}, "
-        f"conditioning scale {sampler.conditioning_scale:g}, injection {sampler.injection}, seed {sampler.seed}",
+        f"conditioning scale {sampler.conditioning_scale:g}, injection {sampler.injection}, seed {sampler.seed}, "
+        f"{sampler.precision}",
     }
 
 
@@ -288,10 +298,10 @@ def evaluate(
         from refine_control.models.mini import BUNDLE
 
         classifier = load_classifier(BUNDLE) if known else None
-        result = compare(backbone, controlnets, photos, sampler, classifier, progress)
-        summary = summarise(result, "ours", "fc")
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, model, sources)
+        result = compare(backbone, controlnets, photos, sampler, classifier, progress)
+        summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
         report = write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts)
     return {**summary, "report": str(report)}

@@ -103,16 +103,16 @@ def _main(model: str, folder: str) -> None:
     """Loads, samples one picture in two steps, prints the peak."""
     import numpy as np
 
-    from refine_control.pipeline import inpaint, make_pipeline
+    from refine_control.pipeline import make_pipeline, run_pipeline
 
     torch.set_num_threads(1)
     loaded = load_controlnet(folder) if folder else None
     backbone = load_backbone(model, loaded)
     side = backbone.transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
-    image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
-    mask[:, side // 4 : side // 2, side // 4 : side // 2] = True
+    image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = True
     pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
-    inpaint(pipeline, backbone, image, mask, ["a red circle"], SamplerConfig(num_inference_steps=2), batch_size=1)
+    run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
     print(peak_memory())
 
 

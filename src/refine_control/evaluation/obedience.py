@@ -9,6 +9,7 @@ measures it again: clean renders, pure noise, and the surroundings alone.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Classifier(nn.Module):
                 nn.GroupNorm(8, b),
                 nn.SiLU(),
             )
-            for a, b in zip(channels, channels[1:], strict=False)
+            for a, b in pairwise(channels)
         )
         self.hidden = nn.Linear(2 * width * 16, 64)
         self.colour, self.shape = nn.Linear(64, len(COLOURS)), nn.Linear(64, len(SHAPES))

@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control.data.vocabulary import only_known
-from refine_control.injection import expand_residuals
+from refine_control.injection import Injection, expand_residuals
 
 
 class Backbone:
@@ -96,8 +96,9 @@ def predict_velocity(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     residuals: Sequence[torch.Tensor] | None = None,
+    injection: Injection = "exact",
 ) -> torch.Tensor:
-    """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type. Residuals: L of (B,N,D), injected exactly."""
+    """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly."""
     dtype = transformer.dtype
     blocks = len(transformer.transformer_blocks)
     return transformer(
@@ -105,7 +106,7 @@ def predict_velocity(
         timestep=sigmas * 1000,
         encoder_hidden_states=prompt_embeds.to(dtype),
         pooled_projections=pooled_prompt_embeds.to(dtype),
-        block_controlnet_hidden_states=None if residuals is None else expand_residuals(residuals, blocks),
+        block_controlnet_hidden_states=None if residuals is None else expand_residuals(residuals, blocks, injection),
         return_dict=False,
     )[0]
 

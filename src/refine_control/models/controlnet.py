@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
@@ -17,7 +17,10 @@ from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, groups, stock_injects_exactly
 
 logger = logging.getLogger(__name__)
+ControlNet = SD3ControlNetModel
+"""Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
 StudentInit = Literal["transformer", "teacher", "random"]
+_forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long timesteps and promise one tensor
 _NO_GRADIENT = ("attn.to_add_out.", "ff_context.")
 """Of the last block: its text stream is read by nobody, so these never get a gradient."""
 
@@ -49,7 +52,7 @@ def control_residuals(
 
     The pooled projection is zeros, as the inpainting pipeline feeds it (PAPER trap 1)."""
     dtype = controlnet.dtype
-    return SD3ControlNetModel.forward(
+    return _forward(
         controlnet,
         hidden_states=noisy_latents.to(dtype),
         controlnet_cond=cond.to(dtype),
@@ -71,14 +74,14 @@ class InjectedControlNet(SD3ControlNetModel):
     num_blocks: int = 24
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        residuals = super().forward(*args, return_dict=False, **kwargs)[0]
+        residuals = _forward(self, *args, return_dict=False, **kwargs)[0]
         expanded = expand_residuals(residuals, self.num_blocks, self.injection)
         return SD3ControlNetOutput(controlnet_block_samples=tuple(expanded)) if return_dict else (expanded,)
 
 
 def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injection = "exact") -> InjectedControlNet:
     """The same module (same parameters) as an InjectedControlNet for a transformer of `num_blocks`."""
-    shallow = copy.copy(controlnet)
+    shallow = cast(Any, copy.copy(controlnet))
     shallow.__class__ = InjectedControlNet
     shallow.injection, shallow.num_blocks = injection, num_blocks
     return shallow
@@ -134,7 +137,7 @@ def build_student(
         torch.manual_seed(seed)
         student = from_transformer(transformer.float(), num_layers, extra)
         if init == "random":
-            return SD3ControlNetModel.from_config(dict(student.config))
+            return cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
     if init == "teacher":
         for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
             getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())

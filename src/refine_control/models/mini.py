@@ -2,7 +2,7 @@
 
 VAE 64 -> 8 x 8 x 16 latents; patch size 1, so 64 image tokens of 16 numbers each in a width of 64:
 the stream has room for the noise it must carry and for what it thinks of it (patch size 2 would
-fill it with the noise alone). Two CLIP text encoders of width 32 give 16 text tokens.
+fill it with the noise alone). Two CLIP text encoders of width 32 give 18 text tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUNDLE = Path(__file__).parent / "mini_bundle"
 MAX_SEQUENCE_LENGTH = 0
 """No T5: no zero tokens are appended, in training and in use alike (PAPER trap 10)."""
 TEXT_WIDTH = 32
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "sample_size": 8,
     "patch_size": 1,
     "in_channels": 16,
@@ -74,7 +74,7 @@ def build_controlnet(num_layers: int) -> SD3ControlNetModel:
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Writes a CLIPTokenizer of whole words to `folder` and loads it: 16 tokens, other words become <|unk|>."""
+    """Writes a CLIPTokenizer of whole words to `folder` and loads it: 18 tokens, other words become <|unk|>."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -90,7 +90,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     model = json.loads(bpe.to_str())["model"]
     tokenizer = CLIPTokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[arg-type]
         unk_token="<|unk|>",
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
@@ -120,3 +120,28 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
             pad_token_id=1,
         )
     )
+
+
+def new_pipeline(folder: Path, seed: int) -> Any:
+    """A stock inpainting pipeline of new networks; the tokenizer's files go to `folder`."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
+
+    from refine_control.models.controlnet import from_transformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = write_tokenizer(folder / "tokenizer")
+        transformer = build_transformer()
+        return StableDiffusion3ControlNetInpaintingPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=build_vae(),
+            text_encoder=build_text_encoder(len(tokenizer)),
+            tokenizer=tokenizer,
+            text_encoder_2=build_text_encoder(len(tokenizer)),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,  # type: ignore[arg-type]
+            tokenizer_3=None,  # type: ignore[arg-type]
+            controlnet=from_transformer(transformer, 23),
+        )

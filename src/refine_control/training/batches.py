@@ -1,4 +1,4 @@
-"""Batches from a cache: which sample is where, and who gets an empty prompt, as a pure function of (seed, step, slot)."""
+"""Batches from a cache: the sample of a slot, and whose prompt is empty, are pure functions of (seed, step, slot)."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class LabeledBatches(CacheBatches):
     def batch(self, draw: Draw) -> LabeledBatch:
         """The samples of `draw.slots` at `draw.step`."""
         rows = self.rows(draw)
-        images = [self._take(name, rows) for name in ("latents", "masked_latents", "masks")]
-        return LabeledBatch(*images, *self._text(rows, draw))
+        latents, masked_latents, mask = (self._take(name, rows) for name in ("latents", "masked_latents", "masks"))
+        return LabeledBatch(latents, masked_latents, mask, *self._text(rows, draw))
 
 
 class UnlabeledBatches(CacheBatches):
@@ -72,5 +72,5 @@ class UnlabeledBatches(CacheBatches):
     def batch(self, draw: Draw) -> UnlabeledBatch:
         """The samples of `draw.slots` at `draw.step`."""
         rows = self.rows(draw)
-        images = [self._take(name, rows) for name in (self.x0, "masked_latents", "masks")]
-        return UnlabeledBatch(*images, *self._text(rows, draw))
+        x0, masked_latents, mask = (self._take(name, rows) for name in (self.x0, "masked_latents", "masks"))
+        return UnlabeledBatch(x0, masked_latents, mask, *self._text(rows, draw))

@@ -2,22 +2,159 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from refine_control.config import OptimizerConfig, TrainingConfig
+from refine_control.data import scenes
+from refine_control.evaluation.obedience import WEIGHTS as CLASSIFIER_WEIGHTS
 from refine_control.evaluation.obedience import Classifier
-from refine_control.storage import MANIFEST, only_writer, write_json
-from refine_control.training.loop import Progress
-from refine_control.training.mini import check_bundle, run_stage, save_bundle, train_bundle
+from refine_control.models.controlnet import from_transformer
+from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.loading import load_pipeline
+from refine_control.models.mini import new_pipeline
+from refine_control.randomness import derive_seed
+from refine_control.storage import only_writer, publish_folder, write_json
+from refine_control.training.check import check_bundle
+from refine_control.training.loop import Progress, fit
+from refine_control.training.mini import (
+    AutoencoderObjective,
+    BaseObjective,
+    JointObjective,
+    PictureBatches,
+    SceneBatches,
+    TeacherObjective,
+)
 from refine_control.training.oracle import CropBatches, OracleObjective
-from refine_control.training.stages import STAGES, Stage
+from refine_control.training.run import fast_precision, is_main_process, training_device
+from refine_control.training.stages import ORACLE, STAGES, Stage
 
-ORACLE = Stage(800, 64, 2e-3, 0.99)
 CARD = "refine_control.json"
+
+
+def run_stage(
+    name: str, objective: Any, batches: Any, stage: Stage, work: Path, seed: int, progress: Progress | None = None
+) -> dict[str, torch.Tensor]:
+    """Trains one stage in `work/<name>` (or reads its result where it is done) and returns its averaged weights.
+
+    Writes `weights.safetensors` and `stage.json` (steps, samples seen, seconds) when done."""
+    from safetensors.torch import load_file, save_file
+
+    folder = work / name
+    result = folder / "weights.safetensors"
+    if not result.exists():
+        optimizer = OptimizerConfig(
+            learning_rate=stage.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup_steps=100,
+            final_fraction=0.02,
+        )
+        training = TrainingConfig(
+            stage=name,
+            steps=stage.steps,
+            batch_size=stage.batch_size,
+            seed=seed,
+            precision="bf16",
+            ema_decay=stage.ema_decay,
+            save_every=250,
+            log_every=25,
+        )
+        mark = hashlib.sha256(f"{stage}{seed}".encode()).hexdigest()
+        fitted = fit(objective, batches, optimizer, training, folder, mark, progress=progress)
+        if is_main_process():
+            temporary = folder / "weights.tmp"
+            save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
+            temporary.replace(result)
+            seconds = round(fitted.seconds, 1)
+            seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "seconds_last_sitting": seconds}
+            write_json(folder / "stage.json", {**stage._asdict(), **seen})
+        return fitted.weights
+    return load_file(result)
+
+
+@torch.no_grad()
+def normalise_latents(vae: Any, seed: int, count: int = 1024) -> None:
+    """Sets the VAE's shift and scaling factors so that latents of scenes have mean 0 and deviation 1."""
+    images = scenes.render(derive_seed(seed, "normalise"), 0, count).images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean = torch.cat(
+        [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float() for part in images.split(128)]
+    )
+    vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 6), shift_factor=round(mean.mean().item(), 6))
+
+
+def train_bundle(
+    out: Path,
+    seed: int = 0,
+    *,
+    start: Path | None = None,
+    stages: dict[str, Stage] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Trains the stages named in `stages` (all by default) and returns the pipeline in fp32.
+
+    `start` is a bundle whose weights are the starting point (`mini train --from`); stages that are not
+    trained keep its weights. Work and checkpoints live in `out/work`; the same call continues."""
+    stages = STAGES if stages is None else stages
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    pipeline = (load_pipeline(start) if start else new_pipeline(work, seed)).to(training_device())
+    if "autoencoder" in stages:
+        objective: Any = AutoencoderObjective(pipeline.vae, torch.bfloat16)
+        weights = run_stage("autoencoder", objective, PictureBatches(), stages["autoencoder"], work, seed, progress)
+        pipeline.vae.to(torch.float32).load_state_dict(weights)
+        normalise_latents(pipeline.vae, seed)
+    pipeline.vae.requires_grad_(False).to(torch.float32)
+    if pipeline.device.type == "cpu":
+        use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
+    if "base" in stages:
+        objective = BaseObjective(pipeline, torch.bfloat16)
+        weights = run_stage("base", objective, SceneBatches(pipeline.vae), stages["base"], work, seed, progress)
+        for name, part in objective.parts.items():
+            part.float().load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, strict=False
+            )
+            part.requires_grad_(False)
+        if start is None:
+            controlnet = from_transformer(pipeline.transformer, 23).to(pipeline.device)
+            pipeline.register_modules(controlnet=controlnet)
+            if pipeline.device.type == "cpu":
+                use_cpu_kernels(controlnet)
+    if "teacher" in stages:
+        objective = TeacherObjective(pipeline, torch.bfloat16)
+        weights = run_stage("teacher", objective, SceneBatches(pipeline.vae), stages["teacher"], work, seed, progress)
+        pipeline.controlnet.float().load_state_dict(weights, strict=False)
+    if "joint" in stages:
+        objective = JointObjective(pipeline, torch.bfloat16)
+        weights = run_stage("joint", objective, SceneBatches(pipeline.vae), stages["joint"], work, seed, progress)
+        for name in ("transformer", "controlnet"):
+            own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+            getattr(pipeline, name).float().load_state_dict(own, strict=False)
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.controlnet):
+        part.float().requires_grad_(False).eval()
+    return pipeline.to("cpu")
+
+
+def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, Any]) -> None:
+    """Publishes a complete diffusers pipeline folder in fp16, with the oracle and the card beside it."""
+    import copy
+
+    from safetensors.torch import save_file
+
+    parts = ("vae", "transformer", "text_encoder", "text_encoder_2", "controlnet")
+    halves = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in parts}
+    with publish_folder(folder, kind="bundle") as temporary:
+        pipeline.__class__(**{**pipeline.components, **halves}).save_pretrained(temporary)
+        tensors = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
+        save_file(tensors, temporary / CLASSIFIER_WEIGHTS)
+        write_json(temporary / "refine_control.json", card)
 
 
 def _trained_stages(work: Path) -> dict[str, Any]:
@@ -43,7 +180,7 @@ def publish(
     }
     save_bundle(pipeline, classifier, out / "bundle", card)
     if count:
-        card["skill"] = check_bundle(count, bundle=out / "bundle")
+        card["skill"] = check_bundle(count, bundle=out / "bundle", precision=fast_precision(torch.device("cpu")))
         save_bundle(pipeline, classifier, out / "bundle", card)
     return card
 
@@ -62,7 +199,7 @@ def make_bundle(
     `start` is a bundle to go on from; give another `seed` then, so that it sees new scenes. The same call
     continues what was interrupted. Raises what `fit` raises."""
     work = out / "work"
-    with only_writer(out):
+    with only_writer(out) if is_main_process() else nullcontext():
         pipeline = train_bundle(out, seed, start=start, stages=STAGES if stages is None else stages, progress=progress)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -71,12 +208,9 @@ def make_bundle(
             run_stage("oracle", OracleObjective(classifier), CropBatches(), ORACLE, work, seed, progress)
         )
         classifier.eval()
+        if not is_main_process():
+            return {}
         history = json.loads((start / CARD).read_text())["sittings"] if start else []
         card = publish(pipeline, classifier, out, work, history, count)
     write_json(out / "card.json", card)
     return card
-
-
-def is_bundle(folder: Path) -> bool:
-    """Was `folder` published whole?"""
-    return (folder / MANIFEST).is_file() and (folder / CARD).is_file()

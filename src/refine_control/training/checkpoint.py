@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: safetensors and JSON, manifest last, the old one kept until the new verifies."""
+"""Checkpoints that are whole or absent: safetensors and JSON, manifest last, the old kept until the new verifies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.storage import publish_folder, read_manifest
+from refine_control.storage import TEMPORARY, publish_folder, read_manifest
 
 _NAME = re.compile(r"^step_(\d{8})$")
 
@@ -29,7 +29,9 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], fingerprint: str) -> Path:
-    """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older ones. Raises StorageError."""
+    """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older ones and what killed writers left.
+
+    Raises StorageError."""
     from safetensors.torch import save_file
 
     final = run_dir / "checkpoints" / f"step_{step:08d}"
@@ -37,7 +39,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], 
     with publish_folder(final, step=step, fingerprint=fingerprint) as folder:
         save_file(contiguous, folder / "state.safetensors")
     read_manifest(final)
-    for old in _folders(run_dir):
+    for old in (*_folders(run_dir), *final.parent.glob(f".*{TEMPORARY}")):
         if old != final:
             shutil.rmtree(old)
     return final

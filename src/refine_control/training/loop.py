@@ -156,7 +156,8 @@ def _reduce(accelerator: Any, grads: list[torch.Tensor], asked: bool) -> bool:
 
 def _means(accelerator: Any, values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Logged values averaged over processes, as floats."""
-    return dict(zip(values, accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist(), strict=True))
+    means = accelerator.reduce(torch.stack([v.float() for v in values.values()]), reduction="mean")
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[range]:
@@ -230,13 +231,13 @@ def fit(
             saves = not last and (stop or bool(training.save_every and done % training.save_every == 0))
             logs = last or done % training.log_every == 0
             # a norm that is not finite spoils every later one, so looking before each save keeps checkpoints clean
-            if (saves or logs) and not math.isfinite(float(norm)):
+            values = _means(accelerator, logged) if saves or logs else {"loss": 0.0}
+            if (saves or logs) and not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
                 raise NonFiniteError(
                     f"the loss or its gradient is not finite at step {done} of {run_dir}; "
                     "lower optimizer.learning_rate and run again in another --run-dir"
                 )
             if logs:
-                values = _means(accelerator, logged)
                 seconds = (time.monotonic() - began) / (done - start)
                 if log:
                     log.write(done, {**values, "grad_norm": float(norm), "learning_rate": rate, "seconds": seconds})
@@ -244,7 +245,7 @@ def fit(
                     progress(done, training.steps, f"loss {values['loss']:.4f}")
             if saves:
                 save(done)
-            if validate and training.validate_every and done % training.validate_every == 0 and log:
+            if validate and training.validate_every and done % training.validate_every == 0 and log and not stop:
                 log.picture(done, validate(done, master.ema_state()))
             if stop and not last:
                 raise InterruptedCleanlyError(

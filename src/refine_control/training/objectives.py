@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers import SD3ControlNetModel
 from torch import nn
 
 from refine_control import flow
 from refine_control.config import LossWeights, SigmaConfig
 from refine_control.losses import Losses, combine, feature_losses, mask_weight, output_loss, task_loss
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import control_cond, control_residuals, trainable_parameters
+from refine_control.models.controlnet import ControlNet, control_cond, control_residuals, trainable_parameters
 from refine_control.training.loop import Draw
 
 
@@ -63,18 +62,18 @@ class Networks:
     def __init__(
         self,
         backbone: Backbone,
-        teacher: SD3ControlNetModel | None,
-        student: SD3ControlNetModel,
+        teacher: ControlNet | None,
+        student: ControlNet,
         *,
         dtype: torch.dtype = torch.float32,
         sigmas: SigmaConfig | None = None,
         conditioning_scale: float = 1.0,
     ):
         self.backbone, self.teacher = backbone, teacher
-        self.student = student.to(dtype)
+        self.student = student.to(dtype)  # type: ignore[arg-type]
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
-            teacher.to(dtype).requires_grad_(False).eval()
+            teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
         self.parameters = trainable_parameters(self.student)
         self.sigmas = sigmas or SigmaConfig()
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
@@ -92,7 +91,7 @@ class Networks:
         noise = draw.normals("noise", *latents.shape[1:]).to(latents.device)
         return Noised(flow.interpolate(latents, noise, sigmas), noise, sigmas)
 
-    def _answer(self, controlnet: SD3ControlNetModel, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+    def _answer(self, controlnet: ControlNet, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
         residuals = control_residuals(
             controlnet,
             at.noisy_latents,

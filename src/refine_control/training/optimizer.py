@@ -29,13 +29,13 @@ class MasterWeights:
         ema_decay: float = 0.0,
     ):
         self.named = {name: p for name, p in named_parameters if p.requires_grad}
-        self.params = list(self.named.values())
+        self.params: list[torch.Tensor] = list(self.named.values())
         same = all(p.dtype == torch.float32 for p in self.params)
-        self.masters = self.params if same else [p.detach().float().clone() for p in self.params]
+        self.masters: list[torch.Tensor] = self.params if same else [p.detach().float().clone() for p in self.params]
         decayed = [m for m in self.masters if m.ndim > 1]
         flat = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, foreach=True)
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
         self.ema_decay = ema_decay
         self.ema = [m.detach().clone() for m in self.masters] if ema_decay else []
 
@@ -92,7 +92,7 @@ class MasterWeights:
                 self.ema[index].copy_(tensors[f"ema/{name}"])
             if f"moment1/{name}" in tensors:
                 self.adamw.state[master] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=master.device),
                     "exp_avg": tensors[f"moment1/{name}"].to(master.device).clone(),
                     "exp_avg_sq": tensors[f"moment2/{name}"].to(master.device).clone(),
                 }

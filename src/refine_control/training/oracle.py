@@ -50,8 +50,8 @@ class CropBatches:
 
     def batch(self, draw: Draw) -> Crops:
         """One region for each slot."""
-        seed = derive_seed(draw.seed, draw.stage, draw.slots[0])
-        return scene_crops(seed, draw.step * len(draw.slots), len(draw.slots), self.surroundings_only)
+        start = draw.step * 100_000 + draw.slots[0]
+        return scene_crops(derive_seed(draw.seed, draw.stage), start, len(draw.slots), self.surroundings_only)
 
 
 def _blurred(pixels: torch.Tensor) -> torch.Tensor:

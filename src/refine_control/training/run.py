@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,9 +14,9 @@ from refine_control.config import Recipe, fingerprint, resolved_yaml
 from refine_control.data.cache import Cache, model_mark
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.attention import use_plain_attention
 from refine_control.models.backbone import Backbone
-from refine_control.models.controlnet import SD3ControlNetModel, build_student
+from refine_control.models.controlnet import ControlNet, build_student
+from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet
 from refine_control.storage import MANIFEST, only_writer, read_manifest, write_atomic
 from refine_control.training.batches import LabeledBatches, UnlabeledBatches
@@ -35,7 +36,7 @@ class Trained(NamedTuple):
     """Of this sitting; 0 when the run had been finished before."""
 
 
-def fast_precision(device: torch.device) -> str:
+def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
     """bf16 where the processor has units for it (measured in docs/results.md), else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
@@ -46,7 +47,14 @@ def training_device() -> torch.device:
     """The process's GPU where there is one, else the CPU."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return torch.device(PartialState(cpu=not torch.cuda.is_available()).device or "cpu")
+
+
+def is_main_process() -> bool:
+    """The one process of a run that writes files (accelerate starts several)."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
 
 
 def student_folder(path: str | Path) -> Path:
@@ -55,7 +63,8 @@ def student_folder(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(path)
 
 
-def _student(recipe: Recipe, backbone: Backbone) -> SD3ControlNetModel:
+def new_student(recipe: Recipe, backbone: Backbone) -> ControlNet:
+    """The student as the recipe starts it, fp32 on the CPU."""
     teacher = backbone.pipeline.controlnet
     if recipe.init_from is None:
         return build_student(
@@ -101,16 +110,17 @@ def _objective_and_batches(
     return Supervised(networks, objective.weights, relative), batches
 
 
-def _prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
+def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
+    """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
     teacher = load_controlnet(recipe.teacher) if recipe.teacher else None
     backbone = load_backbone(recipe.model, teacher)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    student = _student(recipe, backbone)
+    student = new_student(recipe, backbone)
     teacher = backbone.pipeline.controlnet if recipe.objective.kind != "from_scratch" else None
     if device.type == "cpu":
-        use_plain_attention(backbone.transformer, backbone.pipeline.controlnet, student)
+        use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
     for part in (backbone.transformer, backbone.pipeline.controlnet, student):
-        part.to(device)
+        part.to(device)  # type: ignore[arg-type]
     if recipe.training.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         backbone.transformer.enable_gradient_checkpointing()
@@ -148,10 +158,13 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     if recipe.training.validate_every and not recipe.data.test:
-        raise InvalidInputError("training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER")
-    with only_writer(run_dir):
+        raise InvalidInputError(
+            "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
+        )
+    main = is_main_process()
+    with only_writer(run_dir) if main else nullcontext():
         device = training_device()
-        backbone, networks = _prepare(recipe, device)
+        backbone, networks = prepare(recipe, device)
         model = model_mark(backbone)
         start = student_folder(recipe.init_from) / MANIFEST if recipe.init_from else None
         born = json.loads(start.read_text())["files"] if start and start.is_file() else recipe.init_from
@@ -159,7 +172,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
         if done := _done(run_dir, mark):
             return done
         objective, batches = _objective_and_batches(recipe, networks, model, device)
-        write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
+        if main:
+            write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
         fitted = fit(
             objective,
@@ -171,15 +185,16 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
             validate=validate,
             progress=progress,
         )
-        student = networks.student.to("cpu", torch.float32)
+        student = networks.student.to("cpu", torch.float32)  # type: ignore[arg-type]
         student.load_state_dict(fitted.weights, strict=False)
-        save_controlnet(
-            student,
-            run_dir / STUDENT,
-            backbone.num_blocks,
-            kind="student",
-            fingerprint=mark,
-            recipe=recipe.model_dump(mode="json"),
-            steps=fitted.steps,
-        )
+        if main:
+            save_controlnet(
+                student,
+                run_dir / STUDENT,
+                backbone.num_blocks,
+                kind="student",
+                fingerprint=mark,
+                recipe=recipe.model_dump(mode="json"),
+                steps=fitted.steps,
+            )
     return Trained(run_dir / STUDENT, fitted.steps, fitted.seconds)

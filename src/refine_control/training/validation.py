@@ -42,7 +42,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, step: int, weights: dict[str, torch.Tensor]) -> np.ndarray:
-        """Writes `validation/step_XXXXXXXX.png` and returns the picture (H,W,3) uint8; the student is left as it was."""
+        """Writes `validation/step_XXXXXXXX.png` and returns it, (H,W,3) uint8; the student is left as it was."""
         from PIL import Image
 
         parameters = self.networks.parameters

@@ -1,0 +1,127 @@
+"""Two names for one network differ by nothing, and what is written is what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from refine_control.config import SamplerConfig
+from refine_control.data.records import LABELED, TEST, UNLABELED
+from refine_control.data.scene_shards import scene_photos
+from refine_control.data.shards import ShardWriter
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation import metrics
+from refine_control.evaluation.evaluate import compare, read_test, score, summarise, write_results
+from refine_control.evaluation.model_cost import ModelCost
+from refine_control.evaluation.obedience import Classifier
+
+PHOTOS = list(scene_photos(0, 0, 5))
+SAMPLER = SamplerConfig(num_inference_steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_backbone, tiny_student):
+    teacher = tiny_backbone.pipeline.controlnet
+    return {"teacher": teacher, "ours": tiny_student(3), "fc": tiny_student(2), "same": teacher}
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Classifier()
+
+
+@pytest.fixture(scope="module")
+def result(tiny_backbone, networks, classifier):
+    return compare(tiny_backbone, networks, PHOTOS, SAMPLER, classifier)
+
+
+def test_a_network_against_itself_differs_by_nothing(result):
+    pair = summarise(result)["paired_differences"]["teacher - same"]
+    assert set(pair) >= {"psnr", "psnr_region", "ssim", "both"}
+    for values in pair.values():
+        assert (values["mean"], values["low"], values["high"]) == (0, 0, 0)
+        assert not values["excludes_zero"]
+    other = summarise(result)["paired_differences"]["teacher - ours"]
+    assert other["psnr"]["mean"] != 0
+
+
+def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result, classifier):
+    turned = compare(tiny_backbone, dict(reversed(networks.items())), PHOTOS, SAMPLER, classifier)
+    assert list(turned.scores) == list(reversed(result.scores))
+    np.testing.assert_array_equal(turned.images["ours"], result.images["ours"])
+    for model, scores in result.scores.items():
+        assert turned.scores[model].keys() == scores.keys()
+        for name, values in scores.items():
+            np.testing.assert_array_equal(turned.scores[model][name], values)
+
+
+def test_scores_are_the_metrics_of_the_pictures(result):
+    reference, masks = np.stack([p.image for p in PHOTOS]), np.stack([p.mask for p in PHOTOS])
+    painted, scores = result.images["ours"], result.scores["ours"]
+    np.testing.assert_array_equal(scores["psnr"], metrics.psnr(reference, painted))
+    np.testing.assert_array_equal(scores["psnr_region"], metrics.psnr(reference, painted, masks))
+    put_back = np.where(masks[..., None], painted, reference)
+    np.testing.assert_array_equal(scores["psnr_composited"], metrics.psnr(reference, put_back))
+    assert (scores["psnr_composited"] > scores["psnr"]).all()
+
+
+def test_a_perfect_answer_has_the_best_scores():
+    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), None)
+    assert (perfect["psnr"] == metrics.MAX_PSNR).all()
+    np.testing.assert_allclose(perfect["ssim"], 1)
+    assert "both" not in perfect
+
+
+def test_the_share_of_the_gap_is_that_of_the_means(result):
+    summary = summarise(result, "ours", "fc")
+    means = {n: result.scores[n]["psnr_region"].mean() for n in ("teacher", "fc", "ours")}
+    share = (means["ours"] - means["fc"]) / (means["teacher"] - means["fc"])
+    assert summary["gap_closed"]["psnr_region"]["mean"] == pytest.approx(share)
+    assert "gap_closed" not in summarise(result, "ours", "none")
+
+
+def refuse(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_what_is_written_is_what_was_measured(tmp_path, result):
+    cost = ModelCost(3, 10, 0.5, 1.5, 0.01, 1 << 20)
+    summary = summarise(result, "ours", "fc")
+    report = write_results(tmp_path, "Title", PHOTOS, result, summary, {"ours": cost}, {"model": "tiny"})
+    written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert written["keys"] == [p.key for p in PHOTOS]
+    assert written["samples"] == len(PHOTOS)
+    assert written["cost"]["ours"]["num_params"] == 10
+    for name, by_metric in written["models"].items():
+        for metric, values in by_metric.items():
+            scores = written["per_image"][name][metric]
+            assert len(scores) == len(PHOTOS)
+            assert values["mean"] == pytest.approx(np.mean(scores), abs=1e-5)
+            assert values["low"] <= values["mean"] + 1e-9
+            assert values["mean"] <= values["high"] + 1e-9
+            np.testing.assert_allclose(scores, result.scores[name][metric], atol=1e-6)
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    text = report.read_text()
+    assert f"{written['models']['ours']['psnr']['mean']:.2f}" in text
+
+
+def shards(folder, role, count):
+    writer = ShardWriter(folder, role)
+    for photo in PHOTOS[:count]:
+        writer.add(photo)
+    writer.finish()
+    return folder
+
+
+def test_test_shards_are_read_and_others_refused(tmp_path):
+    photos = read_test(shards(tmp_path / "test", TEST, 3))
+    assert [p.key for p in photos] == [p.key for p in PHOTOS[:3]]
+    with pytest.raises(InvalidInputError, match="nothing to compare"):
+        read_test(shards(tmp_path / "unlabeled", UNLABELED, 3))
+    with pytest.raises(InvalidInputError, match="at least 2"):
+        read_test(shards(tmp_path / "one", LABELED, 1))
+    with pytest.raises(InvalidInputError, match="no finished shards"):
+        read_test(tmp_path)

@@ -1,0 +1,127 @@
+"""Which layer feeds which block: every layer count, and the installed diffusers asked itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refine_control.injection import (
+    diffusers_layer_of_block,
+    expand_residuals,
+    groups,
+    layer_of_site,
+    stock_injects_exactly,
+)
+
+COUNTS = range(1, 24)
+LAYERS_AND_SITES = st.integers(1, 60).flatmap(lambda sites: st.tuples(st.integers(1, sites), st.just(sites)))
+
+
+@given(LAYERS_AND_SITES)
+def test_every_layer_is_used_in_order_and_groups_differ_by_one_at_most(drawn):
+    layers, sites = drawn
+    found = groups(layers, sites)
+    assert [site for group in found for site in group] == list(range(sites))
+    sizes = {len(group) for group in found}
+    assert len(found) == layers
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    assert layer_of_site(layers, sites) == [j for j, group in enumerate(found) for _ in group]
+
+
+def test_twelve_layers_are_the_pairs_of_the_paper():
+    assert groups(12) == [*([2 * j, 2 * j + 1] for j in range(11)), [22]]
+
+
+def test_twenty_three_layers_are_one_to_one():
+    assert layer_of_site(23) == list(range(23))
+
+
+def test_stock_is_exact_for_these_layer_counts_alone():
+    assert [count for count in COUNTS if stock_injects_exactly(count)] == [1, 2, 3, 4, 6, 8, 12]
+
+
+def test_twenty_three_layers_are_shifted_by_diffusers():
+    assert diffusers_layer_of_block(23)[:23] == [0, 0, *range(1, 22)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_expansion_has_one_residual_for_each_block(count):
+    names = [f"layer {j}" for j in range(count)]
+    exact, stock = (expand_residuals(names, injection=injection) for injection in ("exact", "diffusers"))
+    assert len(exact) == len(stock) == 24
+    assert exact[:23] == [names[layer] for layer in layer_of_site(count)]
+    assert exact[23] == names[-1]
+    assert stock == [names[layer] for layer in diffusers_layer_of_block(count)]
+
+
+@given(LAYERS_AND_SITES)
+def test_expansion_serves_other_block_counts(drawn):
+    layers, sites = drawn
+    assert expand_residuals(range(layers), sites + 1)[:sites] == layer_of_site(layers, sites)
+
+
+@pytest.mark.parametrize("count", [0, 24, 25])
+def test_a_layer_count_that_does_not_fit_is_refused(count):
+    with pytest.raises(ValueError, match="1 to 23 layers"):
+        layer_of_site(count)
+    with pytest.raises(ValueError, match="1 to 23 layers"):
+        expand_residuals(["residual"] * count)
+
+
+class Watched(list):
+    """A list that notes which of its entries are asked for."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def run(transformer, residuals):
+    generator = torch.Generator().manual_seed(0)
+    return transformer(
+        hidden_states=torch.randn(1, 16, 8, 8, generator=generator),
+        timestep=torch.tensor([300.0]),
+        encoder_hidden_states=torch.randn(1, 18, 64, generator=generator),
+        pooled_projections=torch.randn(1, 64, generator=generator),
+        block_controlnet_hidden_states=residuals,
+        return_dict=False,
+    )[0]
+
+
+def residuals_of(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 64, 32, generator=generator).requires_grad_() for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 15, 23])
+def test_the_installed_transformer_takes_what_the_rules_say(tiny_backbone, count):
+    watched = Watched(residuals_of(count))
+    with torch.no_grad():
+        stock = run(tiny_backbone.transformer, watched)
+        same = run(tiny_backbone.transformer, expand_residuals(list(watched), injection="diffusers"))
+        exact = run(tiny_backbone.transformer, expand_residuals(list(watched)))
+    assert watched.asked[:23] == diffusers_layer_of_block(count)[:23]
+    assert torch.equal(stock, same)
+    assert torch.equal(stock, exact) == stock_injects_exactly(count)
+
+
+def test_exact_injection_reads_one_entry_for_each_site(tiny_backbone):
+    watched = Watched(expand_residuals(residuals_of(12)))
+    with torch.no_grad():
+        run(tiny_backbone.transformer, watched)
+    assert watched.asked == list(range(23))
+
+
+def test_the_gradient_reaches_every_layer_of_the_teacher_and_misses_the_last_in_stock(tiny_backbone):
+    reached = {}
+    for name in ("exact", "stock"):
+        residuals = residuals_of(23)
+        run(tiny_backbone.transformer, expand_residuals(residuals) if name == "exact" else residuals).sum().backward()
+        reached[name] = [r.grad is not None and bool(r.grad.any()) for r in residuals]
+    assert reached["exact"] == [True] * 23
+    assert reached["stock"] == [True] * 22 + [False]

@@ -1,0 +1,206 @@
+"""What the two stages and the baseline may touch, and what they must never look at."""
+
+import numpy as np
+import pytest
+import torch
+
+from refine_control import flow
+from refine_control.config import LossWeights, OptimizerConfig, SigmaConfig, TrainingConfig
+from refine_control.data.cache import Cache, write_cache
+from refine_control.data.records import LABELED, UNLABELED, Photo
+from refine_control.data.scene_shards import scene_photos
+from refine_control.errors import InvalidInputError
+from refine_control.losses import feature_losses, mask_weight, output_loss, task_loss
+from refine_control.models.controlnet import build_student
+from refine_control.training import objectives
+from refine_control.training.batches import LabeledBatches, UnlabeledBatches
+from refine_control.training.loop import Draw, fit
+from refine_control.training.objectives import FromScratch, Networks, SelfSupervised, Supervised
+
+WEIGHTS = LossWeights(task=4.0, output=1.0, feature=0.5)
+DRAW = Draw(0, "stage", 3, range(2))
+
+
+@pytest.fixture
+def networks(tiny_backbone, tiny_student):
+    return Networks(tiny_backbone, tiny_backbone.pipeline.controlnet, tiny_student(3))
+
+
+@pytest.fixture(scope="module")
+def caches(tiny_backbone, tmp_path_factory):
+    """The same scenes labelled, unlabelled, and unlabelled with garbage in their holes."""
+    root, photos = tmp_path_factory.mktemp("caches"), list(scene_photos(0, 0, 5))
+    garbage = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    spoiled = [Photo(p.key, np.where(p.mask[..., None], garbage, p.image), p.mask, p.prompt) for p in photos]
+    for name, role, source in (
+        ("labeled", LABELED, photos),
+        ("unlabeled", UNLABELED, photos),
+        ("spoiled", UNLABELED, spoiled),
+    ):
+        write_cache(source, len(source), root / name, tiny_backbone, role, source={})
+    return {name: Cache(root / name) for name in ("labeled", "unlabeled", "spoiled")}
+
+
+def objective_and_batches(kind, networks, caches):
+    if kind == "self_supervised":
+        return SelfSupervised(networks, WEIGHTS), UnlabeledBatches(caches["unlabeled"], 2)
+    make = Supervised if kind == "supervised" else FromScratch
+    return make(networks, WEIGHTS), LabeledBatches(caches["labeled"], 2)
+
+
+KINDS = ["supervised", "self_supervised", "from_scratch"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_student_learns_and_nothing_else_moves(networks, caches, tmp_path, kind):
+    frozen = {"teacher": networks.teacher, "transformer": networks.backbone.transformer, "vae": networks.backbone.vae}
+    before = {n: {k: v.clone() for k, v in net.state_dict().items()} for n, net in frozen.items()}
+    born = {k: v.clone() for k, v in networks.student.state_dict().items()}
+    training = TrainingConfig(stage="s", steps=3, batch_size=2, save_every=0)
+    fit(*objective_and_batches(kind, networks, caches), OptimizerConfig(learning_rate=1e-3), training, tmp_path, "f")
+    for name, net in frozen.items():
+        assert all(torch.equal(v, before[name][k]) for k, v in net.state_dict().items()), name
+        assert all(p.grad is None and not p.requires_grad for p in net.parameters()), name
+    after = networks.student.state_dict()
+    moved = {name for name in born if not torch.equal(born[name], after[name])}
+    assert moved >= {n for n in networks.trainable() if n.endswith("to_q.weight") or "controlnet_blocks" in n}
+    assert moved <= set(networks.trainable())
+
+
+def test_eq_1_is_made_of_its_terms(networks, caches):
+    objective, batches = objective_and_batches("supervised", networks, caches)
+    batch = batches.batch(DRAW)
+    losses = objective.losses(batch, DRAW)
+    with torch.no_grad():
+        at = networks.noised(batch.latents, DRAW)
+        teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
+    task = task_loss(at.noise - batch.latents, student.velocity, mask_weight(batch.mask, WEIGHTS.alpha))
+    output = output_loss(teacher.velocity, student.velocity)
+    feature = feature_losses(teacher.residuals, student.residuals).sum()
+    assert min(task, output, feature) > 0
+    torch.testing.assert_close(losses.loss, 4 * task + output + 0.5 * feature)
+    torch.testing.assert_close(losses.task_loss, task)
+    assert len(losses.feature_losses) == 3
+
+
+def test_eq_6_has_no_task(networks, caches):
+    objective, batches = objective_and_batches("self_supervised", networks, caches)
+    losses = objective.losses(batches.batch(DRAW), DRAW)
+    assert losses.task_loss == 0
+    assert losses.output_loss > 0
+    torch.testing.assert_close(losses.loss, losses.output_loss + 0.5 * losses.feature_loss)
+
+
+def test_the_student_is_noised_where_the_scheduler_would(networks):
+    latents = torch.zeros(2, 16, 8, 8)
+    at = networks.noised(latents, DRAW)
+    torch.testing.assert_close(at.noisy_latents, at.sigmas[:, None, None, None] * at.noise)
+    shifted = Networks(networks.backbone, None, networks.student, sigmas=SigmaConfig(shift=3.0, logit_mean=0.5))
+    expected = flow.logit_normal_sigmas(DRAW.normals("sigmas"), 0.5, 1.0, 3.0)
+    assert torch.equal(shifted.noised(latents, DRAW).sigmas, expected)
+    assert networks.shift == networks.backbone.pipeline.scheduler.config.shift
+
+
+def test_the_teacher_makes_no_graph_and_the_student_does(networks, caches):
+    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    at = networks.noised(batch.latents, DRAW)
+    networks.teacher.requires_grad_(True)  # not even a teacher that somebody woke
+    teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
+    networks.teacher.requires_grad_(False)
+    assert not any(t.requires_grad for t in (teacher.velocity, *teacher.residuals))
+    assert all(t.requires_grad for t in (student.velocity, *student.residuals))
+    assert (len(teacher.residuals), len(student.residuals)) == (23, 3)
+
+
+def test_the_gradient_passes_through_the_frozen_backbone_to_every_residual(networks, caches):
+    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    student = networks.student_answer(networks.noised(batch.latents, DRAW), batch)
+    for residual in student.residuals:
+        residual.retain_grad()
+    student.velocity.square().mean().backward()
+    assert all(bool(r.grad.any()) for r in student.residuals)
+    assert all(p.grad is None for p in networks.backbone.transformer.parameters())
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tiny_backbone, caches):
+    teacher = tiny_backbone.pipeline.controlnet
+    copy = build_student(tiny_backbone.transformer, teacher, 23, "teacher", 0)
+    objective = SelfSupervised(Networks(tiny_backbone, teacher, copy), WEIGHTS)
+    losses = objective.losses(UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW), DRAW)
+    assert losses.output_loss.item() < 1e-12
+    assert losses.feature_loss.item() < 1e-12
+
+
+def test_stage_2_reads_no_ground_truth(networks, caches):
+    objective = SelfSupervised(networks, WEIGHTS)
+    assert "latents" not in caches["unlabeled"].arrays
+    blind = Cache(caches["labeled"].folder)
+    blind.arrays["latents"] = np.full_like(blind.arrays["latents"], np.nan)
+    sources = {**caches, "blind": blind}
+    for step in range(2):
+        draw = DRAW._replace(step=step)
+        found = {n: objective.losses(UnlabeledBatches(c, 2).batch(draw), draw) for n, c in sources.items()}
+        wanted = found.pop("labeled")
+        assert wanted.loss > 0
+        for name, losses in found.items():
+            assert all(torch.equal(a, b) for a, b in zip(losses, wanted, strict=True)), name
+
+
+def test_stage_2_starts_from_what_x0_is_named(networks, caches, monkeypatch):
+    seen, noised = [], networks.noised
+    monkeypatch.setattr(networks, "noised", lambda latents, draw: seen.append(latents) or noised(latents, draw))
+    cache, objective = Cache(caches["unlabeled"].folder), SelfSupervised(networks, WEIGHTS)
+    cache.arrays["completions"] = cache.arrays["masked_latents"] + 1
+    for x0 in ("masked_latents", "completions"):
+        objective.losses(UnlabeledBatches(cache, 2, x0=x0).batch(DRAW), DRAW)
+    rows = UnlabeledBatches(cache, 2).rows(DRAW)
+    assert torch.equal(seen[0], cache.take("masked_latents", rows))
+    assert torch.equal(seen[1], cache.take("completions", rows))
+
+
+def test_stage_1_cannot_run_without_ground_truth(caches):
+    with pytest.raises(InvalidInputError, match="no latents"):
+        LabeledBatches(caches["unlabeled"], 2).batch(DRAW)
+
+
+def test_the_baseline_never_asks_the_teacher(networks, caches, monkeypatch):
+    objective, batches = objective_and_batches("from_scratch", networks, caches)
+    batch = batches.batch(DRAW)
+    wanted = objective.losses(batch, DRAW)
+    monkeypatch.setattr(networks, "teacher", None)
+    assert torch.equal(objective.losses(batch, DRAW).loss, wanted.loss)
+    torch.testing.assert_close(wanted.loss, 4 * wanted.task_loss)
+    with pytest.raises(ValueError, match="without a teacher"):
+        Supervised(networks, WEIGHTS).losses(batch, DRAW)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_dropped_prompt_is_empty_for_teacher_and_student(networks, caches, monkeypatch, share):
+    seen = []
+
+    def watched(controlnet, noisy, sigmas, prompt_embeds, *rest):
+        seen.append((controlnet, prompt_embeds))
+        return residuals(controlnet, noisy, sigmas, prompt_embeds, *rest)
+
+    residuals = objectives.control_residuals
+    monkeypatch.setattr(objectives, "control_residuals", watched)
+    batch = UnlabeledBatches(caches["unlabeled"], 2, share).batch(DRAW)
+    SelfSupervised(networks, WEIGHTS).losses(batch, DRAW)
+    assert [controlnet for controlnet, _ in seen] == [networks.teacher, networks.student]
+    assert torch.equal(seen[0][1], seen[1][1])
+    empty, pooled = networks.backbone.encode_prompts(["", ""])
+    assert torch.allclose(seen[0][1], empty, atol=1e-5) == (share == 1)
+    assert torch.allclose(batch.pooled_prompt_embeds, pooled, atol=1e-5) == (share == 1)
+
+
+def test_a_tenth_of_the_prompts_is_dropped(caches):
+    batches, empty = LabeledBatches(caches["labeled"], 500, 0.1), caches["labeled"].take("pooled_prompt_embeds", [0])
+    pooled = batches.batch(Draw(0, "s", 0, range(500))).pooled_prompt_embeds
+    assert 20 < int((pooled == empty).all(1).sum()) < 80
+
+
+def test_relative_features_are_an_option(networks, caches):
+    batch = UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW)
+    plain, relative = (SelfSupervised(networks, WEIGHTS, r).losses(batch, DRAW) for r in (False, True))
+    assert torch.equal(plain.output_loss, relative.output_loss)
+    assert not torch.allclose(plain.feature_losses, relative.feature_losses)
