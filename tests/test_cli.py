@@ -44,7 +44,7 @@ VERBS = {
     "inpaint": [
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],
-    "mini check": ["--bundle", JSON, "--n", SEED],
+    "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini train": ["--check", DRY, "--from", JSON, "--out", SEED, "--stage"],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
 }

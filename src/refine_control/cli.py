@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -169,13 +169,15 @@ def mini_check(
     bundle: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="The shipped one by default.")
     ] = None,
+    photos: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="JPEGs to try the VAE on.")] = None,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the teacher.")] = "fp32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Does the mini teacher obey its prompt, and is it at chance with an empty or a wrong one?"""
     from refine_control.training.check import check_bundle
 
-    show(check_bundle(n, seed=seed, bundle=bundle), as_json)
+    show(check_bundle(n, seed=seed, bundle=bundle, precision=precision, photos=photos), as_json)
 
 
 @bench_app.command("step")

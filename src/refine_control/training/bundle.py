@@ -123,7 +123,7 @@ def train_bundle(
             )
             part.requires_grad_(False)
         if start is None:
-            controlnet = from_transformer(pipeline.transformer, 23).to(pipeline.device)
+            controlnet = from_transformer(pipeline.transformer, 23).to(pipeline.device)  # type: ignore[arg-type]
             pipeline.register_modules(controlnet=controlnet)
             if pipeline.device.type == "cpu":
                 use_cpu_kernels(controlnet)

@@ -11,12 +11,14 @@ import torch
 from refine_control.config import SamplerConfig
 from refine_control.data import scenes
 from refine_control.data.vocabulary import COLOURS, SHAPES, local_prompt
+from refine_control.errors import InvalidInputError
 from refine_control.evaluation.metrics import psnr
 from refine_control.evaluation.obedience import load_classifier, obedience, read_regions
+from refine_control.models.backbone import Backbone
 from refine_control.models.loading import load_backbone
 from refine_control.models.mini import BUNDLE
 from refine_control.pipeline import inpaint
-from refine_control.randomness import derive_seed, permutation
+from refine_control.randomness import derive_seed, permutation, uniforms
 
 
 class Skill(NamedTuple):
@@ -54,7 +56,35 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
     )
 
 
+CHANCE_SCENES = 200
+"""So many at most with an empty or a wrong prompt: chance needs no third digit."""
 CHECK_SAMPLER = SamplerConfig(num_inference_steps=20, guidance_scale=3.0, conditioning_scale=1.0)
+
+
+def _kept(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """(N,H,W,3) uint8 -> what the autoencoder makes of them, the same."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    decoded = [backbone.decode_latents(backbone.encode_images(part)) for part in pixels.split(128)]
+    return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def photo_crops(folder: Path, seed: int, size: int = 64) -> np.ndarray:
+    """One random crop (N,64,64,3) uint8 of every JPEG under `folder` that is large enough, at full resolution.
+
+    Raises InvalidInputError when there is none."""
+    from PIL import Image, ImageOps
+
+    crops = []
+    for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        with Image.open(path) as opened:
+            image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        if min(image.shape[:2]) >= size:
+            u, v = uniforms(derive_seed(seed, "photo crops"), np.array([number]), 2)[0]
+            y, x = int(u * (image.shape[0] - size + 1)), int(v * (image.shape[1] - size + 1))
+            crops.append(image[y : y + size, x : x + size])
+    if not crops:
+        raise InvalidInputError(f"no JPEG of at least {size} x {size} pixels lies under {folder}")
+    return np.stack(crops)
 
 
 def check_bundle(
@@ -63,16 +93,17 @@ def check_bundle(
     bundle: Path | None = None,
     prompts: tuple[str, ...] = ("local", "empty", "wrong"),
     precision: Literal["fp32", "bf16"] = "fp32",
+    photos: Path | None = None,
 ) -> dict[str, Any]:
-    """`mini check`: the shipped weights measured again on `count` unseen scenes: VAE, oracle, teacher."""
+    """`mini check`: the shipped weights measured again on `count` unseen scenes: VAE, oracle, teacher.
+
+    With `photos` also the VAE on a crop of every JPEG in a folder."""
     backbone = load_backbone(bundle or "mini", cpu_kernels=True)
     for part in (backbone.transformer, backbone.pipeline.controlnet):
         part.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     classifier = load_classifier(bundle or BUNDLE)
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
-    pixels = rendered.images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = backbone.decode_latents(backbone.encode_images(pixels))
-    kept = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    kept = _kept(backbone, rendered.images.numpy())
     seen = read_regions(classifier, rendered.images.numpy(), rendered.masks.numpy())
     noise = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
     guess = read_regions(classifier, noise, rendered.masks.numpy())
@@ -87,6 +118,13 @@ def check_bundle(
         },
         "sampler": {**CHECK_SAMPLER.model_dump(mode="json"), "precision": precision},
     }
+    if photos is not None:
+        crops = photo_crops(photos, seed)
+        out |= {
+            "photo_crops": len(crops),
+            "autoencoder_psnr_photo_crops": float(psnr(crops, _kept(backbone, crops)).mean()),
+        }
     for kind in prompts:
-        out[f"teacher_{kind}"] = measure_skill(backbone, classifier, count, seed, CHECK_SAMPLER, kind)._asdict()
+        shown = count if kind == "local" else min(count, CHANCE_SCENES)
+        out[f"teacher_{kind}"] = measure_skill(backbone, classifier, shown, seed, CHECK_SAMPLER, kind)._asdict()
     return out
