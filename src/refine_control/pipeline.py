@@ -134,9 +134,11 @@ def inpaint(
 
     The pictures of `InpaintingPipeline` but for rounding; the transformer and the ControlNet may be in bf16, the VAE
     and the steps stay in fp32. The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any
-    two models, batch sizes and subsets are compared on the same noise. Raises ValueError for latents "sample"."""
+    two models, batch sizes and subsets are compared on the same noise. Raises InvalidInputError for `sample`."""
     if sampler.latents != "mean":
-        raise ValueError("batches are encoded by the posterior's mean; draws are for InpaintingPipeline")
+        raise InvalidInputError(
+            "sampler.latents is sample; batches are encoded by the posterior's mean, set it to mean"
+        )
     device = backbone.transformer.device
     out = []
     for a in range(0, len(images), batch_size):
