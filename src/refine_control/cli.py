@@ -223,4 +223,9 @@ def main() -> int:
             raise
         print(f"refine-control: {refusal}", file=sys.stderr)
         return refusal.exit_code
+    finally:
+        if "refine_control.training.loop" in sys.modules:
+            from refine_control.training.loop import leave_process_group
+
+            leave_process_group()
     return 0

@@ -18,7 +18,7 @@ from refine_control.config import OptimizerConfig, TrainingConfig
 from refine_control.errors import RefineControlError
 from refine_control.storage import only_writer
 from refine_control.training.batches import LabeledBatches
-from refine_control.training.loop import fit
+from refine_control.training.loop import fit, leave_process_group
 
 SAMPLES, CHANNELS = 20, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, schedule="cosine")
@@ -109,3 +109,5 @@ if __name__ == "__main__":
     except RefineControlError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        leave_process_group()

@@ -171,6 +171,12 @@ def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[ra
     return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
 
 
+def leave_process_group() -> None:
+    """To be called last by every process of a run: torch aborts processes that end while still connected."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def fit(
     objective: Objective,
     batches: Batches,
