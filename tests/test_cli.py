@@ -27,7 +27,7 @@ SAMPLING = ["--conditioning-scale", "--guidance", "--injection", SEED, "--steps"
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
     "bench step": [JSON, "--repeats", "--set", "recipe"],
-    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "out", "shards"],
+    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--prompts", "out", "shards"],
     "cost": ["--controlnet", JSON, "--model"],
     "data build": [
         *(DRY, "--format", JSON, "--limit", "--masks", "--prompts", SEED, "--size", "--test-fraction"),

@@ -13,11 +13,22 @@ SOURCE = Path(__file__).parent.parent / "src" / "refine_control"
 
 # A module may import from its own floor or a lower one. The longest prefix decides.
 FLOORS = {
-    **dict.fromkeys(["", "errors", "storage", "config", "flow", "injection", "losses", "randomness"], 0),
+    **dict.fromkeys(["", "errors", "storage", "config", "strict_yaml", "flow", "injection", "losses", "randomness"], 0),
     **dict.fromkeys(["data.records", "data.vocabulary"], 0),
     **dict.fromkeys(["models", "data"], 1),
     **dict.fromkeys(["evaluation.features", "evaluation.metrics", "evaluation.statistics", "evaluation.pictures"], 1),
-    **dict.fromkeys(["training", "pipeline", "data.cache", "evaluation.cost", "evaluation.obedience"], 2),
+    **dict.fromkeys(
+        [
+            "training",
+            "pipeline",
+            "data.cache",
+            "data.cache_writer",
+            "data.annotate",
+            "evaluation.cost",
+            "evaluation.obedience",
+        ],
+        2,
+    ),
     **dict.fromkeys(["evaluation", "export", "app"], 3),
     **dict.fromkeys(["cli", "cli_data", "cli_options", "cli_output", "doctor"], 4),
 }
@@ -29,7 +40,12 @@ DOORS = {
     "accelerate": ["training"],
     "typer": ["cli", "cli_data", "cli_options"],
     "pydantic": ["config"],
-    "yaml": ["config"],
+    "yaml": ["strict_yaml"],
+    "ray": ["data.engines"],
+    "fastapi": ["data.review"],
+    "uvicorn": ["data.review"],
+    "httpx": ["data.vlm_server"],
+    "skimage": ["data.offline_masks", "data.masks"],
     "gradio": ["app"],
     "torchvision": [],
     "pickle": [],

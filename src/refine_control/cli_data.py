@@ -96,13 +96,17 @@ def cache(
     out: Path,
     model: Model = "mini",
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of what is stored.")] = "fp32",
+    prompts: Annotated[
+        Literal["full", "int8"], typer.Option(help="Prompt embeddings in --dtype, or in 8 bits with scales.")
+    ] = "full",
     complete: Annotated[int, typer.Option(min=0, max=1000, help="Steps of the teacher's completions; 0: none.")] = 0,
     guidance: Guidance = 1.0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Encode SHARDS once: latents and prompt embeddings under OUT (and, with --complete, the teacher's pictures)."""
-    options: dict[str, Any] = {"model": model, "dtype": dtype, "complete": complete, "guidance": guidance}
+    options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
+    options |= {"guidance": guidance}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     import torch
@@ -113,5 +117,5 @@ def cache(
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     sampler = SamplerConfig(num_inference_steps=complete, guidance_scale=guidance) if complete else None
-    made = build_cache(shards, out, load_backbone(model), stored, sampler, progress_bar("cache"))
+    made = build_cache(shards, out, load_backbone(model), stored, prompts, sampler, progress_bar("cache"))
     show({"cache": out, "made": made}, as_json)

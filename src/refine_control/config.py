@@ -1,9 +1,7 @@
 """Recipes: what a run is made of, in validated and frozen records, read from YAML and `--set`.
 
-A recipe file is YAML with the traps closed. `1e-4` is a number. Only `true` and `false` are booleans: `yes`, `no`,
-`on`, `off` stay words, and a field that wants a boolean refuses them. `010` is refused wherever a number is wanted,
-for it is 8 to some readers and 10 to others. Duplicate keys, aliases and explicit tags are refused with their line.
-An unknown key is an error that names the nearest valid one.
+A recipe file is YAML with the traps closed (`strict_yaml`). Nothing is coerced but a whole number to a float, and an
+unknown key is an error that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -12,17 +10,16 @@ import difflib
 import hashlib
 import json
 import math
-import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from refine_control.errors import InvalidInputError
+from refine_control.strict_yaml import parse_yaml, read_yaml, to_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -215,7 +212,7 @@ class Budget(_Section):
 def read_budget(name: str, steps: int | None = None) -> Budget:
     """A row of recipes/mini/budgets.yaml, with other `steps` where given. Raises InvalidInputError for another name."""
     path = RECIPES / "mini" / "budgets.yaml"
-    rows = _read_yaml(path)
+    rows = read_yaml(path)
     if name not in rows:
         raise InvalidInputError(f"there is no budget {name}; {path.name} has {', '.join(rows)}")
     return Budget.model_validate(rows[name] if steps is None else {**rows[name], "steps": steps})
@@ -245,7 +242,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises InvalidInputError, one sentence: the file, the key, the value and what is allowed."""
     path = _recipe_path(path_or_name)
-    values = _read_yaml(path)
+    values = read_yaml(path)
     overridden = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -267,79 +264,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-# Reading YAML.
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with plain words typed as in YAML 1.2's core schema, decimal numbers only."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 -- yaml's own name
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not allowed", problem_mark=event.start_mark)
-        if event.tag is not None:
-            raise yaml.MarkedYAMLError(problem="explicit tags are not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every word which either YAML 1.1 or `_Loader` would read as something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-# A `$` would let a final line break through, so \Z.
-_NULL = re.compile(r"^(?:~|null|)\Z")
-_BOOL = re.compile(r"^(?:true|false)\Z")
-_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)\Z")
-_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", ""])
-    _class.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, ["t", "f"])
-    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a word", problem_mark=key_node.start_mark)
-        if key in mapping:
-            raise yaml.MarkedYAMLError(problem=f"duplicate key {key}", problem_mark=key_node.start_mark)
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-def _parse(text: str | bytes, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise InvalidInputError(f"{source}:{line} {error.problem or 'not YAML'}; correct it and try again") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{source}: not readable as YAML ({str(error).splitlines()[0]})") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"cannot read recipe {path}: {error.strerror}") from None
-    values = _parse(data, str(path))
-    if not isinstance(values, dict):
-        raise InvalidInputError(f"{path}: a recipe is a mapping of keys to values, for example `name: ours`")
-    return values
+    return to_yaml(recipe.model_dump(mode="json"))
 
 
 def _recipe_path(path_or_name: str | Path) -> Path:
@@ -399,7 +324,7 @@ def _set(values: dict[str, Any], key: str, text: str, source: str) -> None:
     value: Any = text
     takes_text = field is not None and str in _members(field.annotation)
     if not takes_text or (text == "null" and field is not None and type(None) in _members(field.annotation)):
-        value = _parse(text, source)
+        value = parse_yaml(text, source)
     target = values
     for part in section.split(".") if section else ():
         if target.get(part) is None:

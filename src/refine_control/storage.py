@@ -86,23 +86,27 @@ def publish_folder(final: Path, **described: Any) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            files = {}
-            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                fsync_path(path)
-                files[path.relative_to(temporary).as_posix()] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256_file(path),
-                }
-            write_json(temporary / MANIFEST, {**described, "files": files})
-            replaced = final.with_name(f".{final.name}.old{TEMPORARY}")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if final.exists():
-                final.rename(replaced)
-            temporary.rename(final)
-            fsync_path(final.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            finish_folder(temporary, final, **described)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folder(unfinished: Path, final: Path, **described: Any) -> None:
+    """Makes a folder that is complete the published one: its manifest last, then the name, then the old one goes."""
+    with storage_errors(final):
+        files = {}
+        for path in sorted(p for p in unfinished.rglob("*") if p.is_file()):
+            fsync_path(path)
+            name = path.relative_to(unfinished).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        write_json(unfinished / MANIFEST, {**described, "files": files})
+        replaced = final.with_name(f".{final.name}.old{TEMPORARY}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        unfinished.rename(final)
+        fsync_path(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from refine_control.config import SamplerConfig
-from refine_control.data.cache import Cache, build_cache, model_mark, photos_as_tensors, write_cache
+from refine_control.data import cache_writer
+from refine_control.data.cache import Cache, build_cache, model_mark, write_cache
+from refine_control.data.cache_writer import photos_as_tensors
 from refine_control.data.records import LABELED, TEST, UNLABELED
 from refine_control.data.scene_shards import scene_photos
 from refine_control.data.shards import ShardWriter
@@ -21,7 +23,7 @@ PHOTOS = list(scene_photos(0, 0, 40))  # more than one batch of encoding
 def cached(tiny_backbone, tmp_path_factory):
     root = tmp_path_factory.mktemp("cached")
     for role, dtype in ((LABELED, torch.float32), (UNLABELED, torch.float32), (TEST, torch.bfloat16)):
-        write_cache(PHOTOS, len(PHOTOS), root / role, tiny_backbone, role, source={"of": "tests"}, dtype=dtype)
+        write_cache(PHOTOS, root / role, tiny_backbone, role, source={"of": "tests"}, dtype=dtype)
     return root
 
 
@@ -103,7 +105,7 @@ def test_a_cache_of_another_model_is_refused(cached, tiny_backbone):
     assert changed != mark == model_mark(tiny_backbone)
 
 
-@pytest.mark.parametrize("name", ["latents.npy", "samples.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["latents.npy", "samples.jsonl", "manifest.json"])
 def test_damage_is_refused(shards, tmp_path, tiny_backbone, name):
     build_cache(shards, tmp_path / "cache", tiny_backbone)
     path = tmp_path / "cache" / name
@@ -157,16 +159,58 @@ def test_a_folder_of_something_else_is_not_replaced(shards, tmp_path, tiny_backb
         build_cache(tmp_path / "mine", tmp_path / "cache", tiny_backbone)
 
 
-def test_a_source_that_ends_early_leaves_no_cache(tmp_path, tiny_backbone):
-    with pytest.raises(DamagedError, match="promised 3"):
-        write_cache(PHOTOS[:2], 3, tmp_path / "cache", tiny_backbone, LABELED, source={})
-    assert list(tmp_path.iterdir()) == []
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("word", [LABELED, "prompts", "completions"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_was_encoded_before_a_kill_is_not_encoded_again(tmp_path, tiny_backbone, monkeypatch, word, saved):
+    wanted = {
+        "source": {},
+        "prompts": "int8",
+        "completions": SamplerConfig(num_inference_steps=1, guidance_scale=1.0),
+    }
+    write_cache(PHOTOS, tmp_path / "whole", tiny_backbone, LABELED, **wanted)
+    monkeypatch.setattr(cache_writer, "_SECONDS_BETWEEN_SAVES", -1.0 if saved else 1e9)
+
+    def kill(done, total, said):
+        if said == word:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_cache(PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **wanted, progress=kill)
+    assert not (tmp_path / "cache").exists()
+    told = []
+    write_cache(
+        PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **wanted, progress=lambda *said: told.append(said[::2])
+    )
+    first = {said: done for done, said in reversed(told)}
+    assert first.get(word) == (None if len(PHOTOS) <= 32 else 40 if saved else 32) or word == "prompts"
+    whole, again = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("whole", "cache"))
+    assert whole == again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "whole"]
+
+
+def test_eight_bits_hold_an_embedding(cached, tmp_path, tiny_backbone):
+    write_cache(PHOTOS, tmp_path / "small", tiny_backbone, LABELED, source={}, prompts="int8")
+    full, small = Cache(cached / LABELED), Cache(tmp_path / "small")
+    rows = range(len(full.prompts))
+    torch.testing.assert_close(small.take("prompt_embeds", rows), full.take("prompt_embeds", rows), rtol=0, atol=0.02)
+    error = small.manifest["prompt_relative_error"]
+    assert 0 < error["bfloat16"] < error["int8"] < 0.01
+    stored = sum(small.arrays[name].nbytes for name in ("prompt_codes", "prompt_scales"))
+    assert stored < 0.3 * full.arrays["prompt_embeds"].nbytes
+    assert "prompt_embeds" not in small.arrays
+
+
+def test_an_empty_source_is_refused(tmp_path, tiny_backbone):
     with pytest.raises(InvalidInputError, match="nothing to cache"):
-        write_cache([], 0, tmp_path / "cache", tiny_backbone, LABELED, source={})
+        write_cache([], tmp_path / "cache", tiny_backbone, LABELED, source={})
 
 
 def test_the_same_photos_give_the_same_bytes(cached, tmp_path, tiny_backbone):
-    write_cache(PHOTOS, len(PHOTOS), tmp_path / "again", tiny_backbone, LABELED, source={"of": "tests"})
+    write_cache(PHOTOS, tmp_path / "again", tiny_backbone, LABELED, source={"of": "tests"})
     first, again = (json.loads((f / "manifest.json").read_text()) for f in (cached / LABELED, tmp_path / "again"))
     assert first == again
     assert len(first["files"]) == 7

@@ -37,7 +37,7 @@ def caches(tiny_backbone, tmp_path_factory):
         ("unlabeled", UNLABELED, photos),
         ("spoiled", UNLABELED, spoiled),
     ):
-        write_cache(source, len(source), root / name, tiny_backbone, role, source={})
+        write_cache(source, root / name, tiny_backbone, role, source={})
     return {name: Cache(root / name) for name in ("labeled", "unlabeled", "spoiled")}
 
 

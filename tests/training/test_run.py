@@ -36,7 +36,7 @@ def recipe(tiny_backbone, tmp_path_factory):
     tiny_backbone.pipeline.save_pretrained(root / "tiny")
     write_json(root / "tiny" / "refine_control.json", {"max_sequence_length": 0})
     backbone = load_backbone(root / "tiny")
-    write_cache(list(scene_photos(0, 0, 6)), 6, root / "cache", backbone, LABELED, source={})
+    write_cache(list(scene_photos(0, 0, 6)), root / "cache", backbone, LABELED, source={})
     return Recipe.model_validate(
         {
             "name": "tiny",

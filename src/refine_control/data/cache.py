@@ -9,8 +9,7 @@ shards that have changed since, is refused. Each distinct prompt is stored once;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,23 @@ import numpy as np
 import torch
 
 from refine_control.config import SamplerConfig
+from refine_control.data.cache_writer import (
+    SAMPLES,
+    CacheWriter,
+    Progress,
+    PromptStorage,
+    numbered_prompts,
+    write_completions,
+    write_pictures,
+    write_prompts,
+)
+from refine_control.data.compact import Layout, Packed, unpack
 from refine_control.data.records import LABELED, ROLES, UNLABELED, Photo
-from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.models.backbone import Backbone, masked_pixels
-from refine_control.models.controlnet import mask_at_latents
-from refine_control.pipeline import complete_latents
-from refine_control.randomness import slot_normals
-from refine_control.storage import MANIFEST, only_writer, publish_folder, read_manifest, sha256_file
+from refine_control.errors import InvalidInputError
+from refine_control.models.backbone import Backbone
+from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file
 
-CACHE_VERSION = 1
-_BATCH = 32
-Progress = Callable[[int, int, str], None]
+CACHE_VERSION = 2
 
 
 def model_mark(backbone: Backbone) -> str:
@@ -45,126 +50,54 @@ def model_mark(backbone: Backbone) -> str:
     return mark.hexdigest()
 
 
-def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint."""
-    images = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return images, torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
-
-
-def _to_numpy(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    """bf16 travels as uint16, numpy having no such type."""
-    tensor = tensor.detach().to("cpu", dtype).contiguous()
-    return tensor.view(torch.uint16).numpy() if dtype == torch.bfloat16 else tensor.numpy()
-
-
-class _Writer:
-    """Arrays that grow by batches and end as .npy files."""
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count, self.arrays = folder, count, {}
-
-    def put(self, name: str, first: int, values: np.ndarray) -> None:
-        if name not in self.arrays:
-            shape = (self.count, *values.shape[1:])
-            self.arrays[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", values.dtype, shape)
-        self.arrays[name][first : first + len(values)] = values
-
-    def close(self) -> None:
-        for array in self.arrays.values():
-            array.flush()
-        self.arrays = {}
-
-
 def write_cache(
-    photos: Iterable[Photo],
-    count: int,
+    photos: Sequence[Photo],
     out: Path,
     backbone: Backbone,
     role: str,
     *,
     source: dict[str, Any],
     dtype: torch.dtype = torch.float32,
+    prompts: PromptStorage = "full",
     completions: SamplerConfig | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Encodes `count` photos of one size into `out`, replacing what is there only when whole.
+    """Encodes photos of one size into `out`, replacing what is there only when whole; continues where it was killed.
 
-    With `completions` the model's own ControlNet (the teacher) also paints every hole once.
-    The role `unlabeled` stores no latents of the picture, only of the picture without its hole.
-    Raises ValueError for an unknown role, InvalidInputError for an empty source."""
+    With `completions` the model's own ControlNet (the teacher) also paints every hole once. `prompts`: int8 stores
+    prompt embeddings in 8 bits (`compact`). The role `unlabeled` stores no latents of the picture, only of the
+    picture without its hole. Raises ValueError for an unknown role, InvalidInputError for an empty source."""
     if role not in ROLES:
         raise ValueError(f"role is one of {ROLES}, not {role!r}")
-    if count < 1:
+    if not len(photos):
         raise InvalidInputError(f"nothing to cache for the role {role}; the source holds no sample")
-    prompts: dict[str, int] = {"": 0}
-    keys: list[str] = []
-    rows = iter(photos)
     described = {
         "kind": "cache",
         "role": role,
-        "count": count,
-        "dtype": str(dtype).removeprefix("torch."),
+        "count": len(photos),
         "model": model_mark(backbone),
         "source": source,
-        "completions": completions.model_dump(mode="json") if completions else None,
+        **_storage(dtype, prompts, completions),
     }
-    with publish_folder(out, **described) as folder:
-        writer = _Writer(folder, count)
-        while chunk := list(islice(rows, _BATCH)):
-            first = len(keys)
-            pixels, mask = photos_as_tensors(chunk)
-            latents = backbone.encode_images(masked_pixels(pixels, mask))
-            writer.put("masked_latents", first, _to_numpy(latents, dtype))
-            writer.put("masks", first, mask_at_latents(mask, latents).to(torch.uint8).numpy())
-            if role != UNLABELED:
-                writer.put("latents", first, _to_numpy(backbone.encode_images(pixels), dtype))
-            numbers = [prompts.setdefault(p.prompt, len(prompts)) for p in chunk]
-            writer.put("prompt_index", first, np.asarray(numbers, np.int32))
-            keys += [p.key for p in chunk]
-            if progress:
-                progress(len(keys), count, role)
-        if len(keys) != count:
-            raise DamagedError(f"the source of {out} promised {count} samples and gave {len(keys)}; build it again")
-        texts = list(prompts)
-        text_writer = _Writer(folder, len(texts))
-        for first in range(0, len(texts), _BATCH):
-            embeds, pooled = backbone.encode_prompts(texts[first : first + _BATCH])
-            text_writer.put("prompt_embeds", first, _to_numpy(embeds, dtype))
-            text_writer.put("pooled_prompt_embeds", first, _to_numpy(pooled, dtype))
-        if completions is not None:
-            _write_completions(writer, text_writer, backbone, completions, dtype, progress)
-        writer.close()
-        text_writer.close()
-        (folder / "samples.json").write_text(json.dumps({"keys": keys, "prompts": texts}, ensure_ascii=False))
+    writer = CacheWriter(out, described, progress)
+    write_pictures(writer, photos, backbone, role, dtype)
+    stored = write_prompts(writer, backbone, dtype, prompts)
+    if completions is not None:
+
+        def read_prompts(numbers: np.ndarray) -> torch.Tensor:
+            if prompts == "full":
+                return writer.read("prompt_embeds", numbers)
+            names = ("prompt_codes", "prompt_scales")
+            return unpack(Packed(*(writer.read(n, numbers) for n in names)), Layout(*stored["prompt_layout"]))
+
+        write_completions(writer, backbone, completions, dtype, read_prompts, len(photos))
+    writer.finish(**stored)
 
 
-def _write_completions(
-    writer: _Writer,
-    text_writer: _Writer,
-    backbone: Backbone,
-    sampler: SamplerConfig,
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> None:
-    """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
-
-    def read(name: str, rows: np.ndarray, arrays: dict[str, np.ndarray]) -> torch.Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(arrays[name][rows]))
-        return (values.view(torch.bfloat16) if values.dtype == torch.uint16 else values).float()
-
-    for first in range(0, writer.count, _BATCH):
-        rows = np.arange(first, min(first + _BATCH, writer.count))
-        latents, mask = (read(n, rows, writer.arrays) for n in ("masked_latents", "masks"))
-        numbers = np.asarray(writer.arrays["prompt_index"][rows])
-        names = ("prompt_embeds", "pooled_prompt_embeds")
-        text = tuple(read(n, numbers, text_writer.arrays) for n in names)
-        empty = tuple(read(n, np.zeros_like(numbers), text_writer.arrays) for n in names)
-        noise = slot_normals(latents.shape[1:], rows.tolist(), sampler.seed, "completion")
-        teacher = backbone.pipeline.controlnet
-        painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
-        writer.put("completions", first, _to_numpy(painted, dtype))
-        if progress:
-            progress(int(rows[-1]) + 1, writer.count, "completions")
+def _storage(dtype: torch.dtype, prompts: PromptStorage, completions: SamplerConfig | None) -> dict[str, Any]:
+    """What a cache of the same shards and model may differ in."""
+    painted = completions.model_dump(mode="json") if completions else None
+    return {"dtype": str(dtype).removeprefix("torch."), "prompts": prompts, "completions": painted}
 
 
 def build_cache(
@@ -172,6 +105,7 @@ def build_cache(
     out: Path,
     backbone: Backbone,
     dtype: torch.dtype = torch.float32,
+    prompts: PromptStorage = "full",
     completions: SamplerConfig | None = None,
     progress: Progress | None = None,
 ) -> bool:
@@ -189,24 +123,11 @@ def build_cache(
         had = read_manifest(out, verify=False) if (out / MANIFEST).is_file() else {}
         if had.get("kind") != "cache" and out.exists() and any(out.iterdir()):
             raise InvalidInputError(f"{out} holds something that is no cache; choose another folder")
-        if had:
-            wanted = completions.model_dump(mode="json") if completions else None
-            name = str(dtype).removeprefix("torch.")
-            same = (had["source"], had["dtype"], had["completions"]) == (described, name, wanted)
-            if same and had["model"] == model_mark(backbone):
-                return False
-        photos = (shards[i] for i in range(len(shards)))
-        write_cache(
-            photos,
-            len(shards),
-            out,
-            backbone,
-            role,
-            source=described,
-            dtype=dtype,
-            completions=completions,
-            progress=progress,
-        )
+        wanted = {"source": described, **_storage(dtype, prompts, completions)}
+        if had and {k: had.get(k) for k in wanted} == wanted and had["model"] == model_mark(backbone):
+            return False
+        stored: Any = {"dtype": dtype, "prompts": prompts, "completions": completions}
+        write_cache(shards, out, backbone, role, source=described, **stored, progress=progress)
     return True
 
 
@@ -231,14 +152,16 @@ class Cache:
         self.folder, self.role = folder, self.manifest["role"]
         self.bfloat16 = self.manifest["dtype"] == "bfloat16"
         self.arrays = {p.stem: np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.npy"))}
-        samples = json.loads((folder / "samples.json").read_text())
-        self.keys, self.prompts = samples["keys"], samples["prompts"]
+        self.keys, self.prompts, _ = numbered_prompts(folder / SAMPLES)
 
     def __len__(self) -> int:
         return self.manifest["count"]
 
     def take(self, name: str, rows: np.ndarray | Sequence[int]) -> torch.Tensor:
-        """Rows of one array as a tensor (a copy)."""
+        """Rows of one array as a tensor (a copy); prompt embeddings that are stored in 8 bits come as fp32."""
+        if name == "prompt_embeds" and "prompt_layout" in self.manifest:
+            packed = Packed(*(self.take(part, rows) for part in ("prompt_codes", "prompt_scales")))
+            return unpack(packed, Layout(*self.manifest["prompt_layout"]))
         if name not in self.arrays:
             raise InvalidInputError(f"the cache {self.folder} of role {self.role} has no {name}")
         values = np.ascontiguousarray(self.arrays[name][np.asarray(rows)])

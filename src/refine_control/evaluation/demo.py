@@ -17,18 +17,15 @@ from refine_control.data.scene_shards import build_scenes
 from refine_control.evaluation.evaluate import (
     TEACHER,
     compare,
-    cost_table,
-    difference_table,
-    quality_table,
     read_test,
     sampler_facts,
     summarise,
-    text_table,
     write_results,
 )
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
+from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import only_writer

@@ -19,6 +19,7 @@ from refine_control.evaluation.obedience import Classifier, load_classifier, obe
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
 from refine_control.evaluation.statistics import Interval, bootstrap_mean, gap_closed, paired_difference
+from refine_control.evaluation.tables import HEADINGS, PERCENT, cost_table, difference_table, quality_table
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_backbone, load_controlnet
@@ -26,18 +27,6 @@ from refine_control.pipeline import inpaint, warn_unknown_words
 from refine_control.storage import only_writer, write_atomic, write_json
 
 TEACHER = "teacher"
-HEADINGS = {
-    "psnr": "PSNR dB",
-    "psnr_region": "PSNR region dB",
-    "psnr_composited": "PSNR composited dB",
-    "ssim": "SSIM",
-    "ssim_region": "SSIM region",
-    "ssim_composited": "SSIM composited",
-    "colour": "colour obeyed %",
-    "shape": "shape obeyed %",
-    "both": "both obeyed %",
-}
-_PERCENT = ("colour", "shape", "both")
 _BOOTSTRAP_SEED = 20250922
 Progress = Callable[[int, int, str], None]
 Scores = dict[str, np.ndarray]
@@ -71,7 +60,7 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier |
     if classifier is not None:
         colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
         obeyed = obedience(classifier, painted, masks, colour, shape)
-        out |= {name: 100.0 * getattr(obeyed, name) for name in _PERCENT}
+        out |= {name: 100.0 * getattr(obeyed, name) for name in PERCENT}
     return out
 
 
@@ -118,7 +107,7 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def summarise(result: Result, ours: str | None = None, baseline: str | None = None) -> dict[str, Any]:
     """Means with 95 % bootstrap intervals, paired differences between all pairs of models, and the share of the gap
-    from `baseline` to the teacher that `ours` closes."""
+    from `baseline` to the teacher that `ours` closes, where there is a gap."""
     names = list(result.scores)
     known = [m for m in HEADINGS if all(m in s for s in result.scores.values())]
     differences: dict[str, Any] = {}
@@ -137,7 +126,8 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
         for m in ("psnr_region", "both"):
             if m in known and result.scores[TEACHER][m].mean() != result.scores[baseline][m].mean():
                 share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=_BOOTSTRAP_SEED)
-                out["gap_closed"][m] = _interval_dict(share)
+                if np.isfinite(share.low):  # else the gap is not told from zero, and a share of it means nothing
+                    out["gap_closed"][m] = _interval_dict(share)
     return out
 
 
@@ -145,70 +135,6 @@ def _interval_dict(interval: Interval) -> dict[str, Any]:
     bounds = {"low": interval.low, "high": interval.high}
     finite = {k: (v if np.isfinite(v) else None) for k, v in bounds.items()}
     return {"mean": interval.mean, **finite, "excludes_zero": interval.excludes_zero}
-
-
-def _cell(values: Mapping[str, float], digits: int) -> str:
-    return f"{values['mean']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
-
-
-def _digits(metric: str) -> int:
-    return 4 if metric.startswith("ssim") else 1 if metric in _PERCENT else 2
-
-
-def quality_table(summary: Mapping[str, Any]) -> Table:
-    """A row for each model, a column for each metric."""
-    models = summary["models"]
-    known = list(next(iter(models.values())))
-    rows = [[name, *(_cell(values[m], _digits(m)) for m in known)] for name, values in models.items()]
-    notes = [
-        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
-        "pipeline output unless composited (kept pixels put back); region: inside the mask."
-    ]
-    return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, notes)
-
-
-def difference_table(summary: Mapping[str, Any]) -> Table:
-    """A row for each pair of models."""
-    pairs = summary["paired_differences"]
-    known = list(next(iter(pairs.values())))
-    rows = [[pair, *(_cell(v[m], _digits(m)) for m in known)] for pair, v in pairs.items()]
-    return Table(
-        "Paired differences",
-        ["pair", *(HEADINGS[m] for m in known)],
-        rows,
-        ["On the same pictures and noise. An interval with zero inside is no evidence of a difference."],
-    )
-
-
-def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:
-    """A row for each model."""
-    rows = [
-        [
-            name,
-            str(c.num_layers),
-            f"{c.num_params:,}",
-            f"{c.gflops_controlnet:.3f}",
-            f"{c.gflops_step:.3f}",
-            f"{1000 * c.step_seconds:.1f}",
-            f"{1000 * seconds[name]:.0f}" if name in seconds else "",
-            f"{c.peak_memory / 2**20:.0f}",
-        ]
-        for name, c in costs.items()
-    ]
-    columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
-    columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
-    notes = [
-        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak "
-        "memory is of a fresh process that samples with this model."
-    ]
-    return Table("Cost", columns, rows, notes)
-
-
-def text_table(table: Table) -> str:
-    """The table for a terminal."""
-    rows = [list(table.columns), *(list(r) for r in table.rows)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(table.columns))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
 
 
 def pictures(photos: Sequence[Photo], images: Mapping[str, np.ndarray], count: int = 12) -> PictureGrid:

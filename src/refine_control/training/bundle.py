@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from refine_control.config import OptimizerConfig, TrainingConfig
 from refine_control.data import scenes
 from refine_control.evaluation.obedience import WEIGHTS as CLASSIFIER_WEIGHTS
-from refine_control.evaluation.obedience import Classifier
+from refine_control.evaluation.obedience import Classifier, load_classifier
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_pipeline
@@ -74,8 +75,9 @@ def run_stage(
             save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
             temporary.replace(result)
             seconds = round(fitted.seconds, 1)
-            seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "seconds_last_sitting": seconds}
-            write_json(folder / "stage.json", {**stage._asdict(), **seen})
+            processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
+            seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "processes": processes}
+            write_json(folder / "stage.json", {**stage._asdict(), **seen, "seconds_last_sitting": seconds})
         return fitted.weights
     return load_file(result)
 
@@ -185,6 +187,15 @@ def publish(
     return card
 
 
+def _train_oracle(work: Path, seed: int, progress: Progress | None) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier()
+    weights = run_stage("oracle", OracleObjective(classifier), CropBatches(), ORACLE, work, seed, progress)
+    classifier.load_state_dict(weights)
+    return classifier.eval()
+
+
 def make_bundle(
     out: Path,
     seed: int = 0,
@@ -196,18 +207,13 @@ def make_bundle(
 ) -> dict[str, Any]:
     """Trains what `stages` names (all by default), publishes `out/bundle` and returns its card.
 
-    `start` is a bundle to go on from; give another `seed` then, so that it sees new scenes. The same call
-    continues what was interrupted. Raises what `fit` raises."""
+    `start` is a bundle to go on from, its oracle included; give another `seed` then, so that it sees new scenes.
+    The same call continues what was interrupted. Raises what `fit` raises."""
     work = out / "work"
     with only_writer(out) if is_main_process() else nullcontext():
         pipeline = train_bundle(out, seed, start=start, stages=STAGES if stages is None else stages, progress=progress)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            classifier = Classifier()
-        classifier.load_state_dict(
-            run_stage("oracle", OracleObjective(classifier), CropBatches(), ORACLE, work, seed, progress)
-        )
-        classifier.eval()
+        # who measures stays the same from sitting to sitting, so that their figures compare
+        classifier = load_classifier(start) if start else _train_oracle(work, seed, progress)
         if not is_main_process():
             return {}
         history = json.loads((start / CARD).read_text())["sittings"] if start else []

@@ -171,6 +171,29 @@ def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[ra
     return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
 
 
+def _gradients(
+    objective: Objective, batches: Batches, master: MasterWeights, draws: Sequence[Draw]
+) -> dict[str, torch.Tensor]:
+    """Adds the gradients of one update's micro-batches to the masters; the logged values, averaged over samples."""
+    logged: dict[str, torch.Tensor] = {}
+    for draw in draws:
+        losses = objective.losses(batches.batch(draw), draw)
+        share = len(draw.slots) / sum(len(each.slots) for each in draws)
+        (losses.loss * share).backward()
+        master.accumulate()
+        for name, value in _named_scalars(losses).items():
+            logged[name] = logged.get(name, 0) + value * share
+    return logged
+
+
+def _refuse_nonfinite(loss: float, norm: float, where: str) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NonFiniteError(
+            f"the loss or its gradient is not finite {where}; "
+            "lower optimizer.learning_rate and run again in another --run-dir"
+        )
+
+
 def leave_process_group() -> None:
     """To be called last by every process of a run: torch aborts processes that end while still connected."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -221,15 +244,9 @@ def fit(
 
     with _asked_to_stop() as stopped:
         for step in range(start, training.steps):
-            logged: dict[str, torch.Tensor] = {}
-            for micro in slots:
-                draw = Draw(training.seed, training.stage, step, micro)
-                losses = objective.losses(batches.batch(draw), draw)
-                share = len(micro) / sum(map(len, slots))
-                (losses.loss * share).backward()
-                master.accumulate()
-                for name, value in _named_scalars(losses).items():
-                    logged[name] = logged.get(name, 0) + value * share
+            logged = _gradients(
+                objective, batches, master, [Draw(training.seed, training.stage, step, m) for m in slots]
+            )
             stop = _reduce(accelerator, master.grads, bool(stopped()))
             rate = learning_rate_at(step, optimizer, training.steps)
             norm = master.step(rate, step, optimizer.max_grad_norm)
@@ -238,11 +255,8 @@ def fit(
             logs = last or done % training.log_every == 0
             # a norm that is not finite spoils every later one, so looking before each save keeps checkpoints clean
             values = _means(accelerator, logged) if saves or logs else {"loss": 0.0}
-            if (saves or logs) and not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
-                raise NonFiniteError(
-                    f"the loss or its gradient is not finite at step {done} of {run_dir}; "
-                    "lower optimizer.learning_rate and run again in another --run-dir"
-                )
+            if saves or logs:
+                _refuse_nonfinite(values["loss"], float(norm), f"at step {done} of {run_dir}")
             if logs:
                 seconds = (time.monotonic() - began) / (done - start)
                 if log:

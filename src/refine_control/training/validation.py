@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from refine_control.config import Recipe
-from refine_control.data.cache import photos_as_tensors
+from refine_control.data.cache_writer import photos_as_tensors
 from refine_control.data.shards import Shards
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.models.backbone import masked_pixels

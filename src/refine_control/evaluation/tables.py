@@ -1,0 +1,86 @@
+"""Numbers as tables: for the report, the terminal, and whoever reads them elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from refine_control.evaluation.model_cost import ModelCost
+from refine_control.evaluation.report import Table
+
+HEADINGS = {
+    "psnr": "PSNR dB",
+    "psnr_region": "PSNR region dB",
+    "psnr_composited": "PSNR composited dB",
+    "ssim": "SSIM",
+    "ssim_region": "SSIM region",
+    "ssim_composited": "SSIM composited",
+    "colour": "colour obeyed %",
+    "shape": "shape obeyed %",
+    "both": "both obeyed %",
+}
+PERCENT = ("colour", "shape", "both")
+
+
+def _cell(values: Mapping[str, float], digits: int) -> str:
+    return f"{values['mean']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
+
+
+def _digits(metric: str) -> int:
+    return 4 if metric.startswith("ssim") else 1 if metric in PERCENT else 2
+
+
+def quality_table(summary: Mapping[str, Any]) -> Table:
+    """A row for each model, a column for each metric."""
+    models = summary["models"]
+    known = list(next(iter(models.values())))
+    rows = [[name, *(_cell(values[m], _digits(m)) for m in known)] for name, values in models.items()]
+    notes = [
+        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
+        "pipeline output unless composited (kept pixels put back); region: inside the mask."
+    ]
+    return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, notes)
+
+
+def difference_table(summary: Mapping[str, Any]) -> Table:
+    """A row for each pair of models."""
+    pairs = summary["paired_differences"]
+    known = list(next(iter(pairs.values())))
+    rows = [[pair, *(_cell(v[m], _digits(m)) for m in known)] for pair, v in pairs.items()]
+    return Table(
+        "Paired differences",
+        ["pair", *(HEADINGS[m] for m in known)],
+        rows,
+        ["On the same pictures and noise. An interval with zero inside is no evidence of a difference."],
+    )
+
+
+def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:
+    """A row for each model."""
+    rows = [
+        [
+            name,
+            str(c.num_layers),
+            f"{c.num_params:,}",
+            f"{c.gflops_controlnet:.3f}",
+            f"{c.gflops_step:.3f}",
+            f"{1000 * c.step_seconds:.1f}",
+            f"{1000 * seconds[name]:.0f}" if name in seconds else "",
+            f"{c.peak_memory / 2**20:.0f}",
+        ]
+        for name, c in costs.items()
+    ]
+    columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
+    columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
+    notes = [
+        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak "
+        "memory is of a fresh process that samples with this model."
+    ]
+    return Table("Cost", columns, rows, notes)
+
+
+def text_table(table: Table) -> str:
+    """The table for a terminal."""
+    rows = [list(table.columns), *(list(r) for r in table.rows)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(table.columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
