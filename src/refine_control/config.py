@@ -66,9 +66,10 @@ class LossWeights(_Section):
 class ObjectiveConfig(_Section):
     """What is minimised."""
 
-    kind: Literal["supervised", "self_supervised", "from_scratch"] = Field(
+    kind: Literal["supervised", "self_supervised", "from_scratch", "mixed", "one_to_one"] = Field(
         default="supervised",
-        description="Eq. 1 (stage 1), Eq. 6 (stage 2), or Eq. 3 alone without the teacher (Student_fc)",
+        description="Eq. 1 (stage 1), Eq. 6 (stage 2), Eq. 3 alone without the teacher (Student_fc), Eq. 1 and 6 mixed "
+        "in every batch (one_stage), or SSD-1B's loss with one-to-one layer terms (Student_ssd)",
     )
     weights: LossWeights = Field(default_factory=LossWeights, description="factors of the terms")
     x0_source: Literal["masked", "teacher"] = Field(

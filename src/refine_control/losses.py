@@ -64,6 +64,21 @@ def feature_losses(
     return torch.stack(parts)
 
 
+def one_to_one_losses(
+    teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], num_sites: int = 23, relative: bool = False
+) -> torch.Tensor:
+    """The layer terms of SSD-1B (arXiv 2401.02677): E || f_S^j - f_T^l ||^2 with l the last of G_j -> (S,).
+
+    One kept layer answers for itself alone, not for those that went."""
+    feeds = layer_of_site(len(teacher), num_sites)
+    parts = []
+    for own, sites in zip(student, groups(len(student), num_sites), strict=True):
+        kept = teacher[feeds[sites[-1]]].float()
+        part = (own.float() - kept).square().mean()
+        parts.append(part / kept.square().mean().clamp_min(1e-12) if relative else part)
+    return torch.stack(parts)
+
+
 def combine(
     *,
     task: torch.Tensor | None,

@@ -10,12 +10,12 @@ from refine_control.data.cache import Cache, write_cache
 from refine_control.data.records import LABELED, UNLABELED, Photo
 from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
-from refine_control.losses import feature_losses, mask_weight, output_loss, task_loss
+from refine_control.losses import feature_losses, mask_weight, one_to_one_losses, output_loss, task_loss
 from refine_control.models.controlnet import build_student
 from refine_control.training import objectives
-from refine_control.training.batches import LabeledBatches, UnlabeledBatches
+from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Draw, fit
-from refine_control.training.objectives import FromScratch, Networks, SelfSupervised, Supervised
+from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
 
 WEIGHTS = LossWeights(task=4.0, output=1.0, feature=0.5)
 DRAW = Draw(0, "stage", 3, range(2))
@@ -44,11 +44,14 @@ def caches(tiny_backbone, tmp_path_factory):
 def objective_and_batches(kind, networks, caches):
     if kind == "self_supervised":
         return SelfSupervised(networks, WEIGHTS), UnlabeledBatches(caches["unlabeled"], 2)
-    make = Supervised if kind == "supervised" else FromScratch
+    if kind == "mixed":
+        halves = LabeledBatches(caches["labeled"], 1), UnlabeledBatches(caches["unlabeled"], 1)
+        return Mixed(networks, WEIGHTS), MixedBatches(*halves)
+    make = {"supervised": Supervised, "from_scratch": FromScratch, "one_to_one": OneToOne}[kind]
     return make(networks, WEIGHTS), LabeledBatches(caches["labeled"], 2)
 
 
-KINDS = ["supervised", "self_supervised", "from_scratch"]
+KINDS = ["supervised", "self_supervised", "from_scratch", "mixed", "one_to_one"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,6 +92,37 @@ def test_eq_6_has_no_task(networks, caches):
     assert losses.task_loss == 0
     assert losses.output_loss > 0
     torch.testing.assert_close(losses.loss, losses.output_loss + 0.5 * losses.feature_loss)
+
+
+def test_one_stage_is_eq_1_on_one_half_and_eq_6_on_the_other(networks, caches):
+    objective, batches = objective_and_batches("mixed", networks, caches)
+    draw = Draw(0, "stage", 3, range(4))
+    batches.labeled.batch_size = batches.unlabeled.batch_size = 2
+    batch = batches.batch(draw)
+    both = objective.losses(batch, draw)
+    halves = {0: (0, 2), 1: (1, 3)}
+    eq_1 = Supervised(networks, WEIGHTS).losses(batch.labeled, draw._replace(slots=halves[0]))
+    eq_6 = SelfSupervised(networks, WEIGHTS).losses(batch.unlabeled, draw._replace(slots=halves[1]))
+    torch.testing.assert_close(both.loss, (eq_1.loss + eq_6.loss) / 2)
+    assert both.task_loss > 0
+    # each half walks through its own set, and every sample has its own turn
+    rows = {tuple(batches.labeled.rows(draw._replace(slots=[0, 1], stage="stage labeled", step=n))) for n in range(2)}
+    assert len({row for pair in rows for row in pair}) == 4
+
+
+def test_ssd_compares_each_layer_with_the_one_that_was_kept(networks, caches):
+    objective, batches = objective_and_batches("one_to_one", networks, caches)
+    batch = batches.batch(DRAW)
+    losses = objective.losses(batch, DRAW)
+    with torch.no_grad():
+        at = networks.noised(batch.latents, DRAW)
+        teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
+    last = [teacher.residuals[site] for site in (7, 15, 22)]  # three groups of 23 sites end there
+    terms = [(own - kept).square().mean() for own, kept in zip(student.residuals, last, strict=True)]
+    torch.testing.assert_close(losses.feature_losses, torch.stack(terms))
+    torch.testing.assert_close(losses.task_loss, task_loss(at.noise - batch.latents, student.velocity))
+    assert one_to_one_losses(teacher.residuals, last).sum() == 0
+    assert feature_losses(teacher.residuals, last).sum() > 0
 
 
 def test_the_student_is_noised_where_the_scheduler_would(networks):

@@ -10,7 +10,7 @@ import torch
 from refine_control.data.cache import Cache
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Draw
-from refine_control.training.objectives import LabeledBatch, UnlabeledBatch
+from refine_control.training.objectives import LabeledBatch, MixedBatch, UnlabeledBatch
 
 
 class _Text(NamedTuple):
@@ -74,3 +74,18 @@ class UnlabeledBatches(CacheBatches):
         rows = self.rows(draw)
         x0, masked_latents, mask = (self._take(name, rows) for name in (self.x0, "masked_latents", "masks"))
         return UnlabeledBatch(x0, masked_latents, mask, *self._text(rows, draw))
+
+
+class MixedBatches:
+    """Half of the slots from D_sl, half from D_ssl, each shuffled by itself; the even slots are labelled."""
+
+    def __init__(self, labeled: LabeledBatches, unlabeled: UnlabeledBatches):
+        self.labeled, self.unlabeled = labeled, unlabeled
+
+    def batch(self, draw: Draw) -> MixedBatch:
+        """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
+        even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == turn] for turn in (0, 1))
+        return MixedBatch(
+            self.labeled.batch(draw._replace(slots=even, stage=f"{draw.stage} labeled")),
+            self.unlabeled.batch(draw._replace(slots=odd, stage=f"{draw.stage} unlabeled")),
+        )

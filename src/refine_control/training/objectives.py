@@ -12,7 +12,15 @@ from torch import nn
 
 from refine_control import flow
 from refine_control.config import LossWeights, SigmaConfig
-from refine_control.losses import Losses, combine, feature_losses, mask_weight, output_loss, task_loss
+from refine_control.losses import (
+    Losses,
+    combine,
+    feature_losses,
+    mask_weight,
+    one_to_one_losses,
+    output_loss,
+    task_loss,
+)
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_cond, control_residuals, trainable_parameters
 from refine_control.training.loop import Draw
@@ -36,6 +44,17 @@ class UnlabeledBatch(NamedTuple):
     mask: torch.Tensor
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
+
+
+class MixedBatch(NamedTuple):
+    """D_sl and D_ssl in one batch: the first rows are labelled."""
+
+    labeled: LabeledBatch
+    unlabeled: UnlabeledBatch
+
+    def joined(self) -> UnlabeledBatch:
+        """All rows with their x0: the ground truth where there is one."""
+        return UnlabeledBatch(*(torch.cat(parts) for parts in zip(self.labeled, self.unlabeled, strict=True)))
 
 
 class Noised(NamedTuple):
@@ -184,4 +203,51 @@ class FromScratch:
             output=None,
             features=None,
             task_weight=self.weights.task,
+        )
+
+
+class Mixed:
+    """The row one_stage: Eq. 1 on the samples of D_sl and Eq. 6 on those of D_ssl, in one batch."""
+
+    def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
+        self.networks, self.weights, self.relative = networks, weights, relative_features
+        self.trainable = networks.trainable
+
+    def losses(self, batch: MixedBatch, draw: Draw) -> Losses:
+        """The mean over all samples of what each contributes."""
+        w, rows, count = self.weights, batch.joined(), len(batch.labeled.mask)
+        draw = draw._replace(slots=sorted(draw.slots, key=lambda slot: slot % 2))  # the order of the rows
+        at = self.networks.noised(rows.x0_latents, draw)
+        teacher, student = self.networks.teacher_answer(at, rows), self.networks.student_answer(at, rows)
+        target = flow.velocity(batch.labeled.latents, at.noise[:count])
+        task = task_loss(target, student.velocity[:count], mask_weight(batch.labeled.mask, w.alpha))
+        return combine(
+            task=task * (count / len(rows.mask)),
+            output=output_loss(teacher.velocity, student.velocity),
+            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
+            task_weight=w.task,
+            output_weight=w.output,
+            feature_weight=w.feature,
+        )
+
+
+class OneToOne:
+    """Student_ssd: SSD-1B's loss. The plain task, the teacher's output, and each kept layer against itself."""
+
+    def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
+        self.networks, self.weights, self.relative = networks, weights, relative_features
+        self.trainable = networks.trainable
+
+    def losses(self, batch: LabeledBatch, draw: Draw) -> Losses:
+        """Task without a mask weight (`alpha` is not read), output, one-to-one layer terms."""
+        w = self.weights
+        at = self.networks.noised(batch.latents, draw)
+        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
+        return combine(
+            task=task_loss(flow.velocity(batch.latents, at.noise), student.velocity),
+            output=output_loss(teacher.velocity, student.velocity),
+            features=one_to_one_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
+            task_weight=w.task,
+            output_weight=w.output,
+            feature_weight=w.feature,
         )

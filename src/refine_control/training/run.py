@@ -19,9 +19,9 @@ from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet
 from refine_control.storage import MANIFEST, only_writer, read_manifest, write_atomic
-from refine_control.training.batches import LabeledBatches, UnlabeledBatches
-from refine_control.training.loop import Progress, fit
-from refine_control.training.objectives import FromScratch, Networks, SelfSupervised, Supervised
+from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.loop import Batches, Objective, Progress, fit
+from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
@@ -87,27 +87,39 @@ def _cache(path: str | None, key: str, role: str, model: str) -> Cache:
 
 def _objective_and_batches(
     recipe: Recipe, networks: Networks, mark: str, device: torch.device
-) -> tuple[Any, LabeledBatches | UnlabeledBatches]:
+) -> tuple[Objective, Batches]:
     """The one place that turns `objective.kind` into classes."""
     objective, training = recipe.objective, recipe.training
     relative = objective.feature_normalisation == "layer"
-    common: dict[str, Any] = {
-        "batch_size": training.batch_size,
-        "prompt_dropout": training.prompt_dropout,
-        "device": device,
-    }
-    if objective.kind == "self_supervised":
+    common: dict[str, Any] = {"prompt_dropout": training.prompt_dropout, "device": device}
+    weights = objective.weights
+
+    def labeled(share: int = 1) -> LabeledBatches:
+        cache = _cache(recipe.data.labeled, "labeled", LABELED, mark)
+        return LabeledBatches(cache, training.batch_size // share, **common)
+
+    def unlabeled(share: int = 1) -> UnlabeledBatches:
         x0 = "masked_latents" if objective.x0_source == "masked" else "completions"
         cache = _cache(recipe.data.unlabeled, "unlabeled", UNLABELED, mark)
         if x0 not in cache.arrays:
             raise MissingError(
                 f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
             )
-        return SelfSupervised(networks, objective.weights, relative), UnlabeledBatches(cache, x0=x0, **common)
-    batches = LabeledBatches(_cache(recipe.data.labeled, "labeled", LABELED, mark), **common)
-    if objective.kind == "from_scratch":
-        return FromScratch(networks, objective.weights), batches
-    return Supervised(networks, objective.weights, relative), batches
+        return UnlabeledBatches(cache, training.batch_size // share, x0=x0, **common)
+
+    match objective.kind:
+        case "self_supervised":
+            return SelfSupervised(networks, weights, relative), unlabeled()
+        case "mixed":
+            if training.batch_size % 2 or training.device_batch_size % 2:
+                raise InvalidInputError("objective.kind mixed halves every batch; make the batch sizes even")
+            return Mixed(networks, weights, relative), MixedBatches(labeled(2), unlabeled(2))
+        case "from_scratch":
+            return FromScratch(networks, weights), labeled()
+        case "one_to_one":
+            return OneToOne(networks, weights, relative), labeled()
+        case "supervised":
+            return Supervised(networks, weights, relative), labeled()
 
 
 def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
