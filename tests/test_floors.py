@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "refine_control"
 
 # A module may import from its own floor or a lower one. The longest prefix decides.
 FLOORS = {
-    **dict.fromkeys(["", "errors", "storage", "config", "strict_yaml", "flow", "injection", "losses", "randomness"], 0),
+    **dict.fromkeys(["", "errors", "storage", "comparison", "config", "strict_yaml", "randomness"], 0),
+    **dict.fromkeys(["flow", "injection", "losses"], 0),
     **dict.fromkeys(["data.records", "data.vocabulary"], 0),
     **dict.fromkeys(["models", "data"], 1),
     **dict.fromkeys(["evaluation.features", "evaluation.metrics", "evaluation.statistics", "evaluation.pictures"], 1),
@@ -39,7 +40,7 @@ DOORS = {
     "transformers": ["models", "pipeline", "evaluation.features"],
     "accelerate": ["training"],
     "typer": ["cli", "cli_data", "cli_options"],
-    "pydantic": ["config"],
+    "pydantic": ["config", "comparison"],
     "yaml": ["strict_yaml"],
     "ray": ["data.engines"],
     "fastapi": ["data.review"],

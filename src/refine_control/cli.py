@@ -53,6 +53,30 @@ def demo(
 
 
 @app.command()
+def reproduce(
+    table: Annotated[Literal["table1", "table3", "all"], typer.Argument(help="Which of the paper's tables.")],
+    budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
+    out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
+    results: Annotated[Path, typer.Option(help="Finished rows, read and written.")] = Path("results/mini"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train and measure what is missing of the paper's tables on the mini model, and write them with intervals."""
+    tables = {"table1": (1,), "table3": (3,), "all": (1, 3)}[table]
+    from refine_control.comparison import read_budget
+    from refine_control.evaluation.reproduce import plan
+    from refine_control.evaluation.reproduce import reproduce as run
+
+    chosen = list(range(seeds)) if seeds else read_budget(budget).train_seeds
+    if dry_run:
+        return show(plan(tables, budget, chosen, row or (), results), as_json)
+    made = run(tables, budget=budget, seeds=chosen, rows=row or (), out=out, results=results, bar=progress_bar)
+    show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,

@@ -1,7 +1,8 @@
 """Recipes: what a run is made of, in validated and frozen records, read from YAML and `--set`.
 
 A recipe file is YAML with the traps closed (`strict_yaml`). Nothing is coerced but a whole number to a float, and an
-unknown key is an error that names the nearest valid one.
+unknown key is an error that names the nearest valid one. A recipe may say `base: mini/ours_stage1` and then only what
+is different.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from refine_control.strict_yaml import parse_yaml, read_yaml, to_yaml
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A frozen record that takes no unknown key and coerces nothing but a whole number to a float."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -36,7 +37,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Period = Annotated[int, Field(ge=0)]
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """The small ControlNet and what it starts from."""
 
     num_layers: int = Field(
@@ -49,7 +50,7 @@ class StudentConfig(_Section):
     seed: Seed = Field(default=0, description="seed of a random initialisation")
 
 
-class LossWeights(_Section):
+class LossWeights(Section):
     """The factors of Eq. 1 and Eq. 6, and the alpha of Eq. 2."""
 
     task: Weight = Field(default=4.0, description="l_task of Eq. 1; not read in stage 2")
@@ -63,7 +64,7 @@ class LossWeights(_Section):
     )
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """What is minimised."""
 
     kind: Literal["supervised", "self_supervised", "from_scratch", "mixed", "one_to_one"] = Field(
@@ -82,7 +83,7 @@ class ObjectiveConfig(_Section):
     )
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW and its learning rate, a pure function of the step."""
 
     learning_rate: float = Field(default=1e-5, gt=0, le=1, description="AdamW step size after the warm-up")
@@ -103,7 +104,7 @@ class OptimizerConfig(_Section):
     )
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How long, how much at once, and what is written on the way."""
 
     stage: str = Field(default="stage1", pattern=r"^[\w-]+$", description="name of the stage; it seeds the randomness")
@@ -138,7 +139,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class SigmaConfig(_Section):
+class SigmaConfig(Section):
     """The noise levels of training: logit-normal, then shifted."""
 
     logit_mean: float = Field(default=0.0, ge=-10, le=10, description="mean of logit(sigma) before the shift")
@@ -148,7 +149,7 @@ class SigmaConfig(_Section):
     shift: float | None = Field(default=None, gt=0, le=100, description="sigma shift; null is the scheduler's own")
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """Inference, equal for all rows of a table."""
 
     num_inference_steps: int = Field(default=28, ge=1, le=1000, description="Euler steps")
@@ -166,7 +167,7 @@ class SamplerConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Cache folders by role; `refine-control cache` makes them."""
 
     labeled: str | None = Field(default=None, description="cache of (image, mask, local prompt), D_sl")
@@ -174,7 +175,7 @@ class DataConfig(_Section):
     test: str | None = Field(default=None, description="cache of held-out triplets, D_test")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run of training and how its result is sampled: a row of a table."""
 
     name: str = Field(pattern=r"^[\w-]+([./][\w-]+)*$", description="name of the row; runs land in runs/<name>")
@@ -195,30 +196,6 @@ class Recipe(_Section):
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers of this row, by metric")
 
 
-class Budget(_Section):
-    """What every row of one comparison shares; fixed in recipes/mini/budgets.yaml before the first run."""
-
-    labeled: int = Field(ge=2, description="|D_sl|, labelled scenes")
-    unlabeled: int = Field(ge=2, description="|D_ssl|, scenes without the pixels of their holes")
-    test: int = Field(ge=2, description="test scenes")
-    data_seed: Seed = Field(description="seed of the training scenes")
-    test_seed: Seed = Field(description="seed of the test scenes")
-    train_seeds: list[Seed] = Field(min_length=1, description="seeds of training")
-    steps: int = Field(ge=2, description="optimiser updates of every student; ours: half of them in each stage")
-    batch_size: int = Field(ge=1, description="samples of one update")
-    num_inference_steps: int = Field(ge=1, description="Euler steps of the evaluation")
-    guidance_scale: float = Field(ge=0, description="guidance of the evaluation")
-
-
-def read_budget(name: str, steps: int | None = None) -> Budget:
-    """A row of recipes/mini/budgets.yaml, with other `steps` where given. Raises InvalidInputError for another name."""
-    path = RECIPES / "mini" / "budgets.yaml"
-    rows = read_yaml(path)
-    if name not in rows:
-        raise InvalidInputError(f"there is no budget {name}; {path.name} has {', '.join(rows)}")
-    return Budget.model_validate(rows[name] if steps is None else {**rows[name], "steps": steps})
-
-
 def learning_rate_at(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
     """The learning rate of the update `step` (0-based) in a run of `total_steps`.
 
@@ -234,7 +211,7 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, total_steps: int) ->
 
 def recipe_names() -> list[str]:
     """The packaged recipes, as `mini/ours_stage1`."""
-    paths = (path for path in RECIPES.rglob("*.yaml") if path.name != "budgets.yaml")
+    paths = (path for path in RECIPES.rglob("*.yaml") if path.name not in ("budgets.yaml", "rows.yaml"))
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths)
 
 
@@ -243,7 +220,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises InvalidInputError, one sentence: the file, the key, the value and what is allowed."""
     path = _recipe_path(path_or_name)
-    values = read_yaml(path)
+    values = _with_base(path)
     overridden = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -255,6 +232,27 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise InvalidInputError(_sentence(error, str(path), overridden)) from None
+
+
+def _with_base(path: Path, deeper: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file laid over those of the recipe that its `base` names; `paper` is never inherited."""
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path in deeper:
+        raise InvalidInputError(f"{path}: base is {base!r}; it names another recipe, such as mini/ours_stage1")
+    below = _with_base(_recipe_path(base), (*deeper, path))
+    below.pop("paper", None)
+    return _laid_over(below, values)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -284,12 +282,12 @@ def _recipe_path(path_or_name: str | Path) -> Path:
 # Which keys there are, and what they admit.
 
 
-def _section_of(field: FieldInfo) -> type[_Section] | None:
+def _section_of(field: FieldInfo) -> type[Section] | None:
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, _Section) else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
-def _fields(section: type[_Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key with its field; sections themselves included."""
     for name, field in section.model_fields.items():
         yield prefix + name, field

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refine_control.config import Recipe, SamplerConfig, load_recipe, read_budget
-from refine_control.data.cache import build_cache
-from refine_control.data.scene_shards import build_scenes
+from refine_control.comparison import read_budget, read_rows
 from refine_control.evaluation.evaluate import (
     TEACHER,
     compare,
@@ -25,11 +23,12 @@ from refine_control.evaluation.evaluate import (
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
+from refine_control.evaluation.rows import prepare_data, sampler_of, train_row
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import only_writer
-from refine_control.training.run import fast_precision, train, training_device
+from refine_control.training.run import fast_precision, training_device
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,30 +41,9 @@ class Demonstrated(NamedTuple):
     summary: dict[str, Any]
 
 
-def _recipes(budget: Any, out: Path, seed: int) -> dict[str, Recipe]:
-    """The three runs of the comparison, by folder name."""
-    half = budget.steps // 2
-    steps = {"fc": budget.steps, "ours_stage1": half, "ours_stage2": budget.steps - half}
-    precision = fast_precision(training_device())
-    recipes = {}
-    for name, count in steps.items():
-        overrides = [
-            f"training.steps={count}",
-            f"training.batch_size={budget.batch_size}",
-            f"training.seed={seed}",
-            f"training.precision={precision}",
-            f"data.labeled={out / 'cache' / 'labeled'}",
-            f"data.unlabeled={out / 'cache' / 'unlabeled'}",
-        ]
-        if name == "ours_stage2":
-            overrides.append(f"init_from={out / f'ours_stage1_{seed}'}")
-        recipes[name] = load_recipe(f"mini/{name}", overrides)
-    return recipes
-
-
-def _curves(out: Path, seed: int) -> list[Curve]:
+def _curves(stages: dict[str, Path]) -> list[Curve]:
     """Loss curves: the task loss of fc and stage 1; output and feature losses of both stages, ours."""
-    logs = {n: read_metrics_jsonl(out / f"{n}_{seed}" / "metrics.jsonl") for n in ("fc", "ours_stage1", "ours_stage2")}
+    logs = {name: read_metrics_jsonl(folder / "metrics.jsonl") for name, folder in stages.items()}
     curves = [
         Curve("Task loss, Eq. 3", {n: logs[n]["task_loss"] for n in ("fc", "ours_stage1")}, log_y=True),
     ]
@@ -105,34 +83,22 @@ def run_demo(
 
     `bar(label)` gives a progress callback for each part. The same call continues what was interrupted.
     Raises what the verbs raise."""
-    numbers = read_budget(budget, steps)
+    precision = fast_precision(training_device())
+    numbers = read_budget(budget, steps).model_copy(update={"precision": precision})
+    rows = read_rows()
     tell = bar or (lambda label: None)
     with only_writer(out):
-        build_scenes(
-            out / "scenes",
-            labeled=numbers.labeled,
-            unlabeled=numbers.unlabeled,
-            test=numbers.test,
-            seed=numbers.data_seed,
-            test_seed=numbers.test_seed,
-            progress=tell("scenes"),
-        )
-        backbone = load_backbone("mini")
-        for role in ("labeled", "unlabeled"):
-            build_cache(out / "scenes" / role, out / "cache" / role, backbone, progress=tell(f"cache {role}"))
-        seconds = {}
-        for name, recipe in _recipes(numbers, out, seed).items():
-            seconds[name] = train(recipe, out / f"{name}_{seed}", tell(f"train {name}")).seconds
+        prepare_data(numbers, out, tell)
+        trained = {key: train_row(key, rows[key], numbers, out, seed, tell) for key in ("fc", "ours")}
+        seconds = {key: each.seconds for key, each in trained.items()}
         photos = read_test(out / "scenes" / "test")
-        sampler = SamplerConfig(
-            num_inference_steps=numbers.num_inference_steps,
-            guidance_scale=numbers.guidance_scale,
-            conditioning_scale=1.0,
-            precision=fast_precision(training_device()),
-        )
-        students = {"ours": out / f"ours_stage2_{seed}" / "student", "fc": out / f"fc_{seed}" / "student"}
+        sampler = sampler_of(numbers)
+        students = {key: trained[key].student for key in ("ours", "fc")}
         backbone = load_backbone("mini")
-        controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+        controlnets = {
+            TEACHER: backbone.pipeline.controlnet,
+            **{n: load_controlnet(str(f)) for n, f in students.items()},
+        }
         sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, "mini", sources)
         result = compare(backbone, controlnets, photos, sampler, load_classifier(BUNDLE), tell("evaluate"))
@@ -147,9 +113,10 @@ def run_demo(
             "command": f"refine-control demo --budget {budget} --seed {seed}",
         }
         sentences = _sentences(summary, costs, numbers)
+        stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
         title = "A 23-layer ControlNet distilled into 12 layers"
         report = write_results(
-            out, title, photos, result, summary, costs, facts, sentences=sentences, curves=_curves(out, seed)
+            out, title, photos, result, summary, costs, facts, sentences=sentences, curves=_curves(stages)
         )
     shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
     head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"

@@ -22,11 +22,13 @@ HEADINGS = {
 PERCENT = ("colour", "shape", "both")
 
 
-def _cell(values: Mapping[str, float], digits: int) -> str:
-    return f"{values['mean']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
+def cell(values: Mapping[str, float], places: int) -> str:
+    """`19.25 [19.10, 19.41]`"""
+    return f"{values['mean']:.{places}f} [{values['low']:.{places}f}, {values['high']:.{places}f}]"
 
 
-def _digits(metric: str) -> int:
+def digits(metric: str) -> int:
+    """Decimal places that a metric is shown with."""
     return 4 if metric.startswith("ssim") else 1 if metric in PERCENT else 2
 
 
@@ -34,7 +36,7 @@ def quality_table(summary: Mapping[str, Any]) -> Table:
     """A row for each model, a column for each metric."""
     models = summary["models"]
     known = list(next(iter(models.values())))
-    rows = [[name, *(_cell(values[m], _digits(m)) for m in known)] for name, values in models.items()]
+    rows = [[name, *(cell(values[m], digits(m)) for m in known)] for name, values in models.items()]
     notes = [
         f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
         "pipeline output unless composited (kept pixels put back); region: inside the mask."
@@ -46,7 +48,7 @@ def difference_table(summary: Mapping[str, Any]) -> Table:
     """A row for each pair of models."""
     pairs = summary["paired_differences"]
     known = list(next(iter(pairs.values())))
-    rows = [[pair, *(_cell(v[m], _digits(m)) for m in known)] for pair, v in pairs.items()]
+    rows = [[pair, *(cell(v[m], digits(m)) for m in known)] for pair, v in pairs.items()]
     return Table(
         "Paired differences",
         ["pair", *(HEADINGS[m] for m in known)],
@@ -84,3 +86,25 @@ def text_table(table: Table) -> str:
     rows = [list(table.columns), *(list(r) for r in table.rows)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(table.columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def to_markdown(table: Table) -> str:
+    """The table as GitHub reads it."""
+    head = [f"### {table.caption}", "", f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
+    rows = [f"| {' | '.join(row)} |" for row in table.rows]
+    return "\n".join([*head, *rows, *(f"\n{note}" for note in table.notes)])
+
+
+_LATEX = str.maketrans({c: f"\\{c}" for c in "%&_#$"} | {"|": r"$|$"})
+
+
+def to_latex(table: Table) -> str:
+    """The table for a paper that loads booktabs."""
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", r"\toprule"]
+    for number, row in enumerate([table.columns, *table.rows]):
+        lines.append(" & ".join(text.translate(_LATEX) for text in row) + r" \\")
+        if number == 0:
+            lines.append(r"\midrule")
+    notes = [rf"\par\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"])

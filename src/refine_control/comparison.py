@@ -1,0 +1,91 @@
+"""What the rows of a table are, and the budget they share: recipes/mini/rows.yaml and recipes/mini/budgets.yaml.
+
+Both files are fixed before the first comparison. A row is a chain of recipes, each with its share of the budget's
+steps; the budget sets what must be equal for all rows, whatever the recipes say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from refine_control.config import RECIPES, Recipe, Section, Seed, load_recipe
+from refine_control.errors import InvalidInputError
+from refine_control.strict_yaml import read_yaml
+
+
+class Budget(Section):
+    """What every row of one comparison shares."""
+
+    labeled: int = Field(ge=2, description="|D_sl|, labelled scenes")
+    unlabeled: int = Field(ge=2, description="|D_ssl|, scenes without the pixels of their holes")
+    test: int = Field(ge=2, description="test scenes")
+    data_seed: Seed = Field(description="seed of the training scenes")
+    test_seed: Seed = Field(description="seed of the test scenes")
+    train_seeds: list[Seed] = Field(min_length=1, description="seeds of training")
+    steps: int = Field(ge=2, description="optimiser updates of every student, over all its stages")
+    batch_size: int = Field(ge=1, description="samples of one update")
+    precision: Literal["fp32", "bf16"] = Field(description="arithmetic of training and evaluation")
+    num_inference_steps: int = Field(ge=1, description="Euler steps of the evaluation")
+    guidance_scale: float = Field(ge=0, description="guidance of the evaluation")
+
+
+class Row(Section):
+    """A row of a table. Without stages it is the teacher itself."""
+
+    title: str = Field(min_length=1, description="how tables call it")
+    tables: list[int] = Field(min_length=1, description="the paper's tables that hold the row")
+    stages: dict[str, float] = Field(
+        default_factory=dict, description="recipes in their order, with their shares of the steps"
+    )
+    injection: Literal["exact", "diffusers"] = Field(default="exact", description="of the evaluation")
+    paper: dict[str, float] | None = Field(default=None, description="the paper's numbers")
+
+
+def _read(file: str, kind: type[Section]) -> dict[str, Any]:
+    path = RECIPES / "mini" / file
+    try:
+        return {name: kind.model_validate(values) for name, values in read_yaml(path).items()}
+    except ValidationError as error:
+        raise InvalidInputError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+
+
+def read_budget(name: str, steps: int | None = None) -> Budget:
+    """A row of recipes/mini/budgets.yaml, with other `steps` where given. Raises InvalidInputError for another name."""
+    budgets = _read("budgets.yaml", Budget)
+    if name not in budgets:
+        raise InvalidInputError(f"there is no budget {name}; budgets.yaml has {', '.join(budgets)}")
+    return budgets[name] if steps is None else budgets[name].model_copy(update={"steps": steps})
+
+
+def read_rows() -> dict[str, Row]:
+    """The rows by key, in the order of the tables."""
+    return _read("rows.yaml", Row)
+
+
+def stage_steps(row: Row, steps: int) -> dict[str, int]:
+    """The updates of each stage: the shares of `steps`, the last stage taking what rounding leaves."""
+    names, given = list(row.stages), 0
+    out = {}
+    for name in names:
+        out[name] = steps - given if name == names[-1] else int(steps * row.stages[name])
+        given += out[name]
+    return out
+
+
+def row_recipes(row: Row, budget: Budget, settings: Mapping[str, str], seed: int) -> dict[str, Recipe]:
+    """The recipes of a row at a budget, by recipe name; `settings` are further overrides, `section.key` -> value.
+
+    `init_from` of later stages is left to whoever runs them."""
+    common: dict[str, object] = {
+        "training.batch_size": budget.batch_size,
+        "training.precision": budget.precision,
+        "training.seed": seed,
+    }
+    common |= settings
+    return {
+        name: load_recipe(name, [f"training.steps={steps}", *(f"{key}={value}" for key, value in common.items())])
+        for name, steps in stage_steps(row, budget.steps).items()
+    }

@@ -1,0 +1,173 @@
+"""One row of a table for one seed: data, training, evaluation, and its numbers as a small file.
+
+A finished row is a JSON file that names everything it came from by one hash: recipes, budget, model and format. It is
+used again only where the hash is the same, on whatever machine; so the files in `results/` of the repository save
+whoever repeats a table from training it all.
+"""
+
+# N test scenes
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refine_control.comparison import Budget, Row, row_recipes
+from refine_control.config import Recipe, SamplerConfig, fingerprint
+from refine_control.data.cache import build_cache
+from refine_control.data.records import LABELED, UNLABELED
+from refine_control.data.scene_shards import build_scenes
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation.evaluate import Scores, compare, read_test
+from refine_control.evaluation.obedience import load_classifier
+from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.mini import BUNDLE
+from refine_control.storage import MANIFEST, write_atomic
+from refine_control.training.run import train
+
+FORMAT = 1
+"""Raised when equal recipes no longer give equal numbers."""
+_DIGITS = 5
+Bar = Callable[[str], Callable[[int, int, str], None] | None]
+"""`bar(label)` -> progress callback."""
+
+
+class RowResult(NamedTuple):
+    """The numbers of one row and seed."""
+
+    key: str
+    seed: int
+    mark: str
+    """Hash of everything the numbers depend on."""
+    scores: Scores
+    """By metric: (N,)."""
+    facts: dict[str, Any]
+    """Steps, seconds, machine: what tables print and no number depends on."""
+
+
+def bundle_mark() -> str:
+    """What the shipped model is: hash of its files' hashes."""
+    files = json.loads((BUNDLE / MANIFEST).read_text())["files"]
+    weights = {name: file["sha256"] for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def sampler_of(budget: Budget, row: Row | None = None) -> SamplerConfig:
+    """How every row of a comparison is sampled."""
+    return SamplerConfig(
+        num_inference_steps=budget.num_inference_steps,
+        guidance_scale=budget.guidance_scale,
+        conditioning_scale=1.0,
+        precision=budget.precision,
+        injection=row.injection if row else "exact",
+    )
+
+
+def row_mark(row: Row, budget: Budget, seed: int, settings: Mapping[str, str] | None = None) -> str:
+    """The hash that tells whether two results are of the same row: recipes, budget, model, format."""
+    recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, settings or {}, seed).values()]
+    shared = budget.model_dump(mode="json", exclude={"train_seeds"})
+    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark()]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def prepare_data(budget: Budget, out: Path, bar: Bar) -> None:
+    """Scenes of the budget under `out/scenes`, caches of the two training roles under `out/cache`."""
+    build_scenes(
+        out / "scenes",
+        labeled=budget.labeled,
+        unlabeled=budget.unlabeled,
+        test=budget.test,
+        seed=budget.data_seed,
+        test_seed=budget.test_seed,
+        progress=bar("scenes"),
+    )
+    backbone = load_backbone("mini")
+    for role in (LABELED, UNLABELED):
+        build_cache(out / "scenes" / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
+
+
+class TrainedRow(NamedTuple):
+    """The student of a row, and where each stage ran."""
+
+    student: Path | None
+    """None for the teacher."""
+    stages: dict[str, Path]
+    seconds: float
+    """Of this sitting."""
+
+
+def train_row(
+    key: str, row: Row, budget: Budget, out: Path, seed: int, bar: Bar, settings: Mapping[str, str] | None = None
+) -> TrainedRow:
+    """Trains the stages of a row one after the other under `out/KEY-SEED`; finished stages are left as they are."""
+    paths = {f"data.{role}": str(out / "cache" / role) for role in (LABELED, UNLABELED)}
+    stages: dict[str, Path] = {}
+    student, seconds = None, 0.0
+    for name, recipe in row_recipes(row, budget, {**(settings or {}), **paths}, seed).items():
+        stage = name.rpartition("/")[2]
+        run_dir = out / f"{key}-{seed}" / stage
+        if stages:
+            recipe = Recipe.model_validate({**recipe.model_dump(), "init_from": str(list(stages.values())[-1])})
+        trained = train(recipe, run_dir, bar(f"train {key}: {stage}"))
+        stages[stage], student, seconds = run_dir, trained.student, seconds + trained.seconds
+    return TrainedRow(student, stages, seconds)
+
+
+def run_row(
+    key: str,
+    row: Row,
+    budget: Budget,
+    out: Path,
+    seed: int,
+    bar: Bar,
+    settings: Mapping[str, str] | None = None,
+) -> RowResult:
+    """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
+    import torch
+
+    trained = train_row(key, row, budget, out, seed, bar, settings)
+    backbone = load_backbone("mini")
+    controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
+    photos = read_test(out / "scenes" / "test")
+    sampler = sampler_of(budget, row)
+    result = compare(backbone, {key: controlnet}, photos, sampler, load_classifier(BUNDLE), bar(f"evaluate {key}"))
+    folder = out / f"{key}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", result.images[key][:64])
+    facts = {
+        "steps": budget.steps if row.stages else 0,
+        "training_seconds": round(trained.seconds, 1),
+        "seconds_per_image": round(result.seconds[key], 4),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+    }
+    return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], facts)
+
+
+def write_row(result: RowResult, path: Path) -> None:
+    """The result as compact JSON."""
+    scores = {m: [round(float(v), _DIGITS) for v in values] for m, values in result.scores.items()}
+    told = {"row": result.key, "seed": result.seed, "mark": result.mark, "facts": result.facts, "scores": scores}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(told, sort_keys=True, separators=(",", ":")) + "\n")
+
+
+def read_row(path: Path, mark: str | None = None) -> RowResult | None:
+    """The result in a file; None where there is none, or (with `mark`) one of something else.
+
+    Raises InvalidInputError when the file cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text())
+        scores = {m: np.asarray(values, np.float64) for m, values in told["scores"].items()}
+        result = RowResult(told["row"], told["seed"], told["mark"], scores, told["facts"])
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInputError(f"{path} is not the result of a row; delete it and run the command again") from None
+    return result if mark in (None, result.mark) else None

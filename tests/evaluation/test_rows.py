@@ -1,0 +1,98 @@
+"""A row's numbers are made once, known by what made them, and become tables with intervals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from refine_control.comparison import read_budget, read_rows
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation import reproduce as module
+from refine_control.evaluation.reproduce import plan, reproduce, rows_of, summarise
+from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
+
+ROWS = read_rows()
+TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
+BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
+
+
+def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
+    return RowResult(key, seed, "mark", values, {"steps": 1})
+
+
+def test_the_mark_knows_every_setting_and_nothing_else():
+    row = ROWS["ours"]
+    mark = row_mark(row, BUDGET, 0)
+    assert mark == row_mark(row, BUDGET.model_copy(update={"train_seeds": [0, 1]}), 0)
+    others = [
+        row_mark(row, BUDGET, 1),
+        row_mark(ROWS["sl"], BUDGET, 0),
+        row_mark(row, BUDGET.model_copy(update={"steps": 4}), 0),
+        row_mark(row, BUDGET.model_copy(update={"test_seed": 4}), 0),
+        row_mark(row, BUDGET, 0, {"optimizer.learning_rate": "1e-4"}),
+    ]
+    assert len({mark, *others}) == 6
+    assert row_mark(ROWS["teacher"], BUDGET, 0) == row_mark(ROWS["teacher"], BUDGET, 5)
+    assert row_mark(ROWS["teacher"], BUDGET, 0) != row_mark(ROWS["teacher_diffusers"], BUDGET, 0)
+
+
+def test_a_result_goes_there_and_back(tmp_path):
+    made = result("ours", 3, {"psnr": np.array([1.25, 2.5])})
+    write_row(made, tmp_path / "a" / "ours-3.json")
+    read = read_row(tmp_path / "a" / "ours-3.json", "mark")
+    assert read is not None
+    assert read._replace(scores={}) == made._replace(scores={})
+    assert np.array_equal(read.scores["psnr"], made.scores["psnr"])
+    assert read_row(tmp_path / "a" / "ours-3.json", "another") is None
+    assert read_row(tmp_path / "nothing.json", "mark") is None
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InvalidInputError, match="delete it"):
+        read_row(tmp_path / "bad.json", "mark")
+
+
+def test_a_table_of_known_numbers():
+    scenes = np.arange(40.0)
+    make, seeds = {"teacher": 4.0, "ours": 3.0, "fc": 0.0}, {"teacher": [0], "ours": [0, 1, 2], "fc": [0, 1, 2]}
+    found = {
+        key: [
+            result(key, s, {"psnr_region": scenes + up, "both": scenes + up})
+            for s in range(1 if key == "teacher" else 3)
+        ]
+        for key, up in make.items()
+    }
+    summary = summarise(found)
+    assert summary["rows"]["ours"]["mean"]["psnr_region"]["mean"] == pytest.approx(scenes.mean() + 3)
+    minus = summary["rows"]["fc"]["minus_ours"]["both"]
+    assert (minus["mean"], minus["low"], minus["high"], minus["excludes_zero"]) == pytest.approx((-3, -3, -3, True))
+    assert summary["gap_closed"]["psnr_region"]["mean"] == pytest.approx(0.75)
+    assert "minus_ours" not in summary["rows"]["ours"]
+
+
+def test_a_table_holds_its_rows_and_what_they_are_held_against():
+    assert list(rows_of([1])) == ["teacher", "teacher_diffusers", "fc", "fc_plain", "fc_random", "ours"]
+    assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of([3]))
+    assert list(rows_of([3], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
+    with pytest.raises(InvalidInputError, match="there is no row our"):
+        rows_of([1], ["our"])
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
+    places = {"out": tmp_path / "runs", "results": tmp_path / "results"}
+    asked = {"budget": "tiny", "rows": ["wo_cf"], "bar": lambda label: None}
+    todo = plan([3], "tiny", [0], ["wo_cf"], places["results"])["rows"]
+    assert set(todo.values()) == {"to do"}
+    made = reproduce([3], **asked, **places)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "results" / "tiny").iterdir()}
+    assert set(files) == {"teacher-0.json", "fc-0.json", "ours-0.json", "wo_cf-0.json"}
+    assert set(plan([3], "tiny", [0], ["wo_cf"], places["results"])["rows"].values()) == {"finished"}
+    assert {"tables.md", "tables.tex", "tables.json", "report.html", "figure3.png"} <= {
+        p.name for p in (tmp_path / "runs").iterdir()
+    }
+    monkeypatch.setattr(module, "run_row", None)  # not called again
+    again = reproduce([3], **asked, **places)
+    assert json.dumps(again.summary) == json.dumps(made.summary)
+    assert "Student_ours" in again.text
+    elsewhere = reproduce([3], **asked, out=tmp_path / "fresh", results=places["results"])
+    assert elsewhere.text == made.text

@@ -1,0 +1,75 @@
+"""Every row of a table is something else, and all rows share what must be equal."""
+
+import json
+
+import pytest
+
+from refine_control.comparison import read_budget, read_rows, row_recipes, stage_steps
+from refine_control.config import load_recipe
+from refine_control.errors import InvalidInputError
+
+ROWS, BUDGET = read_rows(), read_budget("long")
+TRAINED = [key for key, row in ROWS.items() if row.stages]
+
+
+def what_differs(key: str) -> str:
+    """Everything of a row that training can feel; names and the paper's numbers it cannot."""
+    row = ROWS[key]
+    recipes = row_recipes(row, BUDGET, {}, 0).values()
+    told = [r.model_dump(mode="json", exclude={"name", "paper"}) for r in recipes]
+    return json.dumps([told, row.injection], sort_keys=True)
+
+
+def test_no_two_rows_are_the_same_run():
+    assert len({what_differs(key) for key in ROWS}) == len(ROWS) >= 12
+
+
+@pytest.mark.parametrize("key", TRAINED)
+def test_rows_share_everything_but_what_they_are_about(key):
+    recipes = list(row_recipes(ROWS[key], BUDGET, {}, 3).values())
+    reference = next(iter(row_recipes(ROWS["ours"], BUDGET, {}, 3).values()))
+    assert sum(r.training.steps for r in recipes) == BUDGET.steps
+    for recipe in recipes:
+        assert (recipe.training.batch_size, recipe.training.seed) == (BUDGET.batch_size, 3)
+        assert recipe.optimizer == reference.optimizer
+        assert recipe.sigmas == reference.sigmas
+        assert recipe.student.num_layers == reference.student.num_layers
+        assert recipe.training.prompt_dropout == reference.training.prompt_dropout
+        assert recipe.training.precision == BUDGET.precision
+
+
+@pytest.mark.parametrize("steps", [2, 3, 101])
+def test_shares_of_steps_add_up(steps):
+    for row in ROWS.values():
+        shares = stage_steps(row, steps)
+        assert sum(shares.values()) == (steps if row.stages else 0)
+        assert all(n >= 1 for n in shares.values())
+
+
+def test_without_the_mask_weight_means_a_weight_of_one():
+    ours, without = (load_recipe(n).objective.weights for n in ("mini/ours_stage1", "mini/wo_mask"))
+    assert without.alpha == 0.5  # J / 2 everywhere, inside the square
+    assert without.task * without.alpha**2 == ours.task
+
+
+def test_a_base_gives_what_a_recipe_does_not_say(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: mini/fc\nname: mine\noptimizer:\n  learning_rate: 2e-4\n")
+    mine, base = load_recipe(tmp_path / "mine.yaml"), load_recipe("mini/fc")
+    assert mine.optimizer.learning_rate == 2e-4
+    assert mine.optimizer.warmup_steps == base.optimizer.warmup_steps
+    assert mine.objective == base.objective
+    assert base.paper
+    assert mine.paper is None
+
+
+@pytest.mark.parametrize("base", ["3", "no/such", "{loop}"])
+def test_a_base_that_is_none_is_refused(tmp_path, base):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {base.format(loop=path)}\nname: mine\n")
+    with pytest.raises(InvalidInputError, match=r"base is|no recipe is named"):
+        load_recipe(path)
+
+
+def test_a_budget_that_does_not_exist_is_refused():
+    with pytest.raises(InvalidInputError, match="there is no budget lnog"):
+        read_budget("lnog")
