@@ -46,7 +46,7 @@ VERBS = {
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini train": ["--check", DRY, "--from", JSON, "--out", SEED, "--stage"],
-    "reproduce": ["--budget", DRY, JSON, "--out", "--results", "--row", "--seeds", "table"],
+    "reproduce": ["--budget", DRY, JSON, "--out", "--results", "--row", "--seeds", "--workers", "table"],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
 }
 

@@ -60,6 +60,7 @@ def reproduce(
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
     results: Annotated[Path, typer.Option(help="Finished rows, read and written.")] = Path("results/mini"),
+    workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +73,8 @@ def reproduce(
     chosen = list(range(seeds)) if seeds else read_budget(budget).train_seeds
     if dry_run:
         return show(plan(tables, budget, chosen, row or (), results), as_json)
-    made = run(tables, budget=budget, seeds=chosen, rows=row or (), out=out, results=results, bar=progress_bar)
+    places: dict[str, Any] = {"out": out, "results": results, "bar": progress_bar, "workers": workers}
+    made = run(tables, budget=budget, seeds=chosen, rows=row or (), **places)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
 
 

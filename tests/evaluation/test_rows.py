@@ -52,7 +52,7 @@ def test_a_result_goes_there_and_back(tmp_path):
 
 def test_a_table_of_known_numbers():
     scenes = np.arange(40.0)
-    make, seeds = {"teacher": 4.0, "ours": 3.0, "fc": 0.0}, {"teacher": [0], "ours": [0, 1, 2], "fc": [0, 1, 2]}
+    make = {"teacher": 4.0, "ours": 3.0, "fc": 0.0}
     found = {
         key: [
             result(key, s, {"psnr_region": scenes + up, "both": scenes + up})
@@ -94,5 +94,14 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
     again = reproduce([3], **asked, **places)
     assert json.dumps(again.summary) == json.dumps(made.summary)
     assert "Student_ours" in again.text
+    for path in (tmp_path / "results" / "tiny").iterdir():
+        path.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
+    reproduce([3], **asked, **places, workers=2)
+    for name, data in files.items():  # other counts of threads may round otherwise
+        one, two = json.loads(data), json.loads((tmp_path / "results" / "tiny" / name).read_bytes())
+        assert one["mark"] == two["mark"]
+        assert {m: len(v) for m, v in one["scores"].items()} == {m: len(v) for m, v in two["scores"].items()}
     elsewhere = reproduce([3], **asked, out=tmp_path / "fresh", results=places["results"])
     assert elsewhere.text == made.text

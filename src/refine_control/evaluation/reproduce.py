@@ -8,13 +8,16 @@ there; so it may be killed after any of them. The tables are made again from all
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refine_control.comparison import Budget, Row, read_budget, read_rows
+from refine_control.data.workers import workers as worker_processes
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
@@ -61,6 +64,28 @@ def _seeds(row: Row, seeds: Sequence[int]) -> Sequence[int]:
     return seeds if row.stages else seeds[:1]
 
 
+class _Task(NamedTuple):
+    """One row and seed to be made, with all that a process needs to know."""
+
+    key: str
+    row: Row
+    seed: int
+    budget: Budget
+    out: Path
+    path: Path
+    threads: int
+
+
+def _make(task: _Task, bar: Bar | None = None) -> _Task:
+    """Trains and evaluates, and writes the result's file."""
+    import torch
+
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    write_row(run_row(task.key, task.row, task.budget, task.out, task.seed, bar or (lambda label: None)), task.path)
+    return task
+
+
 def collect(
     rows: Mapping[str, Row],
     budget: Budget,
@@ -68,23 +93,28 @@ def collect(
     out: Path,
     results: Path,
     bar: Bar,
+    workers: int = 1,
 ) -> dict[str, list[RowResult]]:
-    """Every row for every seed, read from `results` where it lies there, else made and written."""
+    """Every row for every seed, read from `results` where it lies there, else made and written.
+
+    `workers` rows are made at a time, each in a process of its own with its share of the cores."""
+    wanted = [(key, seed) for seed in seeds for key, row in rows.items() if seed in _seeds(row, seeds)]
+    paths = {(key, seed): results / f"{key}-{seed}.json" for key, seed in wanted}
+    missing = [each for each in wanted if read_row(paths[each], row_mark(rows[each[0]], budget, each[1])) is None]
+    if missing:
+        prepare_data(budget, out, bar)
+        threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
+        tasks = [_Task(key, rows[key], seed, budget, out, paths[key, seed], threads) for key, seed in missing]
+        tell = bar("rows")
+        with worker_processes(workers) as in_order:
+            # seed by seed: a table with one seed is there early
+            for done, task in enumerate(in_order(_make if workers > 1 else partial(_make, bar=bar), tasks), 1):
+                if tell:
+                    tell(done, len(tasks), f"{task.key}-{task.seed}")
     found: dict[str, list[RowResult]] = {key: [] for key in rows}
-    prepared = False
-    for seed in seeds:  # seed by seed: a table with one seed is there early
-        for key, row in rows.items():
-            if seed not in _seeds(row, seeds):
-                continue
-            path = results / f"{key}-{seed}.json"
-            result = read_row(path, row_mark(row, budget, seed))
-            if result is None:
-                if not prepared:
-                    prepare_data(budget, out, bar)
-                    prepared = True
-                write_row(run_row(key, row, budget, out, seed, bar), path)
-                result = read_row(path)  # rounded, as everybody after this reads it
-            found[key] += [result] if result else []
+    for key, seed in wanted:
+        result = read_row(paths[key, seed])  # rounded, as everybody after this reads it
+        found[key] += [result] if result else []
     return found
 
 
@@ -201,6 +231,7 @@ def reproduce(
     out: Path,
     results: Path,
     bar: Bar,
+    workers: int = 1,
 ) -> Reproduced:
     """Makes what is missing of the rows, then `tables.md`, `tables.tex`, `tables.json` and `report.html` in `out`.
 
@@ -208,7 +239,7 @@ def reproduce(
     numbers = read_budget(budget)
     chosen = rows_of(tables, rows)
     with only_writer(out):
-        found = collect(chosen, numbers, seeds or numbers.train_seeds, out, results / budget, bar)
+        found = collect(chosen, numbers, seeds or numbers.train_seeds, out, results / budget, bar, workers)
         summary = summarise(found)
         sampler = sampler_of(numbers)
         notes = [
