@@ -24,16 +24,49 @@ from refine_control.errors import (
 SEED, JSON, DRY = "--seed", "--json", "--dry-run"
 SAMPLING = ["--conditioning-scale", "--guidance", "--injection", SEED, "--steps"]
 
+ANNOTATING = [
+    *("--describer", "--engine", "--gpus", "--images", "--masks", "--prompts", "--segmenter", "--server", "--workers"),
+]
+
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
+    "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
     "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--prompts", "out", "shards"],
     "cost": ["--controlnet", JSON, "--model"],
+    "data annotate": [
+        *(
+            *ANNOTATING,
+            "--api-key-variable",
+            "--dilate",
+            DRY,
+            "--global-prompts",
+            JSON,
+            "--limit",
+            "--max-area",
+            "--min-area",
+        ),
+        *("--per-photo", SEED, "--shape", "out", "source"),
+    ],
     "data build": [
-        *(DRY, "--format", JSON, "--limit", "--masks", "--prompts", SEED, "--size", "--test-fraction"),
+        *(*ANNOTATING, DRY, "--format", JSON, "--limit", SEED, "--size", "--test-fraction"),
         *("--unlabeled-fraction", "out", "source"),
     ],
-    "data inspect": [JSON, "--sheet", "folder"],
+    "data download": [DRY, JSON, "out", "urls"],
+    "data inspect": ["--html", JSON, "--sheet", "folder"],
+    "data review": [
+        *(
+            "--allow-remote",
+            DRY,
+            "folder",
+            "--from-label-studio",
+            "--host",
+            "--port",
+            "--reviewer",
+            "--to-label-studio",
+        ),
+    ],
+    "data reword": ["--as", DRY, "--images", JSON, SEED, "out", "source"],
     "data scenes": [DRY, JSON, "--labeled", SEED, "--test", "--unlabeled", "out"],
     "data verify": [JSON, "folder"],
     "demo": ["--budget", DRY, JSON, "--out", SEED, "--steps"],

@@ -206,6 +206,22 @@ def mini_check(
     show(check_bundle(n, seed=seed, bundle=bundle, precision=precision, photos=photos), as_json)
 
 
+@bench_app.command("data")
+def bench_data(
+    source: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones else.")
+    ] = None,
+    photos: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
+    many: Annotated[int, typer.Option(min=0, help="Photos of the memory measurement beside 1,000; 0: none.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time the build, the cache and its batches against the bare work that nobody can avoid."""
+    from refine_control.training.data_bench import bench_data as run
+
+    show(run(source, photos, many, repeats)._asdict(), as_json)
+
+
 @bench_app.command("step")
 def bench_step(
     recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/ours_stage1",

@@ -1,22 +1,26 @@
-"""Laws of `data build`: the counts add up, photos never straddle roles, and killing it changes no byte."""
+"""Laws of `data build`: counts add up, no photograph straddles roles, shares are hit, and killing changes no byte."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from refine_control.data.build import Parameters, build, role_of
+from refine_control.data.build import build
 from refine_control.data.inspect import contact_sheet, inspect
 from refine_control.data.records import ROLES
 from refine_control.data.shards import read_shards, verify
-from refine_control.errors import DamagedError, InUseError, InvalidInputError
+from refine_control.data.survey import split
+from refine_control.errors import DamagedError, InUseError, InvalidInputError, WorkerDiedError
 from refine_control.storage import only_writer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "photos"
@@ -113,16 +117,128 @@ def test_the_split_is_by_photo_whatever_the_rows_call_it(source, tmp_path):
         assert sum(summary.samples.values()) == 5 * PHOTOS
 
 
-def test_shares_are_as_asked_and_stay_when_the_set_grows():
-    chosen = Parameters(test_fraction=0.2, unlabeled_fraction=0.5)
-    found = [role_of(f"photo {n}", chosen) for n in range(4000)]
-    for role, share in (("test", 0.2), ("labeled", 0.4), ("unlabeled", 0.4)):
-        assert abs(found.count(role) / 4000 - share) < 0.03
-    assert found != [role_of(f"photo {n}", Parameters(seed=1)) for n in range(4000)]
-    more = [role_of(f"photo {n}", Parameters(test_fraction=0.4)) for n in range(4000)]
-    assert all(after == "test" for before, after in zip(found, more, strict=True) if before == "test")
-    assert {role_of(str(n), Parameters(test_fraction=1.0)) for n in range(50)} == {"test"}
-    assert {role_of(str(n), Parameters(test_fraction=0.0, unlabeled_fraction=0.0)) for n in range(50)} == {"labeled"}
+def test_shares_are_hit_to_the_nearest_photo():
+    for count in (0, 1, 2, 7, 29, 100, 371):
+        for test_fraction, unlabeled_fraction in ((0.2, 0.5), (0.0, 0.0), (1.0, 0.5), (0.1, 1.0), (0.37, 0.11)):
+            found = split((f"photo {n}" for n in range(count)), 3, test_fraction, unlabeled_fraction)
+            assert len(found) == count
+            held = Counter(found.values())
+            assert abs(held["test"] - test_fraction * count) <= 0.5
+            assert abs(held["unlabeled"] - unlabeled_fraction * (count - held["test"])) <= 0.5
+
+
+def test_roles_are_a_function_of_the_seed_and_the_set():
+    names = [f"photo {n}" for n in range(1000)]
+    found = split(names, 0, 0.2, 0.5)
+    assert found == split(reversed(names + names), 0, 0.2, 0.5)
+    other = split(names, 1, 0.2, 0.5)
+    agreeing = sum(found[name] == other[name] for name in names) / 1000
+    assert abs(agreeing - (0.2**2 + 2 * 0.4**2)) < 0.06  # as chance has it
+    larger = split(names, 0, 0.4, 0.5)
+    assert all(larger[name] == "test" for name in names if found[name] == "test")
+    grown = split([*names, *(f"new {n}" for n in range(1000))], 0, 0.2, 0.5)
+    moved = [name for name in names if grown[name] != found[name]]
+    assert len(moved) < 2 * 1000**0.5  # only those near the two borders
+    order = {"test": 0, "unlabeled": 1, "labeled": 2}
+    assert all(abs(order[grown[name]] - order[found[name]]) == 1 for name in moved)
+
+
+def scenery(seed: int, width: int = 160, height: int = 120) -> Image.Image:
+    """A soft landscape of blobs: what a photograph is to a perceptual hash."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def put(folder: Path, name: str, image: Image.Image, **options) -> None:
+    """A photo with a mask in its middle and a prompt."""
+    image.save(folder / name, **options)
+    mask = Image.new("L", image.size)
+    mask.paste(255, (image.width // 3, image.height // 3, image.width // 2, image.height // 2))
+    stem = Path(name).stem
+    mask.save(folder / f"{stem}.mask.png")
+    (folder / f"{stem}.txt").write_text("a thing")
+
+
+def test_near_duplicates_are_one_photograph_and_flat_ones_are_not(tmp_path):
+    folder = tmp_path / "near"
+    folder.mkdir()
+    for number in range(10):
+        whole = scenery(number)
+        put(folder, f"{number} a.png", whole)
+        put(folder, f"{number} b.jpg", whole.resize((100, 75), Image.Resampling.LANCZOS), quality=60)
+        put(folder, f"{number} c.jpg", whole.convert("L"), quality=80)
+        put(folder, f"flat {number}.png", Image.new("RGB", (64 + number, 64), (20 * number, 90, 90)))
+    for seed in range(3):
+        out = tmp_path / f"out {seed}"
+        summary = build(folder, out, **{**CHOSEN, "seed": seed})
+        assert summary.photos == {"labeled": 8, "unlabeled": 8, "test": 4}  # of 10 photographs and 10 flat ones
+        held = roles(out)
+        assert {name for names in held.values() for name in names if not name.startswith("flat")} == {
+            f"{number} a.png" for number in range(10)
+        }
+        counted = Counter(photo.meta["photo"] for role in ROLES for photo in read_shards(out / role))
+        assert set(counted.values()) == {1, 3}
+
+
+def test_every_count_of_workers_gives_the_same_bytes_and_a_dead_one_is_told(source, tmp_path):
+    build(source, tmp_path / "one", **CHOSEN)
+    build(source, tmp_path / "two", workers=2, **CHOSEN)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+    def murder(done, total):
+        if done == 9:
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join()
+
+    with pytest.raises(WorkerDiedError, match="same command again"):
+        build(source, tmp_path / "killed", workers=2, progress=murder, **CHOSEN)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    assert list((tmp_path / "killed").glob(".parts/*.json"))
+    build(source, tmp_path / "killed", **CHOSEN)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "one")
+    with pytest.raises(InvalidInputError, match="workers"):
+        build(source, tmp_path / "none", workers=0, **CHOSEN)
+    assert not (tmp_path / "none").exists()
+
+
+ORPHANS = """
+    import multiprocessing, os, signal, sys
+    from pathlib import Path
+    from refine_control.data.build import build
+
+    def killed(done, total):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    build(Path(sys.argv[1]), Path(sys.argv[2]), size=16, workers=2, progress=killed)
+"""
+
+
+def test_workers_leave_with_a_parent_that_is_killed(source, tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(ORPHANS), str(source), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")}
+    # the pipe of the output is closed only when the last worker that inherited it is gone
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == -signal.SIGKILL
+    assert len(run.stdout.split()) == 2
+
+
+def test_what_people_decided_reaches_the_shards(source, tmp_path):
+    from refine_control.data.decisions import ACCEPT, EDIT, REJECT, append_decision, decide
+
+    for number in range(PHOTOS):
+        append_decision(source / "decisions.jsonl", decide(f"{number}-0", REJECT, "ann"))
+        append_decision(source / "decisions.jsonl", decide(f"{number}-1", EDIT, "ann", f"mended {number}"))
+    append_decision(source / "decisions.jsonl", decide("3-0", ACCEPT, "ann"))
+    summary = build(source, tmp_path / "out", **CHOSEN)
+    assert summary.rejects["review_rejected"] == PHOTOS - 1
+    assert sum(summary.photos.values()) == PHOTOS
+    prompts = {photo.meta["id"]: photo.prompt for role in ROLES for photo in read_shards(tmp_path / "out" / role)}
+    assert prompts == {"3-0": "thing 3", **{f"{number}-1": f"mended {number}" for number in range(PHOTOS)}}
+    append_decision(source / "decisions.jsonl", decide("4-1", REJECT, "ann"))
+    with pytest.raises(InvalidInputError, match="content of the source"):
+        build(source, tmp_path / "out", **CHOSEN)
 
 
 KILLED = """
@@ -230,13 +346,14 @@ def test_all_rejected_says_how_many_and_why(source, tmp_path):
     assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 29
 
 
-def test_the_limit_takes_the_first_entries_in_their_roles(source, tmp_path):
+def test_the_limit_takes_the_first_entries(source, tmp_path):
     build(source, tmp_path / "all", **CHOSEN)
     summary = build(source, tmp_path / "some", **CHOSEN, limit=9)
     assert summary.entries == 9
     assert sum(summary.samples.values()) == 5
-    every, some = roles(tmp_path / "all"), roles(tmp_path / "some")
-    assert all(some[role] <= every[role] for role in ROLES)
+    assert summary.photos == {"test": 1, "unlabeled": 1, "labeled": 1}  # 3 photographs: 0.6, and 1 of the other two
+    every = set().union(*roles(tmp_path / "all").values())
+    assert set().union(*roles(tmp_path / "some").values()) < every
 
 
 def test_a_build_that_lost_a_shard_is_not_called_done(source, tmp_path):

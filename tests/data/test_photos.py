@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from refine_control.data.photos import Entry, Rejected, crop_box, entries, load, make_key
+from refine_control.data.photos import crop_box, load
+from refine_control.data.records import Entry, Rejected, make_key
 from refine_control.data.records import RejectReason as R
+from refine_control.data.sources import entries
 from refine_control.errors import InvalidInputError
 
 W, H, S = 48, 32, 16

@@ -1,31 +1,43 @@
 """`data build`: a source of photos -> shards in out/labeled, out/unlabeled and out/test, and out/rejects.jsonl.
 
-The split is by photograph, never by mask: a photo's role is a function of (seed, photo id) alone, so it
-stays when the set grows. Entries with one photo id or one content are one photograph.
+The split is by photograph, never by mask, and hits the shares to the nearest photograph; see `data.survey` for what
+one photograph is and what happens to the roles when the set grows.
 
 Killed anywhere, the same command ends with the same bytes. `build.json` (the parameters, and the sha256 of
 everything that is read) is written first; the entries of a role are taken in runs of `samples_per_shard`, each
 run becomes one shard and then one record under `.parts`; a run with a record is not done again. `manifest.json`
-is written last. A shard is therefore shorter than `samples_per_shard` by the rejects of its run.
+is written last. A shard is therefore shorter than `samples_per_shard` by the rejects of its run. Photos are read,
+resized and encoded by `workers` processes; the bytes do not depend on how many.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import itertools
 import json
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from refine_control.data import photos
-from refine_control.data.records import LABELED, ROLES, TEST, UNLABELED, Entry, Rejected
-from refine_control.data.shards import IMAGE_FORMATS, MADE_BY, Shards, ShardWriter, open_manifest, write_manifest
+from refine_control.data.photos import load
+from refine_control.data.records import LABELED, ROLES, Entry, Photo, Rejected
+from refine_control.data.shards import (
+    IMAGE_FORMATS,
+    MADE_BY,
+    Shards,
+    ShardWriter,
+    encode,
+    open_manifest,
+    write_manifest,
+)
+from refine_control.data.sources import entries
+from refine_control.data.survey import Survey, split, survey
+from refine_control.data.workers import InOrder
+from refine_control.data.workers import workers as worker_processes
 from refine_control.errors import InvalidInputError
 from refine_control.storage import (
     MANIFEST,
@@ -39,7 +51,7 @@ from refine_control.storage import (
 
 PARAMETERS = "build.json"
 REJECTS = "rejects.jsonl"
-FORMAT = 1
+FORMAT = 2
 """Raised when the same parameters no longer give the same bytes."""
 _PARTS = ".parts"
 Progress = Callable[[int, int], None]
@@ -53,9 +65,9 @@ class Parameters:
     size: int = 64
     """Side of a sample in pixels, a multiple of 8, 8 to 4096."""
     test_fraction: float = 0.2
-    """Share of the photos that go to `test`, 0 to 1."""
+    """Share of the photographs that go to `test`, 0 to 1."""
     unlabeled_fraction: float = 0.5
-    """Share of the other photos that go to `unlabeled`, 0 to 1."""
+    """Share of the other photographs that go to `unlabeled`, 0 to 1."""
     seed: int = 0
     image_format: str = "webp"
     """webp (lossless), png, or jpg."""
@@ -75,6 +87,14 @@ class Parameters:
             raise InvalidInputError(f"image_format is {self.image_format!r}; choose {', '.join(IMAGE_FORMATS)}")
         if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
             raise InvalidInputError("samples_per_shard and limit must be at least 1")
+
+
+class _Job(NamedTuple):
+    """What is built, and how."""
+
+    source: Path
+    images: Path | None
+    chosen: Parameters
 
 
 @dataclass(frozen=True)
@@ -102,78 +122,43 @@ class BuildSummary:
         return f"{head}\n{tail}{': ' + reasons if reasons else ''}\n{done}"
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What one pass over the source, without decoding, has to say."""
+def build(
+    source: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> BuildSummary:
+    """Builds or continues `out` from `source` (see `data.sources`); `parameters` are those of `Parameters`.
 
-    sha256: str
-    photos: list[str]
-    """The photograph of each entry, in the order of `photos.entries`."""
-
-
-def role_of(photo: str, parameters: Parameters) -> str:
-    """The role of a photograph: a function of the seed, its id and the fractions alone."""
-    digest = hashlib.blake2b(f"{parameters.seed}\0{photo}".encode("utf-8", "surrogatepass"), digest_size=7)
-    share = int.from_bytes(digest.digest(), "big") / 2**56  # 56 bits: exact in a double, and below 1
-    if share < parameters.test_fraction:
-        return TEST
-    rest = parameters.test_fraction + (1 - parameters.test_fraction) * parameters.unlabeled_fraction
-    return UNLABELED if share < rest else LABELED
-
-
-def build(source: Path, out: Path, *, progress: Progress | None = None, **parameters: Any) -> BuildSummary:
-    """Builds or continues `out` from `source` (see `photos.entries`); `parameters` are those of `Parameters`.
-
-    Does nothing where the same build is already there. Raises InvalidInputError for a source without usable
-    photos, and for an `out` made from another source or with other parameters; InUseError while another
-    process builds there; DamagedError where what an earlier run finished is no longer whole."""
+    `images` is the folder of COCO's photos where it is not that of the JSON. Does nothing where the same build is
+    already there. Raises InvalidInputError for a source without usable photos, and for an `out` made from another
+    source or with other parameters; InUseError while another process builds there; DamagedError where what an
+    earlier run finished is no longer whole; WorkerDiedError when a worker dies: the same command then continues."""
     started = time.monotonic()
     chosen = Parameters(**parameters)
-    source, out = Path(source), Path(out)
-    survey = _survey(source, chosen.limit)
-    if not survey.photos:
-        raise InvalidInputError(f"no photo was found in {source}; want manifest.jsonl, or name.jpg + name.mask.png")
-    wanted = {**asdict(chosen), "format": FORMAT, "source_sha256": survey.sha256, "entries": len(survey.photos)}
-    _check_folder(out, wanted)
-    with only_writer(out):
-        _check_folder(out, wanted)  # again: nobody else can change it now
-        done = (out / MANIFEST).is_file()
-        if not done:
-            _remove_leftovers(out)
-            if not (out / PARAMETERS).is_file():
-                write_json(out / PARAMETERS, {**wanted, "made_by": MADE_BY})
-            _build_roles(source, out, chosen, survey, progress)
-        with storage_errors(out):
-            shutil.rmtree(out / _PARTS, ignore_errors=True)
-        return _summary(out, time.monotonic() - started, done)
-
-
-def _survey(source: Path, limit: int | None) -> _Survey:
-    """Hashes all that `load` will read, and finds which entries are of one photograph."""
-    whole, parent, own = hashlib.sha256(), {}, []
-    hashes: dict[Path, str] = {}
-
-    def content(file: Path | None) -> str | None:
-        if file is not None and file not in hashes:
-            hashes[file] = sha256_file(file) if os.access(file, os.R_OK) else "not readable"
-        return None if file is None else hashes[file]
-
-    def root(node: tuple[int, str]) -> tuple[int, str]:
-        while (above := parent.setdefault(node, node)) != node:
-            node = above
-        return node
-
-    for entry in itertools.islice(photos.entries(source), limit):
-        image, mask = (content(photos.source_file(entry, name)) for name in (entry.image, entry.mask))
-        problem = entry.problem[0].value if entry.problem else None
-        told = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta, problem]
-        whole.update(json.dumps([*told, image, mask], sort_keys=True).encode() + b"\n")
-        nodes = [(0, entry.photo)] + ([(1, image)] if image is not None else [])
-        roots = [root(node) for node in nodes]
-        for each in roots:
-            parent[each] = min(roots)
-        own.append(nodes[0])
-    return _Survey(whole.hexdigest(), [root(node)[1] for node in own])
+    job = _Job(Path(source), images, chosen)
+    out = Path(out)
+    with worker_processes(workers) as in_order:
+        least_side = 0 if chosen.enlarge else chosen.size
+        found = survey(job.source, in_order, images=images, limit=chosen.limit, least_side=least_side)
+        if not found.photos:
+            raise InvalidInputError(f"no photo was found in {source}; want a manifest.jsonl, tars, or name.jpg files")
+        wanted = {**asdict(chosen), "format": FORMAT, "source_sha256": found.sha256, "entries": len(found.photos)}
+        _check_folder(out, wanted)
+        with only_writer(out):
+            _check_folder(out, wanted)  # again: nobody else can change it now
+            done = (out / MANIFEST).is_file()
+            if not done:
+                _remove_leftovers(out)
+                if not (out / PARAMETERS).is_file():
+                    write_json(out / PARAMETERS, {**wanted, "made_by": MADE_BY})
+                _build_roles(job, out, found, in_order, progress)
+            with storage_errors(out):
+                shutil.rmtree(out / _PARTS, ignore_errors=True)
+            return _summary(out, time.monotonic() - started, done)
 
 
 def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
@@ -208,22 +193,22 @@ def _remove_leftovers(out: Path) -> None:
             path.unlink()
 
 
-def _build_roles(source: Path, out: Path, chosen: Parameters, survey: _Survey, progress: Progress | None) -> None:
+def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progress: Progress | None) -> None:
     """Every role's shards, then the rejects, then the manifest of the whole."""
     report = progress or (lambda done, total: None)
-    total, count = len(survey.photos), itertools.count(1)
+    chosen, total, count = job.chosen, len(found.photos), itertools.count(1)
     rejects: list[dict[str, Any]] = []
-    described = {"parameters": asdict(chosen), "source_sha256": survey.sha256}
+    described = {"parameters": asdict(chosen), "source_sha256": found.sha256}
+    roles = split(found.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
     for role in ROLES:
         writer = ShardWriter(out / role, role, chosen.samples_per_shard, chosen.image_format)
-        runs = _batched(_entries_of(role, source, chosen, survey), chosen.samples_per_shard)
+        runs = _batched(_entries_of(role, job, found, roles), chosen.samples_per_shard)
         for number, run in enumerate(runs):
             part = out / _PARTS / f"{role}-{number:05d}.json"
             kept = _kept(part, out / role)
             if kept is None:
                 refused = []
-                for row, entry in run:
-                    _add(writer, row, entry, survey.photos[row], chosen, refused)
+                for _ in _add(writer, run, found.photos, chosen, in_order, refused):
                     report(next(count), total)
                 kept = {"rejects": refused, "records": writer.cut()}
                 kept["shard_sha256"] = _shard_sha256(out / role, kept["records"])
@@ -242,14 +227,15 @@ def _build_roles(source: Path, out: Path, chosen: Parameters, survey: _Survey, p
     reasons = dict(Counter(line["reason"] for line in rejects))
     if len(rejects) == total:
         listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
-        raise InvalidInputError(f"all {total} entries of {source} were rejected: {listed}; see {out / REJECTS}")
+        raise InvalidInputError(f"all {total} entries of {job.source} were rejected: {listed}; see {out / REJECTS}")
     facts = {"kind": "build", "entries": total, "rejects": reasons, **described}
     write_manifest(out, facts, [PARAMETERS, REJECTS, *(f"{role}/{MANIFEST}" for role in ROLES)])
 
 
-def _entries_of(role: str, source: Path, chosen: Parameters, survey: _Survey) -> Iterator[tuple[int, Entry]]:
-    for row, entry in enumerate(itertools.islice(photos.entries(source), chosen.limit)):
-        if row < len(survey.photos) and role_of(survey.photos[row], chosen) == role:
+def _entries_of(role: str, job: _Job, found: Survey, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
+    """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
+    for row, entry in enumerate(itertools.islice(entries(job.source, job.images), job.chosen.limit)):
+        if row < len(found.photos) and roles.get(found.photos[row], LABELED) == role:
             yield row, entry
 
 
@@ -258,15 +244,49 @@ def _batched(items: Iterator[tuple[int, Entry]], count: int) -> Iterator[list[tu
         yield run
 
 
-def _add(writer: ShardWriter, row: int, entry: Entry, photo: str, chosen: Parameters, refused: list[dict]) -> None:
-    """One entry becomes a sample or a line of `refused`."""
+def _add(
+    writer: ShardWriter,
+    run: list[tuple[int, Entry]],
+    photos: list[str],
+    chosen: Parameters,
+    in_order: InOrder,
+    refused: list[dict[str, Any]],
+) -> Iterator[None]:
+    """Each entry of a run becomes a sample or a line of `refused`, and is counted by the caller."""
+    making = functools.partial(_sample, chosen, writer.role)
+    tasks = ((entry, photos[row]) for row, entry in run)
+    for (row, entry), sample in zip(run, in_order(making, tasks), strict=True):
+        if isinstance(sample, _Sample):
+            writer.add(sample.photo, sample.members)
+        else:
+            line = {"row": row, "key": entry.key, "path": entry.image, "reason": sample.reason}
+            refused.append({**line, "detail": sample.detail})
+        yield
+
+
+class _Refusal(NamedTuple):
+    """Why an entry is no sample; an exception would not travel between processes."""
+
+    reason: str
+    detail: str
+
+
+class _Sample(NamedTuple):
+    """A sample with its files."""
+
+    photo: Photo
+    members: dict[str, bytes]
+
+
+def _sample(chosen: Parameters, role: str, task: tuple[Entry, str]) -> _Sample | _Refusal:
+    """Loads and encodes an entry of the photograph that the task names."""
+    entry, photo = task
     try:
-        sample = photos.load(entry, chosen.size, enlarge=chosen.enlarge)
+        loaded = load(entry, chosen.size, enlarge=chosen.enlarge)
     except Rejected as error:
-        line = {"row": row, "key": entry.key, "path": entry.image, "reason": error.reason.value}
-        refused.append({**line, "detail": error.detail})
-    else:
-        writer.add(replace(sample, meta={**sample.meta, "photo": photo}))
+        return _Refusal(error.reason.value, error.detail)
+    named = replace(loaded, meta={**loaded.meta, "photo": photo})
+    return _Sample(named, encode(named, role, chosen.image_format))
 
 
 def _shard_sha256(folder: Path, records: list[dict[str, Any]]) -> str | None:

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +22,8 @@ UNLABELED = "unlabeled"
 TEST = "test"
 """Photo, mask and prompt that no training sees."""
 ROLES: tuple[str, ...] = (LABELED, UNLABELED, TEST)
+MAX_PIXELS = 100_000_000
+"""More than photographs have: beyond, a file is a decompression bomb."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class RejectReason(Enum):
     TOO_SMALL = "too_small"
     """The shorter side is less than the size of a sample."""
     NO_MASK = "no_mask"
-    """No mask is named or there is no such file."""
+    """No mask and no segmentation is named, or there is no such file."""
     MASK_UNREADABLE = "mask_unreadable"
-    """The mask's file is there and cannot be decoded."""
+    """The mask's file or the segmentation is there and cannot be decoded."""
     MASK_SIZE_MISMATCH = "mask_size_mismatch"
     """The mask has neither the size of the photo as shown nor that of its stored pixels."""
     MASK_EMPTY = "mask_empty"
@@ -72,6 +77,12 @@ class RejectReason(Enum):
     """Less than half of the hole fits into a square crop."""
     NO_PROMPT = "no_prompt"
     """No words, or a prompt that is not UTF-8 text."""
+    REVIEW_REJECTED = "review_rejected"
+    """A person refused it in the review."""
+    NEEDS_REVIEW = "needs_review"
+    """The prompt was found doubtful and nobody has looked at it yet."""
+    NO_REGION = "no_region"
+    """None of the proposed regions is fit for inpainting."""
 
 
 class Rejected(Exception):
@@ -97,6 +108,8 @@ class Entry:
     meta: dict[str, Any] = field(default_factory=dict)
     problem: tuple[RejectReason, str] | None = None
     """Why the entry cannot be loaded, where this is known before any file is opened."""
+    segmentation: dict[str, Any] | list[Any] | None = None
+    """The region as COCO's run lengths or polygons (see `data.regions`), instead of a mask's file."""
 
     @property
     def image_path(self) -> Path:
@@ -113,3 +126,56 @@ class Entry:
         """Which photograph this is, whatever the mask: the source's own photo id, or the path."""
         number = self.meta.get("source_image_id")
         return os.path.normpath(self.image) if number in (None, "") else f"{self.meta.get('source', '')}/{number}"
+
+
+def make_key(image: str, mask: str | None, name: object = None) -> str:
+    """A shard-safe key, a pure function of the relative paths and the row's own id: `an-owl-5f0c...`."""
+    identity = "\0".join((image, mask or "", "" if name is None else str(name)))
+    digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    words = re.sub(r"[^A-Za-z0-9_]+", "-", PurePosixPath(image).stem if name is None else str(name)).strip("-")[:40]
+    return f"{words or 'photo'}-{digest}"
+
+
+def one_line(value: object) -> str:
+    """One line of valid Unicode with single spaces; empty when `value` is not text."""
+    return " ".join(value.encode("utf-8", "replace").decode().split()) if isinstance(value, str) else ""
+
+
+def flat_meta(row: dict[str, Any], without: frozenset[str] | set[str]) -> dict[str, Any]:
+    """The texts and finite numbers of a source's row, for `Entry.meta`."""
+    return {
+        key: one_line(value) if isinstance(value, str) else value
+        for key, value in row.items()
+        if key not in without and (isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)))
+    }
+
+
+def with_article(name: str) -> str:
+    """The name of a category as a prompt: `a dog`, `an apple`, `scissors`."""
+    name = one_line(name.replace("_", " "))
+    several = name.endswith("s") and not name.endswith(("ss", "us"))
+    return name if several or not name else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+class Proposal(NamedTuple):
+    """A region that a segmenter, or a stand-in for one, found in a photo."""
+
+    mask: np.ndarray
+    """(H, W) bool in the photo's size, True = region."""
+    predicted_iou: float
+    """0 to 1: how well the finder believes its outline to be; what that is worth depends on `source`."""
+    stability_score: float
+    """0 to 1: how little the region changes when the finder's threshold does."""
+    source: str
+    """Which model and revision, or which method."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question to a vision-language model about one or more pictures, which come before the words."""
+
+    pictures: tuple[np.ndarray, ...]
+    """Each (h, w, 3) uint8."""
+    text: str
+    whole: bool = False
+    """Whether the answer describes the whole photo; else one region of it."""

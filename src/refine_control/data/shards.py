@@ -56,8 +56,8 @@ def _encode(array: np.ndarray, options: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _members(photo: Photo, role: str, image_format: str) -> dict[str, bytes]:
-    """The files of one sample by extension, sorted."""
+def encode(photo: Photo, role: str, image_format: str) -> dict[str, bytes]:
+    """The files of one sample by extension, sorted: nearly all the work of writing it, and any process may do it."""
     words = {"prompt": photo.prompt, "global_prompt": photo.global_prompt, "meta": photo.meta}
     image = fill_hole(photo.image, photo.mask) if role == UNLABELED else photo.image
     members = {
@@ -125,8 +125,10 @@ class ShardWriter:
             for left in folder.glob(f".shard-*{TEMPORARY}"):  # by a writer that was killed
                 left.unlink()
 
-    def add(self, photo: Photo) -> None:
-        """Appends a sample; all have one size. Raises InvalidInputError for a bad key or array."""
+    def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:
+        """Appends a sample; all have one size. `members` are its files where another process has encoded them.
+
+        Raises InvalidInputError for a bad key or array."""
         height, width = photo.mask.shape if photo.mask.ndim == 2 else (0, 0)
         if photo.mask.dtype != bool or photo.image.dtype != np.uint8 or photo.image.shape != (height, width, 3):
             raise InvalidInputError(f"{photo.key}: want image (H, W, 3) uint8 and mask (H, W) bool of one size")
@@ -139,13 +141,13 @@ class ShardWriter:
         self._size = (height, width)
         self._keys.add(photo.key)
         with storage_errors(self.folder):
-            self._write(photo)
+            self._write(photo, members or encode(photo, self.role, self.image_format))
 
-    def _write(self, photo: Photo) -> None:
+    def _write(self, photo: Photo, encoded: dict[str, bytes]) -> None:
         if self._open is None:
             self._open = tarfile.open(self._temporary(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         members = {}
-        for extension, data in _members(photo, self.role, self.image_format).items():
+        for extension, data in encoded.items():
             info = tarfile.TarInfo(f"{photo.key}.{extension}")  # mtime, uid and gid are 0
             info.size = len(data)
             members[extension] = [self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest()]

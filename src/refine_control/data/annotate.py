@@ -1,0 +1,363 @@
+"""`data annotate`: photographs -> regions and their prompts, one row for each region in `manifest.jsonl`.
+
+The result is a source like any other: `data review` shows it to people, `data build` makes shards of it.
+Photos are taken in parts of `PHOTOS_PER_PART`; a part is done whole, by whichever engine, and published as one
+file under `.parts`, which a later run takes over. `manifest.jsonl` and `rejects.jsonl` are put together last. So the
+same command after a kill ends with the same bytes.
+"""
+
+# H W pixels of a photo as shown
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from refine_control import __version__
+from refine_control.data.decisions import id_of
+from refine_control.data.engines import Engine, local
+from refine_control.data.masks import Selection, augment, dilate, select
+from refine_control.data.photos import load_mask, load_whole
+from refine_control.data.prompts import describe_many, global_request, local_request
+from refine_control.data.records import Entry, Proposal, Rejected, RejectReason, Request, make_key
+from refine_control.data.regions import encode_rle
+from refine_control.data.sources import MANIFEST_NAME, entries, photos_of
+from refine_control.errors import InvalidInputError
+from refine_control.storage import TEMPORARY, fsync_path, only_writer, storage_errors, write_atomic, write_json
+
+PARAMETERS = "annotate.json"
+REJECTS = "rejects.jsonl"
+PHOTOS_PER_PART = 16
+FORMAT = 1
+"""Raised when the same parameters no longer give the same rows."""
+_PARTS = ".parts"
+Progress = Callable[[int, int], None]
+"""Called with (photos done, photos in all)."""
+Masks = Literal["given", "sam", "felzenszwalb"]
+Prompts = Literal["given", "qwen", "server"]
+Shape = Literal["none", "box", "brush"]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """How regions and prompts are found: everything the rows depend on, besides the source."""
+
+    masks: Masks = "given"
+    """given: of the source; sam: proposed by SAM; felzenszwalb: by a segmentation that needs no weights."""
+    segmenter: str = "facebook/sam2.1-hiera-large"
+    """Hub id or folder of a SAM 1 or SAM 2 model."""
+    prompts: Prompts = "given"
+    """given: of the source; qwen: by Qwen2.5-VL here; server: by a vision-language model behind a URL."""
+    describer: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Hub id, folder, or the name under which the server knows the model."""
+    server: str = "http://127.0.0.1:8000"
+    api_key_variable: str | None = None
+    """The environment variable that holds the server's key; the key itself is written nowhere."""
+    global_prompts: bool = False
+    """Whether the whole photo is described too; what the source says of it goes before."""
+    min_area: float = 0.05
+    """Smallest and largest share of the photo that a proposed region may cover."""
+    max_area: float = 0.40
+    per_photo: int = 2
+    dilate: int = 0
+    """Pixels by which a proposed region is grown."""
+    shape: Shape = "none"
+    """box and brush cover a proposed region by what does not give its outline away."""
+    seed: int = 0
+    limit: int | None = None
+    """Only the first so many photos."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InvalidInputError(f"limit is {self.limit}; it must be at least 1")
+        if self.dilate < 0:
+            raise InvalidInputError(f"dilate is {self.dilate}; it must be 0 or more pixels")
+
+
+class Part(NamedTuple):
+    """Consecutive photos, each with its entries."""
+
+    number: int
+    photos: list[list[Entry]]
+
+
+@dataclass(frozen=True)
+class AnnotateSummary:
+    """What came of it: photos = those with a row + those all of whose entries were refused."""
+
+    out: Path
+    photos: int
+    rows: int
+    problems: dict[str, int]
+    """Rows whose prompt is doubtful and waits for review, by what is wrong with it."""
+    rejects: dict[str, int]
+    """By reason code."""
+    seconds: float
+    did_nothing: bool = field(default=False)
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(self.rejects.items()))
+        doubts = ", ".join(f"{name} {count}" for name, count in sorted(self.problems.items()))
+        done = f"{self.out} was already annotated" if self.did_nothing else f"annotated in {self.seconds:.1f} s"
+        head = f"{self.photos} photos -> {self.rows} regions; rejected {sum(self.rejects.values())}"
+        return f"{head}{': ' + listed if listed else ''}\n{'for review: ' + doubts + chr(10) if doubts else ''}{done}"
+
+
+def annotate(
+    source: Path,
+    out: Path,
+    chosen: Annotation,
+    *,
+    images: Path | None = None,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+) -> AnnotateSummary:
+    """Makes or continues `out` from `source` (see `data.sources`).
+
+    Does nothing where the same is there already. Raises InvalidInputError for a source without photos, or an `out`
+    that holds something else; InUseError, MissingError for models that are not there, WorkerDiedError."""
+    began = time.monotonic()
+    listing, count = _survey(source, images, chosen.limit)
+    if not count:
+        raise InvalidInputError(f"no photo was found in {source}; name a folder of photos, tars or a manifest")
+    wanted = {**asdict(chosen), "format": FORMAT, "source": str(source.resolve()), "listing": listing, "photos": count}
+    with only_writer(out):
+        _check_folder(out, wanted)
+        if (out / MANIFEST_NAME).is_file():
+            return _summary(out, count, 0.0, did_nothing=True)
+        write_json(out / PARAMETERS, wanted)
+        parts_dir = out / _PARTS
+        with storage_errors(out):
+            parts_dir.mkdir(exist_ok=True)
+        report = progress or (lambda done, total: None)
+        done = 0
+
+        def missing() -> Iterator[Part]:
+            nonlocal done
+            for part in _parts(source, images, chosen.limit):
+                if _read_part(parts_dir, part.number) is None:
+                    yield part
+                else:
+                    done += len(part.photos)
+                    report(done, count)
+
+        for part, result in (engine or local())(missing(), partial(Annotator, chosen)):
+            write_atomic(_part_file(parts_dir, part.number), json.dumps(result, sort_keys=True))
+            done += len(part.photos)
+            report(done, count)
+        _assemble(source, images, out, wanted, -(-count // PHOTOS_PER_PART))
+        with storage_errors(out):
+            shutil.rmtree(parts_dir)
+        return _summary(out, count, time.monotonic() - began)
+
+
+def _photos(source: Path, images: Path | None, limit: int | None) -> Iterator[list[Entry]]:
+    return itertools.islice(photos_of(entries(source, images)), limit)
+
+
+def _survey(source: Path, images: Path | None, limit: int | None) -> tuple[str, int]:
+    """The hash of what the source lists (of files, their names), and how many photos."""
+    whole, count = hashlib.sha256(), 0
+    for count, group in enumerate(_photos(source, images, limit), 1):  # noqa: B007 -- the last count is wanted
+        for entry in group:
+            told = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
+            whole.update(json.dumps(told, sort_keys=True).encode() + b"\n")
+    return whole.hexdigest(), count
+
+
+def _parts(source: Path, images: Path | None, limit: int | None) -> Iterator[Part]:
+    photos = _photos(source, images, limit)
+    for number in itertools.count():
+        if not (chunk := list(itertools.islice(photos, PHOTOS_PER_PART))):
+            return
+        yield Part(number, chunk)
+
+
+def _part_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:07d}.json"
+
+
+def _read_part(folder: Path, number: int) -> dict[str, Any] | None:
+    """What an earlier run made of a part; None where it must be done."""
+    try:
+        return json.loads(_part_file(folder, number).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
+    """Refuses a folder of something else, or of another annotation."""
+    path = out / PARAMETERS
+    if not path.is_file():
+        strangers = [each.name for each in out.iterdir() if each.name != ".lock" and not each.name.endswith(TEMPORARY)]
+        if strangers:
+            raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and no annotations; name a new folder")
+        return
+    try:
+        found = json.loads(path.read_bytes())
+        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+    except (ValueError, AttributeError):
+        raise InvalidInputError(f"{path} cannot be read; delete {out} and annotate again") from None
+    if differing:
+        raise InvalidInputError(f"{out} was annotated otherwise ({', '.join(differing)} differ); name a new folder")
+
+
+def _assemble(source: Path, images: Path | None, out: Path, wanted: dict[str, Any], parts: int) -> None:
+    """The parts in their order as `rejects.jsonl` and, last, `manifest.jsonl`; a row at a time."""
+    root = next(_photos(source, images, 1))[0].root
+    header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": wanted}
+    for name, field_name in ((REJECTS, "rejects"), (MANIFEST_NAME, "rows")):
+        with storage_errors(out), (temporary := out / f".{name}{TEMPORARY}").open("w") as file:
+            if name == MANIFEST_NAME:
+                file.write(json.dumps(header, sort_keys=True) + "\n")
+            for number in range(parts):
+                part = _read_part(out / _PARTS, number) or {}
+                file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in part[field_name])
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out / name)
+        fsync_path(out)
+
+
+def _summary(out: Path, photos: int, seconds: float, did_nothing: bool = False) -> AnnotateSummary:
+    """Counted from what was published."""
+    rows, problems, rejects = 0, Counter[str](), Counter[str]()
+    with (out / MANIFEST_NAME).open() as lines:
+        next(lines)
+        for rows, line in enumerate(lines, 1):  # noqa: B007 -- the last number is wanted
+            problems.update(json.loads(line)["prompt_problems"])
+    with (out / REJECTS).open() as lines:
+        rejects.update(json.loads(line)["reason"] for line in lines)
+    return AnnotateSummary(out, photos, rows, dict(problems), dict(rejects), seconds, did_nothing)
+
+
+class Annotator:
+    """Does parts in one process: loads what `chosen` needs once. Calling it gives the rows and rejects of a part."""
+
+    def __init__(self, chosen: Annotation) -> None:
+        self.chosen = chosen
+        self.propose = _proposer(chosen)
+        self.describer = _describer(chosen)
+        self.selection = Selection(min_area=chosen.min_area, max_area=chosen.max_area, per_photo=chosen.per_photo)
+
+    def __call__(self, part: Part) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        asked: list[Asked] = []
+        for group in part.photos:
+            try:
+                found = self._given(group, rejects) if self.propose is None else self._proposed(group[0])
+            except Rejected as error:
+                rejects.append(_reject(group[0], error))
+                continue
+            image = load_whole(group[0]) if found and self.describer else None
+            for row, mask in found:
+                rows.append(row)
+                if image is not None:
+                    asked.append(Asked(row, local_request(image, mask), "local_prompt"))
+            if image is not None and self.chosen.global_prompts and not group[0].global_prompt:
+                asked += [Asked(row, global_request(image), "global_prompt") for row, _ in found[:1]]
+        self._describe(asked)
+        return {"rows": rows, "rejects": rejects}
+
+    def _given(self, group: Sequence[Entry], rejects: list[dict[str, Any]]) -> list[tuple[dict[str, Any], np.ndarray]]:
+        """A row for each entry whose photo and region can be read."""
+        found = []
+        for entry in group:
+            try:
+                mask = load_mask(entry)
+            except Rejected as error:
+                rejects.append(_reject(entry, error))
+            else:
+                region = {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
+                found.append((_row(entry, id_of(entry), mask, {**region, "mask_source": "given"}), mask))
+        return found
+
+    def _proposed(self, entry: Entry) -> list[tuple[dict[str, Any], np.ndarray]]:
+        """Rows of the regions that are chosen among the proposals. Raises Rejected where none is fit."""
+        image = load_whole(entry)
+        proposals = self.propose(image) if self.propose else []
+        fallen: Counter[str] = Counter()
+        chosen = select(proposals, self.selection, fallen)
+        if not chosen:
+            why = ", ".join(f"{name} {count}" for name, count in sorted(fallen.items()) if count) or "none was proposed"
+            raise Rejected(RejectReason.NO_REGION, f"no proposed region is fit for inpainting: {why}")
+        found = []
+        for number, each in enumerate(chosen):
+            name = make_key(entry.image, None, f"{Path(entry.image).stem}-{number}")
+            mask = dilate(each.mask, self.chosen.dilate) if self.chosen.dilate else each.mask
+            mask = augment(mask, self.chosen.shape, self.chosen.seed, name)
+            region = {"segmentation": encode_rle(mask), "mask_source": each.source, **each.scores}
+            found.append((_row(entry, name, mask, region), mask))
+        return found
+
+    def _describe(self, asked: Sequence[Asked]) -> None:
+        """Asks for all prompts of a part at once and puts them into their rows."""
+        if self.describer is None or not asked:
+            return
+        for each, told in zip(asked, describe_many(self.describer, [a.request for a in asked]), strict=True):
+            each.row[each.field] = told.prompt
+            each.row[f"{each.field}_source"] = told.source
+            each.row["prompt_problems"] = sorted({*each.row["prompt_problems"], *told.problems})
+
+
+class Asked(NamedTuple):
+    """A question and the place of its answer."""
+
+    row: dict[str, Any]
+    request: Request
+    field: str
+
+
+def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of one region; the source's own facts stay."""
+    height, width = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
+    prompt = {"local_prompt": entry.prompt, "local_prompt_source": "given"} if entry.prompt else {}
+    whole = {"global_prompt": entry.global_prompt} if entry.global_prompt else {}
+    measured = {"width": width, "height": height, "bbox": box, "area_fraction": round(float(mask.mean()), 5)}
+    own = {"id": name, "image": entry.image, "photo": entry.photo, "prompt_problems": []}
+    return {**entry.meta, **measured, **own, **prompt, **whole, **region}
+
+
+def _reject(entry: Entry, error: Rejected) -> dict[str, Any]:
+    return {"key": entry.key, "path": entry.image, "reason": error.reason.value, "detail": error.detail}
+
+
+def _proposer(chosen: Annotation) -> Callable[[np.ndarray], list[Proposal]] | None:
+    """(H,W,3) uint8 -> proposals; None for masks that are given."""
+    if chosen.masks == "given":
+        return None
+    if chosen.masks == "felzenszwalb":
+        from refine_control.data.offline_masks import propose_felzenszwalb
+
+        return propose_felzenszwalb
+    from refine_control.models.segmenter import load_segmenter
+
+    return load_segmenter(chosen.segmenter).propose
+
+
+def _describer(chosen: Annotation) -> Any:
+    """Who answers requests; None for prompts that are given."""
+    if chosen.prompts == "given":
+        return None
+    if chosen.prompts == "server":
+        from refine_control.data.vlm_server import ServerDescriber
+
+        return ServerDescriber(chosen.server, chosen.describer, api_key_variable=chosen.api_key_variable)
+    from refine_control.models.describer import load_describer
+
+    return load_describer(chosen.describer)

@@ -1,0 +1,185 @@
+"""Lists of addresses -> photographs in tars, by the tool img2dataset, which is run and never imported.
+
+It is a program of its own (`pip install img2dataset`, best in an environment of its own), downloads in parallel, keeps
+to the servers' wish not to be trained on, and continues where it was stopped. What it leaves in `out` is a source for
+`data annotate`: the photos with their captions, where the list has any, and neither regions nor local prompts.
+
+Lists: a TSV or CSV with a line of column names, such as `photos.tsv000` of Unsplash-Lite; parquet, one file or a folder
+of them, such as LAION-2B's; a text of one address a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from refine_control.errors import InvalidInputError, MissingError, WorkerDiedError
+from refine_control.storage import only_writer, sha256_file, write_atomic
+
+TOOL = "img2dataset"
+REQUEST = "request"
+"""The file in `out` that says what was asked for; a name in .json would be taken for one of the tool's own."""
+_URL_COLUMNS = ("photo_image_url", "URL", "url", "image_url")
+_CAPTION_COLUMNS = ("ai_description", "photo_description", "TEXT", "caption", "text")
+_KEPT_COLUMNS = ("photo_id", "photographer_username", "license", "LICENSE")
+
+
+class UrlList(NamedTuple):
+    """What a list of addresses is to the tool."""
+
+    input_format: str
+    """txt, csv, tsv or parquet."""
+    url: str | None
+    """The column of the addresses; None in a text."""
+    caption: str | None
+    kept: list[str]
+    """Columns that go into each photo's .json."""
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """What is there after a download."""
+
+    out: Path
+    shards: int
+    addresses: int
+    photos: int
+
+
+def read_layout(urls: Path) -> UrlList:
+    """Which columns of a list are what. Raises InvalidInputError where it is no list of addresses."""
+    if not urls.exists():
+        raise InvalidInputError(f"{urls} does not exist; name a list of addresses: .tsv, .csv, .parquet or .txt")
+    if urls.suffix == ".parquet" or (urls.is_dir() and any(urls.glob("*.parquet"))):
+        return UrlList("parquet", "URL", "TEXT", [])  # as LAION names them
+    kind = next((each for each in ("tsv", "csv") if urls.suffix.startswith(f".{each}")), None)
+    if urls.is_file() and urls.suffix == ".txt":
+        return UrlList("txt", None, None, [])
+    if kind is None or not urls.is_file():
+        raise InvalidInputError(f"{urls} is no list of addresses; want .tsv, .csv, .parquet (or a folder) or .txt")
+    with urls.open("rb") as lines:
+        line = lines.readline(1 << 20).decode("utf-8-sig", "replace")
+    columns = [name.strip().strip('"') for name in line.split("\t" if kind == "tsv" else ",")]
+    url = next((name for name in _URL_COLUMNS if name in columns), None)
+    if url is None:
+        wanted = ", ".join(_URL_COLUMNS)
+        raise InvalidInputError(f"{urls} has no column of addresses; want one of {wanted}, found {', '.join(columns)}")
+    caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
+    return UrlList(kind, url, caption, [name for name in _KEPT_COLUMNS if name in columns])
+
+
+def command_for(
+    urls: Path,
+    out: Path,
+    *,
+    longest_short_side: int = 1024,
+    processes: int = 1,
+    threads: int = 32,
+    samples_per_shard: int = 10_000,
+) -> list[str]:
+    """The command line that `download` runs, for people to see first. Photos are shrunk, never enlarged, so that the
+    shorter side has at most `longest_short_side` pixels."""
+    layout = read_layout(urls)
+    options: dict[str, object] = {
+        "url_list": urls.absolute(),  # the tool takes a bare number for a number
+        "output_folder": out.absolute(),
+        "output_format": "webdataset",
+        "input_format": layout.input_format,
+        "image_size": longest_short_side,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "encode_quality": 95,
+        "extract_exif": False,
+        "number_sample_per_shard": samples_per_shard,
+        "processes_count": processes,
+        "thread_count": threads,
+    }
+    if layout.url is not None:
+        options["url_col"] = layout.url
+    if layout.caption is not None:
+        options["caption_col"] = layout.caption
+    if layout.kept:
+        options["save_additional_columns"] = json.dumps(layout.kept, separators=(",", ":"))
+    return [TOOL, *(f"--{name}={value}" for name, value in options.items())]
+
+
+def download(
+    urls: Path,
+    out: Path,
+    *,
+    longest_short_side: int = 1024,
+    processes: int = 1,
+    threads: int = 32,
+    samples_per_shard: int = 10_000,
+) -> Downloaded:
+    """Downloads what `urls` lists into tars under `out`, or goes on with it; what the tool says goes to stderr.
+
+    Raises MissingError without the tool, or when not one photo came; InvalidInputError for a list that is none and for
+    an `out` of another download; InUseError while another process writes there; WorkerDiedError when the tool fails."""
+    urls, out = Path(urls), Path(out)
+    told: dict[str, int] = {"longest_short_side": longest_short_side, "samples_per_shard": samples_per_shard}
+    command = command_for(urls, out, processes=processes, threads=threads, **told)
+    program = shutil.which(TOOL)
+    if program is None:
+        raise MissingError(f"{TOOL} is not on the PATH; install it with `pip install {TOOL}` and run this again")
+    request = json.dumps({"urls_sha256": _digest(urls), **told}, sort_keys=True)
+    _check_out(out, request)
+    with only_writer(out):
+        _check_out(out, request)
+        write_atomic(out / REQUEST, request + "\n")
+        try:
+            left = subprocess.run([program, *command[1:]], check=False, stdin=subprocess.DEVNULL, stdout=2).returncode
+        except OSError as error:
+            raise MissingError(f"{program} cannot be run ({error.strerror}); mend it by `pip install {TOOL}`") from None
+    if left:
+        raise WorkerDiedError(
+            f"{TOOL} ended with code {left}, see its words above; the tars it finished in {out} are kept: "
+            "run the same command again"
+        )
+    made = _counted(out)
+    if not made.photos:
+        raise MissingError(
+            f"of {made.addresses} addresses in {urls} not one gave a photo; is there a network? "
+            f"The tool's reasons are in {out}/*_stats.json: delete {out} and run the same command again"
+        )
+    return made
+
+
+def _check_out(out: Path, request: str) -> None:
+    """Refuses a folder of something else: the tool goes by the numbers of its tars and would take them for its own."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InvalidInputError(f"{out} is a file; name a folder")
+    path = out / REQUEST
+    if path.is_file():
+        if path.read_text("utf-8", "replace").strip() != request:
+            raise InvalidInputError(f"{out} holds another list's photos, or of another size; name a new folder")
+    elif strangers := sorted(each.name for each in out.iterdir() if not each.name.startswith(".")):
+        raise InvalidInputError(f"{out} holds {strangers[0]!r} and is no download; name a new folder")
+
+
+def _digest(urls: Path) -> str:
+    """Of a file its content; of a folder, which may hold hundreds of gigabytes, names and sizes."""
+    if urls.is_file():
+        return sha256_file(urls)
+    listed = sorted((path.name, path.stat().st_size) for path in urls.glob("*.parquet"))
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _counted(out: Path) -> Downloaded:
+    """The sums of the tool's statistics; it writes them behind each finished tar."""
+    shards = addresses = photos = 0
+    for path in sorted(out.glob("*_stats.json")):
+        try:
+            stats = json.loads(path.read_bytes())
+            addresses, photos = addresses + int(stats["count"]), photos + int(stats["successes"])
+        except (ValueError, KeyError, TypeError):
+            raise InvalidInputError(f"{path} is not the tool's; delete it and run the same command again") from None
+        shards += 1
+    return Downloaded(out, shards, addresses, photos)
