@@ -26,6 +26,7 @@ from refine_control.evaluation.rows import (
     RowResult,
     prepare_data,
     read_row,
+    reads_completions,
     row_mark,
     run_row,
     sampler_of,
@@ -102,7 +103,7 @@ def collect(
     paths = {(key, seed): results / f"{key}-{seed}.json" for key, seed in wanted}
     missing = [each for each in wanted if read_row(paths[each], row_mark(rows[each[0]], budget, each[1])) is None]
     if missing:
-        prepare_data(budget, out, bar)
+        prepare_data(budget, out, bar, reads_completions(rows.values(), budget))
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
         tasks = [_Task(key, rows[key], seed, budget, out, paths[key, seed], threads) for key, seed in missing]
         tell = bar("rows")

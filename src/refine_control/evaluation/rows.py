@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +77,20 @@ def row_mark(row: Row, budget: Budget, seed: int, settings: Mapping[str, str] | 
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def prepare_data(budget: Budget, out: Path, bar: Bar) -> None:
-    """Scenes of the budget under `out/scenes`, caches of the two training roles under `out/cache`."""
+COMPLETED = "unlabeled_completed"
+"""The unlabelled cache with the teacher's completions, made where a recipe reads them."""
+COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, conditioning_scale=1.0)
+"""Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
+
+
+def reads_completions(rows: Iterable[Row], budget: Budget, settings: Mapping[str, str] | None = None) -> bool:
+    """Does any stage of the rows start from the teacher's completions?"""
+    recipes = (r for row in rows for r in row_recipes(row, budget, settings or {}, 0).values())
+    return any(recipe.objective.x0_source == "teacher" for recipe in recipes)
+
+
+def prepare_data(budget: Budget, out: Path, bar: Bar, completions: bool = False) -> None:
+    """Scenes of the budget under `out/scenes`, caches of the training roles under `out/cache`."""
     build_scenes(
         out / "scenes",
         labeled=budget.labeled,
@@ -91,6 +103,9 @@ def prepare_data(budget: Budget, out: Path, bar: Bar) -> None:
     backbone = load_backbone("mini")
     for role in (LABELED, UNLABELED):
         build_cache(out / "scenes" / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
+    if completions:
+        completed, told = out / "cache" / COMPLETED, bar("completions")
+        build_cache(out / "scenes" / UNLABELED, completed, backbone, completions=COMPLETIONS, progress=told)
 
 
 class TrainedRow(NamedTuple):
@@ -113,8 +128,10 @@ def train_row(
     for name, recipe in row_recipes(row, budget, {**(settings or {}), **paths}, seed).items():
         stage = name.rpartition("/")[2]
         run_dir = out / f"{key}-{seed}" / stage
-        if stages:
-            recipe = Recipe.model_validate({**recipe.model_dump(), "init_from": str(list(stages.values())[-1])})
+        changed: dict[str, Any] = {"init_from": str(list(stages.values())[-1])} if stages else {}
+        if recipe.objective.x0_source == "teacher":
+            changed["data"] = {**recipe.data.model_dump(), UNLABELED: str(out / "cache" / COMPLETED)}
+        recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
         trained = train(recipe, run_dir, bar(f"train {key}: {stage}"))
         stages[stage], student, seconds = run_dir, trained.student, seconds + trained.seconds
     return TrainedRow(student, stages, seconds)
