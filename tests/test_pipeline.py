@@ -1,6 +1,7 @@
 """Ours is the stock pipeline where stock is right, and a hand-written loop where it is not."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from diffusers import StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control.config import SamplerConfig
 from refine_control.injection import layer_of_site
-from refine_control.pipeline import complete_latents, inpaint, make_pipeline, run_pipeline
+from refine_control.pipeline import complete_latents, inpaint, inpaint_file, make_pipeline, run_pipeline
 
 PROMPTS = ["a red circle", "an orange star on a tan background"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -157,3 +158,21 @@ def test_completions_are_what_the_pipeline_paints(tiny_backbone, guidance):
         tiny_backbone, teacher, tiny_backbone.encode_images(hidden), small, text, empty, sampler, NOISE.clone()
     )
     torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_photo_and_mask_may_lie_anywhere(tiny_backbone, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from refine_control.models import loading
+
+    for folder in ("here", "photos", "masks"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (80, 70), "teal").save(tmp_path / "photos" / "a.jpg")
+    mask = Image.new("L", (80, 70))
+    mask.paste(255, (20, 20, 50, 50))
+    mask.save(tmp_path / "masks" / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(loading, "load_backbone", lambda model, controlnet=None: tiny_backbone)
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
+    out = inpaint_file(Path("../photos/a.jpg"), Path("../masks/a.png"), "a disc", Path("out.png"), sampler=sampler)
+    assert Image.open(out).size == (64, 64)

@@ -103,7 +103,7 @@ def run_pipeline(
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
     result = cast(Any, pipeline)(
         prompt=backbone.readable([prompt]),
-        control_image=torch.from_numpy(image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1,
+        control_image=torch.tensor(image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1,
         control_mask=torch.from_numpy(mask)[None, None].float(),
         height=height,
         width=width,
@@ -248,7 +248,7 @@ def inpaint_file(
     backbone = load_backbone(model, loaded)
     transformer = backbone.transformer
     side: int = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
-    root = Path(image.anchor or ".").resolve() if image.is_absolute() else Path.cwd()
+    root = Path(image.resolve().anchor)  # whoever names two files by hand may have them anywhere
     entry = Entry("input", root, str(image.resolve()), str(mask.resolve()), prompt)
     try:
         photo = load(entry, side, enlarge=True)

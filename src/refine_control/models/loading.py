@@ -161,8 +161,15 @@ def _card(model: str | Path) -> dict[str, Any]:
 def load_backbone(
     model: str | Path, controlnet: SD3ControlNetModel | None = None, cpu_kernels: bool = False
 ) -> Backbone:
-    """The frozen parts of a model. `cpu_kernels` takes the operators that are fast on a CPU."""
+    """The frozen parts of a model. `cpu_kernels` takes the operators that are fast on a CPU.
+
+    Raises what `load_pipeline` raises, and InvalidInputError for a VAE that does not say how SD3 scales its latents."""
     pipeline = load_pipeline(model, controlnet)
+    unsaid = [name for name in ("scaling_factor", "shift_factor") if pipeline.vae.config.get(name) is None]
+    if unsaid:
+        raise InvalidInputError(
+            f"the VAE of {model} has no {unsaid[0]} in its config.json; SD3's have one: write it there"
+        )
     if cpu_kernels:
         use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
     card = _card(model)
