@@ -9,7 +9,8 @@ import torch
 
 from refine_control.data.records import Request
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.describer import IMAGE_TOKEN, MODEL_TYPE, TEMPLATE, load_describer, revision
+from refine_control.models.describer import IMAGE_TOKEN, MODEL_TYPE, TEMPLATE, load_describer
+from refine_control.models.hub import revision
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN]
 NEW_TOKENS = 6

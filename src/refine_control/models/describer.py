@@ -9,7 +9,6 @@ its merged patches. Sequences are padded on the left, so an answer does not depe
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from refine_control.data.records import Request
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.hub import folder_of, revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
@@ -37,7 +37,6 @@ TEMPLATE = (
 ENDS = ("<|im_end|>", "<|endoftext|>")
 _EXAMPLE = "Qwen/Qwen2.5-VL-7B-Instruct"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-_SAMPLE = 1 << 16
 """Bytes at each end of a file of weights that enter the revision of a folder."""
 
 
@@ -167,7 +166,7 @@ def load_describer(
 
     if batch_size < 1 or max_new_tokens < 1:
         raise InvalidInputError(f"batch_size {batch_size} and max_new_tokens {max_new_tokens} must be at least 1")
-    folder = _folder(name_or_folder)
+    folder = folder_of(name_or_folder, _FILES, f"a folder with Qwen2.5-VL, or a hub id like {_EXAMPLE}")
     _check(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -190,27 +189,6 @@ def load_describer(
     return Describer(model.to(device), tokenizer, image_processor, name, batch_size, max_new_tokens)
 
 
-def _folder(name_or_folder: str | Path) -> Path:
-    """The folder of a model: as given, or of a hub id, which is fetched once."""
-    path = Path(name_or_folder)
-    if path.is_dir():
-        return path
-    name = str(name_or_folder)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise InvalidInputError(
-            f"no model folder at {name}; name a folder with Qwen2.5-VL, or a hub id like {_EXAMPLE}"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
-    except Exception as error:  # the hub's errors have no common ancestor; every one of them means "not to be had"
-        raise MissingError(
-            f"{name} is no local folder, and the hub did not give it ({type(error).__name__}); check the name, or "
-            f"fetch it with `hf download {name}` where there is a network, and name the folder"
-        ) from error
-
-
 def _check(folder: Path) -> None:
     """Refuses a folder without weights, or of another model."""
     try:
@@ -228,18 +206,3 @@ def _check(folder: Path) -> None:
         )
     if not (folder / "preprocessor_config.json").is_file():
         raise MissingError(f"{folder} has no preprocessor_config.json; fetch it from where the weights come from")
-
-
-def revision(folder: Path) -> str:
-    """12 signs: the commit of a hub snapshot, else a hash of the config and of both ends of each file of weights."""
-    if folder.parent.name == "snapshots":
-        return folder.name[:12]
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:12]

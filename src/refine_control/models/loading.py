@@ -19,6 +19,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.hub import folder_of
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import publish_folder
 
@@ -34,20 +35,8 @@ def resolve(model: str | Path) -> Path:
         if not (BUNDLE / "model_index.json").is_file():
             raise MissingError(f"the mini bundle is not in {BUNDLE}; make it with `refine-control mini train`")
         return BUNDLE
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
-        raise InvalidInputError(f"no model folder at {model}; give `mini`, a folder in diffusers layout, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:  # the hub's errors have no common ancestor; every one of them means "not to be had"
-        raise MissingError(
-            f"{model} is no local folder, and the hub did not give it ({type(error).__name__}); check the name, "
-            f"accept its licence if it is gated, or fetch it with `hf download {model}` and pass the folder"
-        ) from error
+    files = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    return folder_of(model, files, "`mini`, a folder in diffusers layout, or a hub id")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

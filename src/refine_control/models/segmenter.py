@@ -11,7 +11,6 @@ masks at full size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from PIL import Image
 
 from refine_control.data.records import Proposal
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.hub import folder_of, revision
 from refine_control.models.mask_scores import boxes_of, keep_best, stability_scores
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -201,7 +201,8 @@ def load_segmenter(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingError(f"device is {device} and torch sees no GPU here; use device cpu or a machine with a GPU")
-    folder = _folder_of(name)
+    wanted = "a hub id such as facebook/sam2.1-hiera-large, or the folder that `hf download` of it prints"
+    folder = folder_of(name, ["*.json", "*.safetensors"], wanted)
     config = _read_json(folder / "config.json")
     if config is None:
         raise MissingError(f"{folder} has no config.json; fetch a SAM 2 with `hf download facebook/sam2.1-hiera-large`")
@@ -215,27 +216,9 @@ def load_segmenter(
     half = torch.bfloat16 if device.startswith("cuda") else torch.float32
     preparation = _preparation(folder, model.config, _GENERATIONS[kind])
     model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
-    return Segmenter(model, _revision(name, folder), preparation, chosen, dtype or half, _GENERATIONS[kind])
-
-
-def _folder_of(name: str | Path) -> Path:
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith("."):
-        raise MissingError(
-            f"no segmenter's folder at {name}; name a hub id such as facebook/sam2.1-hiera-large, or the folder that "
-            "`hf download facebook/sam2.1-hiera-large` prints"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub's errors have no common ancestor; every one of them means "not to be had"
-        raise MissingError(
-            f"{name} is no local folder, and the hub did not give it ({type(error).__name__}); check the name, accept "
-            f"its licence if it is gated, or fetch it with `hf download {name}` and pass the folder"
-        ) from error
+    return Segmenter(
+        model, f"{Path(name).name}@{revision(folder)}", preparation, chosen, dtype or half, _GENERATIONS[kind]
+    )
 
 
 def _load(folder: Path) -> Any:
@@ -289,11 +272,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise InvalidInputError(f"{path} is not JSON; download the model again") from None
-
-
-def _revision(name: str | Path, folder: Path) -> str:
-    """`facebook/sam2.1-hiera-large@<commit>` from the hub, `folder@config-<hash>` from a folder of one's own."""
-    if not Path(name).is_dir():
-        return f"{name}@{folder.name[:12]}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return f"{folder.resolve().name}@config-{digest[:12]}"
