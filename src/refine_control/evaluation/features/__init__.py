@@ -1,0 +1,21 @@
+"""Networks that turn pictures into features: Inception for FID and KID, AlexNet for LPIPS, CLIP for CMMD.
+
+Each is the published network with the published weights, checked by sha256, or no number at all.
+"""
+
+from refine_control.evaluation.features.alexnet import Lpips, load_lpips, lpips
+from refine_control.evaluation.features.clip import clip_features, load_clip
+from refine_control.evaluation.features.inception import Inception, inception_features, load_inception
+from refine_control.evaluation.features.weights import FOLDER_VARIABLE
+
+__all__ = [
+    "FOLDER_VARIABLE",
+    "Inception",
+    "Lpips",
+    "clip_features",
+    "inception_features",
+    "load_clip",
+    "load_inception",
+    "load_lpips",
+    "lpips",
+]
