@@ -184,10 +184,11 @@ def _folder_entries(root: Path) -> Iterator[Entry]:
             image = (here / name).as_posix()
             problem = (RejectReason.OUTSIDE_TREE, "a linked folder is not followed")
             yield Entry(make_key(image, None), root, image, None, None, problem=problem)
+        siblings = set(files)
         for name in sorted(files):
             low = name.lower()
             if low.endswith(SUFFIXES) and not low.endswith(MASK_SUFFIX) and not name.startswith("."):
-                yield _folder_entry(root, here / name, set(files))
+                yield _folder_entry(root, here / name, siblings)
 
 
 def _folder_entry(root: Path, relative: Path, siblings: set[str]) -> Entry:
