@@ -185,7 +185,16 @@ RECORD = [f"{size}/{row}" for size in ("mini", "sd3") for row in ("fc", "ours_st
 
 
 def test_the_packaged_recipes_are_these():
-    ablations = ("fc_plain", "fc_random", "one_stage", "ours_completed_stage2", "ssd", "wo_cf_stage1", "wo_cf_stage2", "wo_mask")
+    ablations = (
+        "fc_plain",
+        "fc_random",
+        "one_stage",
+        "ours_completed_stage2",
+        "ssd",
+        "wo_cf_stage1",
+        "wo_cf_stage2",
+        "wo_mask",
+    )
     assert recipe_names() == sorted([*RECORD, *(f"mini/{name}" for name in ablations), "mini/wo_mask_matched"])
 
 

@@ -76,11 +76,20 @@ def test_a_perfect_answer_has_the_best_scores():
 
 
 def test_the_share_of_the_gap_is_that_of_the_means(result):
-    summary = summarise(result, "ours", "fc")
-    means = {n: result.scores[n]["psnr_region"].mean() for n in ("teacher", "fc", "ours")}
-    share = (means["ours"] - means["fc"]) / (means["teacher"] - means["fc"])
-    assert summary["gap_closed"]["psnr_region"]["mean"] == pytest.approx(share)
-    assert "gap_closed" not in summarise(result, "ours", "none")
+    up = {"teacher": 4.0, "fc": 0.0, "ours": 3.0}
+    clear = result._replace(
+        scores={n: {m: v + up[n] for m, v in result.scores["fc"].items()} for n in ("teacher", "fc", "ours")}
+    )
+    assert summarise(clear, "ours", "fc")["gap_closed"]["psnr_region"]["mean"] == pytest.approx(0.75)
+    assert "gap_closed" not in summarise(clear, "ours", "none")
+
+
+def test_without_a_gap_no_share_is_told(result):
+    noise = np.array([-1.0, 1.0])[np.arange(len(PHOTOS)) % 2]
+    told = {
+        n: {"psnr_region": 20 + sign * (noise + 0.001)} for n, sign in (("teacher", 1.01), ("fc", -1.0), ("ours", 0.5))
+    }
+    assert summarise(result._replace(scores=told), "ours", "fc")["gap_closed"] == {}
 
 
 def refuse(word):

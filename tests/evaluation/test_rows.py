@@ -69,7 +69,15 @@ def test_a_table_of_known_numbers():
 
 
 def test_a_table_holds_its_rows_and_what_they_are_held_against():
-    assert list(rows_of([1])) == ["teacher", "teacher_diffusers", "fc", "fc_plain", "fc_random", "ours", "ours_completed"]
+    assert list(rows_of([1])) == [
+        "teacher",
+        "teacher_diffusers",
+        "fc",
+        "fc_plain",
+        "fc_random",
+        "ours",
+        "ours_completed",
+    ]
     assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of([3]))
     assert list(rows_of([3], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
     with pytest.raises(InvalidInputError, match="there is no row our"):

@@ -245,7 +245,7 @@ def _worth(masks: np.ndarray, edge: np.ndarray) -> np.ndarray:
     strength = flat @ edge.ravel().astype(np.float32) / np.maximum(1, flat.sum(1))
     frame = np.ones(edge.shape, bool)
     frame[1:-1, 1:-1] = False
-    free = 1 - masks[:, frame].mean(1)
+    free = (~masks[:, frame]).mean(1)
     return (strength * free) ** 2 * masks.mean((1, 2)) ** 0.25
 
 
