@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,25 @@ def test_doubtful_prompts_wait_for_a_person(photos, tmp_path, monkeypatch):
     assert (settled.problem, settled.prompt) == (None, "a bright disc")
     built = build(tmp_path / "out", tmp_path / "shards", size=32, test_fraction=0.25, unlabeled_fraction=0.5)
     assert sum(built.samples.values()) == 4
+
+
+def test_all_regions_of_a_photo_get_its_global_prompt_and_none_a_prompt_that_was_of_another_region(
+    photos, tmp_path, monkeypatch
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(photos / "00.png", source)
+    (source / "00.txt").write_text("what the given region showed")
+    engine = Echo()
+    monkeypatch.setattr(module, "_describer", lambda chosen: engine if chosen.prompts == "qwen" else None)
+    annotate(source, tmp_path / "given", Annotation(masks="felzenszwalb", min_area=0.01, max_area=0.9))
+    rows = rows_of(tmp_path / "given")
+    assert len(rows) == 2
+    assert not any("local_prompt" in row for row in rows)
+    chosen = Annotation(masks="felzenszwalb", prompts="qwen", global_prompts=True, min_area=0.01, max_area=0.9)
+    annotate(source, tmp_path / "told", chosen)
+    assert len({row["global_prompt"] for row in rows_of(tmp_path / "told")}) == 1
+    assert sum(request.whole for request in engine.requests) == 1
 
 
 def test_given_regions_stay_as_they_are(photos, tmp_path):

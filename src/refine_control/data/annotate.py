@@ -18,7 +18,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,7 @@ from refine_control.storage import TEMPORARY, fsync_path, only_writer, storage_e
 PARAMETERS = "annotate.json"
 REJECTS = "rejects.jsonl"
 PHOTOS_PER_PART = 16
-FORMAT = 1
+FORMAT = 2
 """Raised when the same parameters no longer give the same rows."""
 _PARTS = ".parts"
 Progress = Callable[[int, int], None]
@@ -136,6 +136,7 @@ def annotate(
     with only_writer(out):
         _check_folder(out, wanted)
         if (out / MANIFEST_NAME).is_file():
+            shutil.rmtree(out / _PARTS, ignore_errors=True)  # left by a kill between the manifest and the end
             return _summary(out, count, 0.0, did_nothing=True)
         write_json(out / PARAMETERS, wanted)
         parts_dir = out / _PARTS
@@ -266,9 +267,9 @@ class Annotator:
             for row, mask in found:
                 rows.append(row)
                 if image is not None:
-                    asked.append(Asked(row, local_request(image, mask), "local_prompt"))
+                    asked.append(Asked([row], local_request(image, mask), "local_prompt"))
             if image is not None and self.chosen.global_prompts and not group[0].global_prompt:
-                asked += [Asked(row, global_request(image), "global_prompt") for row, _ in found[:1]]
+                asked.append(Asked([row for row, _ in found], global_request(image), "global_prompt"))
         self._describe(asked)
         return {"rows": rows, "rejects": rejects}
 
@@ -288,6 +289,7 @@ class Annotator:
     def _proposed(self, entry: Entry) -> list[tuple[dict[str, Any], np.ndarray]]:
         """Rows of the regions that are chosen among the proposals. Raises Rejected where none is fit."""
         image = load_whole(entry)
+        entry = replace(entry, prompt=None)  # a prompt that was given is of another region
         proposals = self.propose(image) if self.propose else []
         fallen: Counter[str] = Counter()
         chosen = select(proposals, self.selection, fallen)
@@ -308,15 +310,16 @@ class Annotator:
         if self.describer is None or not asked:
             return
         for each, told in zip(asked, describe_many(self.describer, [a.request for a in asked]), strict=True):
-            each.row[each.field] = told.prompt
-            each.row[f"{each.field}_source"] = told.source
-            each.row["prompt_problems"] = sorted({*each.row["prompt_problems"], *told.problems})
+            for row in each.rows:
+                row[each.field] = told.prompt
+                row[f"{each.field}_source"] = told.source
+                row["prompt_problems"] = sorted({*row["prompt_problems"], *told.problems})
 
 
 class Asked(NamedTuple):
-    """A question and the place of its answer."""
+    """A question and the rows that its answer goes to."""
 
-    row: dict[str, Any]
+    rows: list[dict[str, Any]]
     request: Request
     field: str
 

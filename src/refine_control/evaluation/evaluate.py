@@ -18,7 +18,7 @@ from refine_control.evaluation.model_cost import ModelCost, model_costs
 from refine_control.evaluation.obedience import Classifier, load_classifier, obedience
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
-from refine_control.evaluation.statistics import Interval, bootstrap_mean, gap_closed, paired_difference
+from refine_control.evaluation.statistics import bootstrap_mean, gap_closed, paired_difference
 from refine_control.evaluation.tables import HEADINGS, PERCENT, cost_table, difference_table, quality_table
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import use_cpu_kernels
@@ -114,7 +114,7 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             pair = {m: paired_difference(result.scores[a][m], result.scores[b][m], _BOOTSTRAP_SEED) for m in known}
-            differences[f"{a} - {b}"] = {m: _interval_dict(interval) for m, interval in pair.items()}
+            differences[f"{a} - {b}"] = {m: interval.as_json() for m, interval in pair.items()}
     out: dict[str, Any] = {
         "samples": len(next(iter(result.images.values()))),
         "models": {n: {m: _summary(result.scores[n][m]) for m in known} for n in names},
@@ -127,14 +127,8 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
             if m in known and result.scores[TEACHER][m].mean() != result.scores[baseline][m].mean():
                 share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=_BOOTSTRAP_SEED)
                 if np.isfinite(share.low):  # else the gap is not told from zero, and a share of it means nothing
-                    out["gap_closed"][m] = _interval_dict(share)
+                    out["gap_closed"][m] = share.as_json()
     return out
-
-
-def _interval_dict(interval: Interval) -> dict[str, Any]:
-    bounds = {"low": interval.low, "high": interval.high}
-    finite = {k: (v if np.isfinite(v) else None) for k, v in bounds.items()}
-    return {"mean": interval.mean, **finite, "excludes_zero": interval.excludes_zero}
 
 
 def pictures(photos: Sequence[Photo], images: Mapping[str, np.ndarray], count: int = 12) -> PictureGrid:

@@ -32,7 +32,7 @@ from refine_control.evaluation.rows import (
     sampler_of,
     write_row,
 )
-from refine_control.evaluation.statistics import Interval, gap_closed, paired_difference, two_level
+from refine_control.evaluation.statistics import gap_closed, paired_difference, two_level
 from refine_control.evaluation.tables import HEADINGS, cell, digits, to_latex, to_markdown
 from refine_control.storage import only_writer, write_atomic, write_json
 
@@ -138,11 +138,6 @@ def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
     return values[0] if len(values) == 1 else values
 
 
-def _told(interval: Interval) -> dict[str, Any]:
-    bounds = {k: (v if np.isfinite(v) else None) for k, v in (("low", interval.low), ("high", interval.high))}
-    return {"mean": interval.mean, **bounds, "excludes_zero": interval.excludes_zero}
-
-
 def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
     """Means, differences to ours, and the share of the gap between fc and the teacher that ours closes."""
     metrics = [m for m in _SHOWN if all(m in r.scores for results in found.values() for r in results)]
@@ -152,18 +147,18 @@ def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
         row = {
             "seeds": [r.seed for r in results],
             "facts": [r.facts for r in results],
-            "mean": {m: _told(two_level(np.atleast_2d(values[key][m]), _BOOTSTRAP_SEED)) for m in metrics},
+            "mean": {m: two_level(np.atleast_2d(values[key][m]), _BOOTSTRAP_SEED).as_json() for m in metrics},
         }
         if key != OURS and OURS in found:
             row["minus_ours"] = {
-                m: _told(paired_difference(values[key][m], values[OURS][m], _BOOTSTRAP_SEED)) for m in metrics
+                m: paired_difference(values[key][m], values[OURS][m], _BOOTSTRAP_SEED).as_json() for m in metrics
             }
         out["rows"][key] = row
     if {OURS, TEACHER, BASELINE} <= set(found):
         for m in ("psnr_region", "both"):
             parts = [values[k][m] for k in (TEACHER, BASELINE, OURS)]
             if m in metrics and np.mean(parts[0]) != np.mean(parts[1]):
-                out["gap_closed"][m] = _told(gap_closed(*parts, seed=_BOOTSTRAP_SEED))
+                out["gap_closed"][m] = gap_closed(*parts, seed=_BOOTSTRAP_SEED).as_json()
     return out
 
 
@@ -207,11 +202,11 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _pictures(found: Mapping[str, Any], rows: Mapping[str, Row], out: Path, seed: int) -> PictureGrid | None:
+def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGrid | None:
     """Figure 3: the first test scenes beside what each row made of them, of the rows that ran in `out`."""
     from refine_control.evaluation.evaluate import read_test
 
-    painted = {k: out / f"{k}-{s}" / "images.npy" for k in found for s in [seed if rows[k].stages else 0]}
+    painted = {key: out / f"{key}-{results[0].seed}" / "images.npy" for key, results in found.items()}
     painted = {k: np.load(p) for k, p in painted.items() if p.is_file()}
     if not painted or not (out / "scenes" / "test").is_dir():
         return None
@@ -250,6 +245,7 @@ def reproduce(
             "(seeds, then scenes); PSNR and SSIM on 8-bit RGB, raw pipeline output unless composited; region: inside "
             "the mask. The paper's numbers are of SD3 on photographs and stand beside ours, not against them."
         ]
+        verb = f"table{tables[0]}" if len(tables) == 1 else "all"
         names = " and ".join(f"Table {t}" for t in tables)
         made = [quality(summary, chosen, f"{names}, mini model", notes), differences(summary, chosen)]
         sentences = _sentences(summary)
@@ -257,9 +253,13 @@ def reproduce(
         write_atomic(out / "tables.md", text + "\n")
         write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, made)) + "\n")
         write_json(out / "tables.json", {"budget": numbers.model_dump(mode="json"), **summary})
-        grid = _pictures(found, chosen, out, (seeds or numbers.train_seeds)[0])
+        grid = _pictures(found, out)
         if grid:
             write_atomic(out / "figure3.png", picture_grid(grid))
-        facts = {"budget": budget, "results": str(results / budget), "command": f"refine-control reproduce {names}"}
+        facts = {
+            "budget": budget,
+            "results": str(results / budget),
+            "command": f"refine-control reproduce {verb} --budget {budget}",
+        }
         write_report(out / "report.html", ReportData(f"{names} on the mini model", sentences, facts, made, grid))
     return Reproduced(text, summary, out)

@@ -32,6 +32,11 @@ class Interval(NamedTuple):
         """True when zero lies outside [low, high]: a difference that resampling the data does not explain away."""
         return self.low > 0.0 or self.high < 0.0
 
+    def as_json(self) -> dict[str, float | bool | None]:
+        """mean, low, high and excludes_zero; an end that is infinite is None."""
+        ends = {name: end if np.isfinite(end) else None for name, end in (("low", self.low), ("high", self.high))}
+        return {"mean": self.mean, **ends, "excludes_zero": self.excludes_zero}
+
     def __format__(self, spec: str) -> str:
         """`f"{interval:.4f}"` -> `0.7505 [0.7491, 0.7519]`; the specification is each number's, `.2f` by default."""
         mean, low, high = (format(value, spec or ".2f") for value in self)
