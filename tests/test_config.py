@@ -227,6 +227,7 @@ def test_the_fingerprint_is_of_values_not_of_writing(write):
     two = load_recipe(write("optimizer:\n  learning_rate: 1e-4\n  weight_decay: 0.0\nname: a"))
     assert fingerprint(one) == fingerprint(two)
     assert fingerprint(one) != fingerprint(load_recipe(write("name: a")))
+    assert fingerprint(load_recipe(write("name: a"))) == fingerprint(load_recipe(write("name: a\nmodel: mini")))
     assert len(fingerprint(one)) == 64
 
 

@@ -16,6 +16,7 @@ from refine_control.cli_options import (
     InFile,
     Injection,
     Json,
+    MetricWeights,
     Model,
     Scale,
     Seed,
@@ -61,6 +62,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
     results: Annotated[Path, typer.Option(help="Finished rows, read and written.")] = Path("results/mini"),
     workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
+    weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +75,13 @@ def reproduce(
     chosen = list(range(seeds)) if seeds else read_budget(budget).train_seeds
     if dry_run:
         return show(plan(tables, budget, chosen, row or (), results), as_json)
-    places: dict[str, Any] = {"out": out, "results": results, "bar": progress_bar, "workers": workers}
+    places: dict[str, Any] = {
+        "out": out,
+        "results": results,
+        "bar": progress_bar,
+        "workers": workers,
+        "weights": weights,
+    }
     made = run(tables, budget=budget, seeds=chosen, rows=row or (), **places)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
 
@@ -109,6 +117,7 @@ def evaluate(
     scale: Scale = 0.95,
     injection: Injection = "exact",
     seed: Seed = 0,
+    weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +131,7 @@ def evaluate(
     from refine_control.evaluation.evaluate import evaluate as run
 
     sampler = SamplerConfig(**sampling)
-    show(run(model, teacher, students, test, out, sampler, progress=progress_bar("evaluate")), as_json)
+    show(run(model, teacher, students, test, out, sampler, weights=weights, progress=progress_bar("evaluate")), as_json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -20,6 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is drawn.")]
+MetricWeights = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, help="Folder with the networks of FID, LPIPS, CMMD; looked for in caches else."
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
 Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]

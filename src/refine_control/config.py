@@ -62,6 +62,9 @@ class LossWeights(Section):
         lt=1,
         description="weight of the hole in Eq. 2, the rest weighs 1 - alpha; 0.5 is a quarter of w = J in Eq. 3",
     )
+    output_alpha: float | None = Field(
+        default=None, ge=0.5, lt=1, description="the same weight inside Eq. 4; null is the paper's, every pixel alike"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -256,8 +259,12 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Hex sha256 of the recipe's canonical JSON: equal recipes, however written, have equal fingerprints."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Hex sha256 of what the recipe sets apart from the defaults: equal recipes, however written, have equal ones.
+
+    A default is left out so that a new setting, whose default is what was done before, leaves old results valid;
+    whoever changes a default raises `rows.FORMAT`."""
+    told = recipe.model_dump(mode="json", exclude_defaults=True)
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

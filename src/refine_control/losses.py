@@ -36,9 +36,11 @@ def task_loss(target: torch.Tensor, student: torch.Tensor, weight: torch.Tensor 
     return (error if weight is None else weight.float() * error).square().mean()
 
 
-def output_loss(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Eq. 4: E ||v_teacher - v_student||^2, the student answers as the teacher does. (B,C,h,w) -> scalar."""
-    return (teacher.float() - student.float()).square().mean()
+def output_loss(teacher: torch.Tensor, student: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Eq. 4: E ||v_teacher - v_student||^2, the student answers as the teacher does. (B,C,h,w) -> scalar.
+
+    `weight` as in Eq. 3, inside the norm; None is the paper's."""
+    return task_loss(teacher, student, weight)
 
 
 def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:

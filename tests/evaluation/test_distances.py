@@ -9,12 +9,15 @@ import pytest
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import distances
 from refine_control.evaluation.distances import (
+    SetScore,
     bias_note,
-    bootstrap_distances,
     cmmd,
+    drawn_distance,
     frechet_distance,
     gaussian_mmd,
     kid,
+    set_difference,
+    set_interval,
 )
 
 FOLDER = Path(__file__).with_name("golden")
@@ -198,7 +201,7 @@ def test_the_interval_holds_the_spread_between_sets_of_pictures():
     pool = normal(5, 4000, 6)
     shifted = pool + normal(6, 4000, 6, mean=0.4, spread=0.5)
     truths = [frechet_distance(pool[i : i + 80], shifted[i : i + 80]) for i in range(0, 4000, 80)]
-    interval = bootstrap_distances(frechet_distance, pool[:80], {"a": shifted[:80]}, seed=1, resamples=300).models["a"]
+    interval = set_interval([drawn_distance(frechet_distance, pool[:80], shifted[:80], seed=1, resamples=300)], seed=1)
     width = np.quantile(truths, 0.975) - np.quantile(truths, 0.025)
     assert interval.mean == frechet_distance(pool[:80], shifted[:80])
     assert interval.low < interval.mean < interval.high
@@ -209,24 +212,39 @@ def test_models_are_drawn_together_so_that_what_they_share_drops_out():
     reference = normal(1, 120, 4)
     error = normal(2, 120, 4)
     models = {"far": reference + error + 0.5, "near": reference + error + 0.4, "same": reference + error + 0.4}
-    found = bootstrap_distances(frechet_distance, reference, models, seed=1, resamples=100)
-    assert list(found.models) == ["far", "near", "same"]
-    assert list(found.differences) == ["far - near", "far - same", "near - same"]
-    difference = found.differences["far - near"]
-    assert difference.mean == pytest.approx(found.models["far"].mean - found.models["near"].mean)
+    found = {n: drawn_distance(frechet_distance, reference, m, seed=1, resamples=100) for n, m in models.items()}
+    far, near = (set_interval([found[n]], seed=1) for n in ("far", "near"))
+    difference = set_difference([found["far"]], [found["near"]], seed=1)
+    assert difference.mean == pytest.approx(far.mean - near.mean)
     assert difference.excludes_zero
-    assert difference.high - difference.low < 0.5 * (found.models["far"].high - found.models["far"].low)
-    assert tuple(found.differences["near - same"]) == (0, 0, 0)
+    assert difference.high - difference.low < 0.5 * (far.high - far.low)
+    assert tuple(set_difference([found["near"]], [found["same"]], seed=1)) == (0, 0, 0)
+
+
+def test_the_interval_over_seeds_holds_the_spread_between_them():
+    draws = np.random.default_rng(0).normal(0, 0.01, (3, 400))
+    scores = [SetScore(value, value + 1 + part) for value, part in zip((1.0, 2.0, 3.0), draws, strict=True)]
+    interval = set_interval(scores, seed=1)
+    assert interval.mean == 2
+    assert interval.low == pytest.approx(1, abs=0.15)  # three draws of 1, 2 and 3 are all 1 in 1 of 27, above 2.5 %
+    assert interval.high == pytest.approx(3, abs=0.15)
+    alone = set_interval(scores[:1], seed=1)
+    assert alone.high - alone.low < 0.1
+    lifted = [SetScore(s.value + 0.5, s.drawn + 0.5) for s in scores]
+    assert tuple(set_difference(lifted, scores, seed=1)) == pytest.approx((0.5, 0.5, 0.5))
+    beside = set_difference(scores, scores[:1], seed=1)
+    assert beside.mean == 1
+    assert beside.high - beside.low > 0.8
 
 
 def test_a_seed_gives_the_same_interval_whatever_else_is_measured():
     reference, told = normal(1, 50), []
-    alone = bootstrap_distances(
-        cmmd, reference, {"a": normal(2, 50)}, 5, 20, progress=lambda done, total: told.append((done, total))
-    )
-    beside = bootstrap_distances(cmmd, reference, {"b": normal(3, 50), "a": normal(2, 50)}, 5, 20)
-    assert alone.models["a"] == beside.models["a"]
-    assert alone != bootstrap_distances(cmmd, reference, {"a": normal(2, 50)}, 6, 20)
+    other = normal(2, 50)
+    alone = drawn_distance(cmmd, reference, other, 5, 20, progress=lambda done, total: told.append((done, total)))
+    again, apart = drawn_distance(cmmd, reference, other, 5, 20), drawn_distance(cmmd, reference, other, 6, 20)
+    assert (alone.drawn == again.drawn).all()
+    assert alone.value == apart.value
+    assert (alone.drawn != apart.drawn).any()
     assert told[0] == (1, 20)
     assert told[-1] == (20, 20)
 
@@ -268,15 +286,25 @@ def test_what_the_distances_refuse_besides():
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"generated": {}}, "no generated features"),
-        ({"generated": {"ours": normal(1, 4, 3)}}, "ours has 4 pictures and the reference 5"),
+        ({"generated": normal(1, 4, 3)}, "4 pictures are held against a reference of 5"),
         ({"resamples": 1}, "resamples is 1"),
-        ({"level": 1.0}, "level is 1.0"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_intervals_that_cannot_be_had_are_refused(changed, says):
-    given = {"reference": normal(1, 5, 3), "generated": {"ours": normal(2, 5, 3)}, "seed": 0, "resamples": 5, **changed}
+    given = {"reference": normal(1, 5, 3), "generated": normal(2, 5, 3), "seed": 0, "resamples": 5, **changed}
     with pytest.raises(InvalidInputError) as refusal:
-        bootstrap_distances(frechet_distance, **given)
+        drawn_distance(frechet_distance, **given)
     assert says in str(refusal.value)
+
+
+def test_seeds_that_make_no_pairs_are_refused():
+    one = SetScore(1.0, np.zeros(5))
+    with pytest.raises(InvalidInputError, match="3 and 2 training seeds"):
+        set_difference([one] * 3, [one] * 2, 0)
+    with pytest.raises(InvalidInputError, match="scores of"):
+        set_interval([], 0)
+    with pytest.raises(InvalidInputError, match="scores of"):
+        set_interval([one, SetScore(1.0, np.zeros(4))], 0)
+    with pytest.raises(InvalidInputError, match=r"level is 1\.0"):
+        set_interval([one], 0, level=1.0)

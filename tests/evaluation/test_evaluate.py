@@ -13,6 +13,8 @@ from refine_control.data.shards import ShardWriter
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import metrics
 from refine_control.evaluation.evaluate import compare, read_test, score, summarise, write_results
+from refine_control.evaluation.feature_metrics import SET_METRICS, FeatureNetworks
+from refine_control.evaluation.features import Inception
 from refine_control.evaluation.model_cost import ModelCost
 from refine_control.evaluation.obedience import Classifier
 
@@ -27,20 +29,23 @@ def networks(tiny_backbone, tiny_student):
 
 
 @pytest.fixture(scope="module")
-def classifier():
+def eyes():
+    """An oracle that never learnt, and an Inception of random weights: what they say is no matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Classifier()
+        return FeatureNetworks(Classifier(), inception=Inception().eval().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")
-def result(tiny_backbone, networks, classifier):
-    return compare(tiny_backbone, networks, PHOTOS, SAMPLER, classifier)
+def result(tiny_backbone, networks, eyes):
+    return compare(tiny_backbone, networks, PHOTOS, SAMPLER, eyes)
 
 
 def test_a_network_against_itself_differs_by_nothing(result):
     pair = summarise(result)["paired_differences"]["teacher - same"]
-    assert set(pair) >= {"psnr", "psnr_region", "ssim", "both"}
+    assert set(pair) >= {"psnr", "psnr_region", "ssim", "both", "scene_perceptual", "scene_frechet", "fid", "kid"}
+    assert "cmmd" not in pair
+    assert "lpips" not in pair
     for values in pair.values():
         assert (values["mean"], values["low"], values["high"]) == (0, 0, 0)
         assert not values["excludes_zero"]
@@ -48,8 +53,8 @@ def test_a_network_against_itself_differs_by_nothing(result):
     assert other["psnr"]["mean"] != 0
 
 
-def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result, classifier):
-    turned = compare(tiny_backbone, dict(reversed(networks.items())), PHOTOS, SAMPLER, classifier)
+def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result, eyes):
+    turned = compare(tiny_backbone, dict(reversed(networks.items())), PHOTOS, SAMPLER, eyes)
     assert list(turned.scores) == list(reversed(result.scores))
     np.testing.assert_array_equal(turned.images["ours"], result.images["ours"])
     for model, scores in result.scores.items():
@@ -69,7 +74,7 @@ def test_scores_are_the_metrics_of_the_pictures(result):
 
 
 def test_a_perfect_answer_has_the_best_scores():
-    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), None)
+    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), FeatureNetworks())
     assert (perfect["psnr"] == metrics.MAX_PSNR).all()
     np.testing.assert_allclose(perfect["ssim"], 1)
     assert "both" not in perfect
@@ -106,6 +111,9 @@ def test_what_is_written_is_what_was_measured(tmp_path, result):
     assert written["cost"]["ours"]["num_params"] == 10
     for name, by_metric in written["models"].items():
         for metric, values in by_metric.items():
+            if metric in SET_METRICS:
+                assert values["mean"] == pytest.approx(result.sets[name][metric].value)
+                continue
             scores = written["per_image"][name][metric]
             assert len(scores) == len(PHOTOS)
             assert values["mean"] == pytest.approx(np.mean(scores), abs=1e-5)

@@ -15,6 +15,7 @@ from refine_control.data import scenes
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.evaluation import scene_features as scene
 from refine_control.evaluation.distances import cmmd
+from refine_control.evaluation.feature_metrics import load_networks, notes, pair_scores, see
 from refine_control.evaluation.features import (
     FOLDER_VARIABLE,
     Inception,
@@ -431,3 +432,23 @@ def test_scene_perceptual_is_of_pairs():
         scene.scene_perceptual(a, b[:2])
     with pytest.raises(InvalidInputError, match="not finite"):
         scene.scene_perceptual(a, b * np.nan)
+
+
+def test_metrics_whose_weights_are_not_here_are_named_and_left_out(no_cache):
+    networks = load_networks()
+    assert (networks.lpips, networks.inception, networks.clip, networks.classifier) == (None, None, None, None)
+    assert set(networks.missing) == {"LPIPS", "FID and KID", "CMMD"}
+    for sentence, file in ((networks.missing["FID and KID"], "pt_inception"), (networks.missing["LPIPS"], "alexnet")):
+        assert f"not computed: needs {file}" in sentence
+    pictures, masks = np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 64, 64), bool)
+    assert see(networks, pictures, masks) == {}
+    assert pair_scores(networks, pictures, pictures, ({}, {})) == {}
+    assert notes(networks, 2) == list(networks.missing.values())
+
+
+def test_a_folder_is_looked_into_before_the_caches_and_a_wrong_file_in_it_is_refused(no_cache):
+    assert weights.folder_with(weights.INCEPTION, no_cache) is None
+    (no_cache / weights.INCEPTION.names[0]).write_bytes(b"another network")
+    assert weights.folder_with(weights.INCEPTION, no_cache) == no_cache
+    with pytest.raises(DamagedError, match="not the published file"):
+        load_networks(no_cache)

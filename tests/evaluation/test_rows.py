@@ -8,6 +8,7 @@ import pytest
 from refine_control.comparison import read_budget, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import reproduce as module
+from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.reproduce import plan, reproduce, rows_of, summarise
 from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
 
@@ -17,7 +18,7 @@ BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
 
 
 def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
-    return RowResult(key, seed, "mark", values, {"steps": 1})
+    return RowResult(key, seed, "mark", values, {"fid": SetScore(2.0, np.array([2.5, 3.5]))}, {"steps": 1})
 
 
 def test_the_mark_knows_every_setting_and_nothing_else():
@@ -41,8 +42,9 @@ def test_a_result_goes_there_and_back(tmp_path):
     write_row(made, tmp_path / "a" / "ours-3.json")
     read = read_row(tmp_path / "a" / "ours-3.json", "mark")
     assert read is not None
-    assert read._replace(scores={}) == made._replace(scores={})
+    assert read._replace(scores={}, sets={}) == made._replace(scores={}, sets={})
     assert np.array_equal(read.scores["psnr"], made.scores["psnr"])
+    assert (read.sets["fid"].value, *read.sets["fid"].drawn) == (2.0, 2.5, 3.5)
     assert read_row(tmp_path / "a" / "ours-3.json", "another") is None
     assert read_row(tmp_path / "nothing.json", "mark") is None
     (tmp_path / "bad.json").write_text("{")

@@ -20,6 +20,7 @@ from refine_control.evaluation.evaluate import (
     summarise,
     write_results,
 )
+from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
@@ -101,7 +102,8 @@ def run_demo(
         }
         sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, "mini", sources)
-        result = compare(backbone, controlnets, photos, sampler, load_classifier(BUNDLE), tell("evaluate"))
+        networks = FeatureNetworks(load_classifier(BUNDLE))
+        result = compare(backbone, controlnets, photos, sampler, networks, tell("evaluate"))
         summary = summarise(result, "ours", "fc")
         facts = {
             **sampler_facts(sampler, len(photos)),
@@ -116,7 +118,16 @@ def run_demo(
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
         title = "A 23-layer ControlNet distilled into 12 layers"
         report = write_results(
-            out, title, photos, result, summary, costs, facts, sentences=sentences, curves=_curves(stages)
+            out,
+            title,
+            photos,
+            result,
+            summary,
+            costs,
+            facts,
+            networks=networks,
+            sentences=sentences,
+            curves=_curves(stages),
         )
     shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
     head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"

@@ -3,12 +3,12 @@
 # N reference pictures, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
 
 All sums are float64. A distance of sets has no value for each picture, so `metrics` and `statistics` cannot
-hold it; `bootstrap_distances` gives its intervals by drawing pictures, the same ones for every model.
+hold it; `drawn_distance` and `set_interval` give its intervals by drawing pictures, the same ones for every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +38,12 @@ class BlockEstimate(NamedTuple):
     blocks: int
 
 
-class SetIntervals(NamedTuple):
-    """Distances of several models from one reference, with intervals over pictures."""
+class SetScore(NamedTuple):
+    """A distance between the reference and one model's pictures."""
 
-    models: dict[str, Interval]
-    differences: dict[str, Interval]
-    """By `a - b`, for each pair of models in their order."""
+    value: float
+    drawn: NDArray[np.float64]
+    """(R,) the same between R sets of N pictures, drawn from these with repetition."""
 
 
 def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
@@ -111,55 +111,67 @@ def gaussian_mmd(reference: ArrayLike, generated: ArrayLike, sigma: float) -> fl
     return max(0.0, within - 2.0 * _kernel_sum(left, right, kernel) / (len(left) * len(right)))
 
 
-def bootstrap_distances(
+def drawn_distance(
     distance: Distance,
     reference: ArrayLike,
-    generated: Mapping[str, ArrayLike],
+    generated: ArrayLike,
     seed: int,
     resamples: int = 200,
-    level: float = 0.95,
     progress: Progress | None = None,
-) -> SetIntervals:
-    """Intervals of a distance of sets, for each model and for each difference of two models.
+) -> SetScore:
+    """A distance of two sets in pairs, and the same of `resamples` sets drawn from them.
 
-    Row i of every array belongs to picture i. A resample draws N pictures once and takes their rows from the
-    reference and from every model, so that what the pictures share drops out of the differences.
-    Drawn sets repeat pictures and therefore lie farther apart than the sets themselves: the interval is that of
-    the drawn values moved by (value - their mean). It tells the spread over pictures at this N; the bias which a
-    distance has at this N (`bias_note`) stays in it, and drops out of a difference in the main.
-    Each resample costs one `distance`: FID's takes seconds at D = 2048. `progress` is told (done, resamples).
-    Raises InvalidInputError as `distance` does, for models with other numbers of pictures than the reference,
-    no models, seed < 0, resamples < 2 and a level outside (0, 1)."""
-    if not generated:
-        raise InvalidInputError("there are no generated features to measure; give at least one model's")
+    Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`: models measured apart,
+    in other runs or on other machines, were measured on the same drawn pictures, and what pictures share drops out of
+    their differences. Each draw costs one `distance`: FID's takes seconds at D = 2048.
+    Raises InvalidInputError as `distance` does, for another number of pictures than the reference's, seed < 0 and
+    resamples < 2."""
     if resamples < 2:
         raise InvalidInputError(f"resamples is {resamples}; give at least 2, and hundreds to trust the ends")
-    if not 0.0 < level < 1.0:
-        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
     draws = _generator(seed)
-    checked = {name: check_features(reference, features, minimum=2) for name, features in generated.items()}
-    for name, (left, right) in checked.items():
-        if len(left) != len(right):
-            raise InvalidInputError(
-                f"{name} has {len(right)} pictures and the reference {len(left)}; pictures are drawn in pairs, so "
-                "give as many of each, in one order"
-            )
-    left = next(iter(checked.values()))[0]
-    names = list(checked)
-    values = np.array([distance(left, right) for _, right in checked.values()])
-    drawn = np.empty((len(names), resamples))
+    left, right = check_features(reference, generated, minimum=2)
+    if len(left) != len(right):
+        raise InvalidInputError(
+            f"{len(right)} pictures are held against a reference of {len(left)}; pictures are drawn in pairs, so "
+            "give as many of each, in one order"
+        )
+    value, drawn = distance(left, right), np.empty(resamples)
     for number in range(resamples):
         rows = draws.integers(len(left), size=len(left))
-        drawn[:, number] = [distance(left[rows], right[rows]) for _, right in checked.values()]
+        drawn[number] = distance(left[rows], right[rows])
         if progress:
             progress(number + 1, resamples)
-    models = {name: _interval(values[i], drawn[i], level) for i, name in enumerate(names)}
-    differences = {
-        f"{names[i]} - {names[j]}": _interval(values[i] - values[j], drawn[i] - drawn[j], level)
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
-    }
-    return SetIntervals(models, differences)
+    return SetScore(value, drawn)
+
+
+def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
+    """The mean over training seeds of a distance, with its two-level interval: seeds, then pictures.
+
+    Drawn sets repeat pictures and therefore lie farther apart than the sets themselves: the interval is that of the
+    drawn values moved by (value - their mean). It tells the spread at this N; the bias which a distance has at this N
+    (`bias_note`) stays in it, and drops out of a difference in the main.
+    Raises InvalidInputError for no scores, for other numbers of draws, and for a level outside (0, 1)."""
+    counts = {len(score.drawn) for score in scores}
+    if len(counts) != 1:
+        raise InvalidInputError(f"scores of {sorted(counts)} draws; give at least one, all of one number of draws")
+    if not 0.0 < level < 1.0:
+        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    values, drawn = np.array([s.value for s in scores]), np.stack([s.drawn for s in scores])
+    shares = _generator(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), size=drawn.shape[1])
+    means = (shares / len(scores) * drawn.T).sum(1)
+    low, high = np.quantile(means - means.mean(), [(1.0 - level) / 2.0, (1.0 + level) / 2.0]) + values.mean()
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
+    """`set_interval` of a - b, paired by picture and training seed; a single score stands beside every seed's.
+
+    Raises InvalidInputError as `set_interval` does, and for numbers of seeds that do not pair."""
+    count = max(len(a), len(b))
+    if {len(a), len(b)} - {1, count}:
+        raise InvalidInputError(f"{len(a)} and {len(b)} training seeds make no pairs; give as many of each, or one")
+    pairs = zip(list(a) * (count // len(a)), list(b) * (count // len(b)), strict=True)
+    return set_interval([SetScore(x.value - y.value, x.drawn - y.drawn) for x, y in pairs], seed, level)
 
 
 def bias_note(n: int, width: int = INCEPTION_WIDTH) -> str:
@@ -231,9 +243,3 @@ def _generator(seed: int) -> np.random.Generator:
     if seed < 0:
         raise InvalidInputError(f"seed is {seed}; give 0 or more")
     return np.random.default_rng(seed)
-
-
-def _interval(value: float, drawn: NDArray[np.float64], level: float) -> Interval:
-    """The percentile interval of `drawn`, moved so that the mean of `drawn` comes to lie on `value`."""
-    low, high = np.quantile(drawn - drawn.mean(), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(value), float(value + low), float(value + high))

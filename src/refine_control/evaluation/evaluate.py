@@ -14,20 +14,30 @@ from refine_control.config import SamplerConfig
 from refine_control.data.records import Photo
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import metrics
+from refine_control.evaluation.distances import SetScore, set_difference, set_interval
+from refine_control.evaluation.feature_metrics import (
+    FeatureNetworks,
+    Seen,
+    load_networks,
+    notes,
+    pair_scores,
+    see,
+    set_scores,
+)
 from refine_control.evaluation.model_cost import ModelCost, model_costs
-from refine_control.evaluation.obedience import Classifier, load_classifier, obedience
+from refine_control.evaluation.obedience import load_classifier, obedience
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
-from refine_control.evaluation.statistics import bootstrap_mean, gap_closed, paired_difference
-from refine_control.evaluation.tables import HEADINGS, PERCENT, cost_table, difference_table, quality_table
+from refine_control.evaluation.statistics import BOOTSTRAP_SEED, bootstrap_mean, gap_closed, paired_difference
+from refine_control.evaluation.tables import HEADINGS, OBEYED, cost_table, difference_table, quality_table
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.mini import BUNDLE
 from refine_control.pipeline import inpaint, warn_unknown_words
 from refine_control.storage import only_writer, write_atomic, write_json
 
 TEACHER = "teacher"
-_BOOTSTRAP_SEED = 20250922
 Progress = Callable[[int, int, str], None]
 Scores = dict[str, np.ndarray]
 
@@ -37,14 +47,20 @@ class Result(NamedTuple):
 
     scores: dict[str, Scores]
     """By model, then metric: (N,) values."""
+    sets: dict[str, dict[str, SetScore]]
+    """By model, then metric: what has no value for each picture."""
     images: dict[str, np.ndarray]
     """By model: (N,H,W,3) uint8, uncomposited."""
     seconds: dict[str, float]
     """By model: per image, of the whole evaluation."""
 
 
-def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier | None) -> Scores:
-    """All metrics of one model: painted (N,H,W,3) uint8 against the photos; obedience where targets are known."""
+def score(
+    photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetworks, seen: tuple[Seen, Seen] | None = None
+) -> Scores:
+    """All metrics of pictures of one model: painted (N,H,W,3) uint8 against the photos; obedience with an oracle.
+
+    `seen` is what the networks made of photos and painted pictures; without it they look here."""
     reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     composited = metrics.composite(reference, painted, masks)
     out = {
@@ -57,10 +73,12 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier |
     inner = masks[:, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS]
     if inner.any((1, 2)).all():
         out["ssim_region"] = metrics.ssim(reference, painted, masks)
-    if classifier is not None:
+    seen = seen or (see(networks, reference, masks), see(networks, painted, masks))
+    out |= pair_scores(networks, reference, painted, seen)
+    if networks.classifier is not None:
         colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
-        obeyed = obedience(classifier, painted, masks, colour, shape)
-        out |= {name: 100.0 * getattr(obeyed, name) for name in PERCENT}
+        obeyed = obedience(networks.classifier, painted, masks, colour, shape)
+        out |= {name: 100.0 * getattr(obeyed, name) for name in OBEYED}
     return out
 
 
@@ -69,11 +87,12 @@ def compare(
     controlnets: Mapping[str, Any],
     photos: Sequence[Photo],
     sampler: SamplerConfig,
-    classifier: Classifier | None = None,
+    networks: FeatureNetworks | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
 
+    With `networks` also the metrics that need one; distances of sets only from two pictures on.
     Transformer and ControlNets are cast to `sampler.precision` in place: measure costs before."""
     import time
 
@@ -84,7 +103,9 @@ def compare(
         use_cpu_kernels(backbone.transformer, *controlnets.values())
     backbone.transformer.to(dtype)
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
-    result = Result({}, {}, {})
+    networks = networks or FeatureNetworks()
+    reference = see(networks, images, masks)
+    result = Result({}, {}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
 
         def tell(done: int, total: int, word: str, number: int = number, name: str = name) -> None:
@@ -96,13 +117,10 @@ def compare(
         painted = inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], sampler, progress=tell)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
         result.images[name] = painted
-        result.scores[name] = score(photos, painted, classifier)
+        seen = see(networks, painted, masks)
+        result.scores[name] = score(photos, painted, networks, (reference, seen))
+        result.sets[name] = set_scores(reference, seen)
     return result
-
-
-def _summary(values: np.ndarray) -> dict[str, float]:
-    interval = bootstrap_mean(values, _BOOTSTRAP_SEED)
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def summarise(result: Result, ours: str | None = None, baseline: str | None = None) -> dict[str, Any]:
@@ -110,14 +128,20 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
     from `baseline` to the teacher that `ours` closes, where there is a gap."""
     names = list(result.scores)
     known = [m for m in HEADINGS if all(m in s for s in result.scores.values())]
+    of_sets = [m for m in HEADINGS if result.sets and all(m in s for s in result.sets.values())]
+    models: dict[str, Any] = {}
+    for n in names:
+        models[n] = {m: bootstrap_mean(result.scores[n][m], BOOTSTRAP_SEED) for m in known}
+        models[n] |= {m: set_interval([result.sets[n][m]], BOOTSTRAP_SEED) for m in of_sets}
     differences: dict[str, Any] = {}
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            pair = {m: paired_difference(result.scores[a][m], result.scores[b][m], _BOOTSTRAP_SEED) for m in known}
+            pair = {m: paired_difference(result.scores[a][m], result.scores[b][m], BOOTSTRAP_SEED) for m in known}
+            pair |= {m: set_difference([result.sets[a][m]], [result.sets[b][m]], BOOTSTRAP_SEED) for m in of_sets}
             differences[f"{a} - {b}"] = {m: interval.as_json() for m, interval in pair.items()}
     out: dict[str, Any] = {
         "samples": len(next(iter(result.images.values()))),
-        "models": {n: {m: _summary(result.scores[n][m]) for m in known} for n in names},
+        "models": {n: {m: interval.as_json() for m, interval in found.items()} for n, found in models.items()},
         "paired_differences": differences,
         "seconds_per_image": result.seconds,
     }
@@ -125,7 +149,7 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
         out["gap_closed"] = {}
         for m in ("psnr_region", "both"):
             if m in known and result.scores[TEACHER][m].mean() != result.scores[baseline][m].mean():
-                share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=_BOOTSTRAP_SEED)
+                share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=BOOTSTRAP_SEED)
                 if np.isfinite(share.low):  # else the gap is not told from zero, and a share of it means nothing
                     out["gap_closed"][m] = share.as_json()
     return out
@@ -151,6 +175,7 @@ def write_results(
     costs: Mapping[str, ModelCost],
     facts: Mapping[str, str],
     *,
+    networks: FeatureNetworks | None = None,
     sentences: Sequence[str] = (),
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
@@ -164,7 +189,8 @@ def write_results(
     )
     grid = pictures(photos, result.images)
     write_atomic(out / "grid.png", picture_grid(grid))
-    shown = [quality_table(summary), cost_table(costs, result.seconds)]
+    told = notes(networks or FeatureNetworks(), len(photos))
+    shown = [quality_table(summary, told), cost_table(costs, result.seconds)]
     if len(result.scores) > 1:
         shown.insert(1, difference_table(summary))
     data = ReportData(title, list(sentences), facts, [*shown, *tables], grid, list(curves))
@@ -204,10 +230,12 @@ def evaluate(
     out: Path,
     sampler: SamplerConfig,
     *,
+    weights: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Teacher and students on test shards; writes `out` and returns the summary with the report's path.
 
+    `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     photos = read_test(test)
     warn_unknown_words(model, [p.prompt for p in photos])
@@ -215,13 +243,13 @@ def evaluate(
         backbone = load_backbone(model, load_controlnet(teacher) if teacher else None)
         controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
-        from refine_control.models.mini import BUNDLE
-
-        classifier = load_classifier(BUNDLE) if known else None
+        networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, model, sources)
-        result = compare(backbone, controlnets, photos, sampler, classifier, progress)
+        result = compare(backbone, controlnets, photos, sampler, networks, progress)
         summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
-        report = write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts)
-    return {**summary, "report": str(report)}
+        report = write_results(
+            out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, networks=networks
+        )
+    return {**summary, "not_computed": list(networks.missing.values()), "report": str(report)}

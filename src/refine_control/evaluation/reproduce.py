@@ -19,6 +19,8 @@ import numpy as np
 from refine_control.comparison import Budget, Row, read_budget, read_rows
 from refine_control.data.workers import workers as worker_processes
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.distances import set_difference, set_interval
+from refine_control.evaluation.feature_metrics import SET_METRICS
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.rows import (
@@ -32,13 +34,12 @@ from refine_control.evaluation.rows import (
     sampler_of,
     write_row,
 )
-from refine_control.evaluation.statistics import gap_closed, paired_difference, two_level
+from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
 from refine_control.evaluation.tables import HEADINGS, cell, digits, to_latex, to_markdown
 from refine_control.storage import only_writer, write_atomic, write_json
 
 OURS, TEACHER, BASELINE = "ours", "teacher", "fc"
-_BOOTSTRAP_SEED = 20250922
-_SHOWN = ("psnr_region", "psnr", "psnr_composited", "ssim", "ssim_region", "colour", "shape", "both")
+_SHOWN = ("psnr_region", "psnr", "ssim", "lpips", "colour", "shape", "both", "scene_perceptual")
 
 
 class Reproduced(NamedTuple):
@@ -75,6 +76,7 @@ class _Task(NamedTuple):
     out: Path
     path: Path
     threads: int
+    weights: Path | None
 
 
 def _make(task: _Task, bar: Bar | None = None) -> _Task:
@@ -83,7 +85,9 @@ def _make(task: _Task, bar: Bar | None = None) -> _Task:
 
     if task.threads:
         torch.set_num_threads(task.threads)
-    write_row(run_row(task.key, task.row, task.budget, task.out, task.seed, bar or (lambda label: None)), task.path)
+    tell = bar or (lambda label: None)
+    made = run_row(task.key, task.row, task.budget, task.out, task.seed, tell, weights=task.weights)
+    write_row(made, task.path)
     return task
 
 
@@ -95,6 +99,7 @@ def collect(
     results: Path,
     bar: Bar,
     workers: int = 1,
+    weights: Path | None = None,
 ) -> dict[str, list[RowResult]]:
     """Every row for every seed, read from `results` where it lies there, else made and written.
 
@@ -105,7 +110,7 @@ def collect(
     if missing:
         prepare_data(budget, out, bar, reads_completions(rows.values(), budget))
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
-        tasks = [_Task(key, rows[key], seed, budget, out, paths[key, seed], threads) for key, seed in missing]
+        tasks = [_Task(key, rows[key], seed, budget, out, paths[key, seed], threads, weights) for key, seed in missing]
         tell = bar("rows")
         with worker_processes(workers) as in_order:
             # seed by seed: a table with one seed is there early
@@ -140,25 +145,29 @@ def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
 
 def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
     """Means, differences to ours, and the share of the gap between fc and the teacher that ours closes."""
-    metrics = [m for m in _SHOWN if all(m in r.scores for results in found.values() for r in results)]
+    made = [r for results in found.values() for r in results]
+    metrics = [m for m in _SHOWN if all(m in r.scores for r in made)]
+    of_sets = [m for m in SET_METRICS if all(m in r.sets for r in made)]
     values = {key: {m: _stacked(results, m) for m in metrics} for key, results in found.items()}
-    out: dict[str, Any] = {"metrics": metrics, "rows": {}, "gap_closed": {}}
+    sets = {key: {m: [r.sets[m] for r in results] for m in of_sets} for key, results in found.items()}
+    out: dict[str, Any] = {"metrics": [*metrics, *of_sets], "rows": {}, "gap_closed": {}}
     for key, results in found.items():
         row = {
             "seeds": [r.seed for r in results],
             "facts": [r.facts for r in results],
-            "mean": {m: two_level(np.atleast_2d(values[key][m]), _BOOTSTRAP_SEED).as_json() for m in metrics},
+            "mean": {m: two_level(np.atleast_2d(values[key][m]), BOOTSTRAP_SEED).as_json() for m in metrics}
+            | {m: set_interval(sets[key][m], BOOTSTRAP_SEED).as_json() for m in of_sets},
         }
         if key != OURS and OURS in found:
             row["minus_ours"] = {
-                m: paired_difference(values[key][m], values[OURS][m], _BOOTSTRAP_SEED).as_json() for m in metrics
-            }
+                m: paired_difference(values[key][m], values[OURS][m], BOOTSTRAP_SEED).as_json() for m in metrics
+            } | {m: set_difference(sets[key][m], sets[OURS][m], BOOTSTRAP_SEED).as_json() for m in of_sets}
         out["rows"][key] = row
     if {OURS, TEACHER, BASELINE} <= set(found):
         for m in ("psnr_region", "both"):
             parts = [values[k][m] for k in (TEACHER, BASELINE, OURS)]
             if m in metrics and np.mean(parts[0]) != np.mean(parts[1]):
-                out["gap_closed"][m] = gap_closed(*parts, seed=_BOOTSTRAP_SEED).as_json()
+                out["gap_closed"][m] = gap_closed(*parts, seed=BOOTSTRAP_SEED).as_json()
     return out
 
 
@@ -228,6 +237,7 @@ def reproduce(
     results: Path,
     bar: Bar,
     workers: int = 1,
+    weights: Path | None = None,
 ) -> Reproduced:
     """Makes what is missing of the rows, then `tables.md`, `tables.tex`, `tables.json` and `report.html` in `out`.
 
@@ -235,7 +245,7 @@ def reproduce(
     numbers = read_budget(budget)
     chosen = rows_of(tables, rows)
     with only_writer(out):
-        found = collect(chosen, numbers, seeds or numbers.train_seeds, out, results / budget, bar, workers)
+        found = collect(chosen, numbers, seeds or numbers.train_seeds, out, results / budget, bar, workers, weights)
         summary = summarise(found)
         sampler = sampler_of(numbers)
         notes = [

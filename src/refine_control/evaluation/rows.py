@@ -24,14 +24,16 @@ from refine_control.data.cache import build_cache
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.data.scene_shards import build_scenes
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.evaluate import Scores, compare, read_test
+from refine_control.evaluation.feature_metrics import load_networks
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import MANIFEST, write_atomic
 from refine_control.training.run import train
 
-FORMAT = 1
+FORMAT = 2
 """Raised when equal recipes no longer give equal numbers."""
 _DIGITS = 5
 Bar = Callable[[str], Callable[[int, int, str], None] | None]
@@ -47,6 +49,8 @@ class RowResult(NamedTuple):
     """Hash of everything the numbers depend on."""
     scores: Scores
     """By metric: (N,)."""
+    sets: dict[str, SetScore]
+    """By metric of whole sets."""
     facts: dict[str, Any]
     """Steps, seconds, machine: what tables print and no number depends on."""
 
@@ -145,8 +149,11 @@ def run_row(
     seed: int,
     bar: Bar,
     settings: Mapping[str, str] | None = None,
+    weights: Path | None = None,
 ) -> RowResult:
-    """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
+    """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`.
+
+    `weights` is a folder with the networks of FID, LPIPS and CMMD."""
     import torch
 
     trained = train_row(key, row, budget, out, seed, bar, settings)
@@ -154,7 +161,8 @@ def run_row(
     controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
     photos = read_test(out / "scenes" / "test")
     sampler = sampler_of(budget, row)
-    result = compare(backbone, {key: controlnet}, photos, sampler, load_classifier(BUNDLE), bar(f"evaluate {key}"))
+    networks = load_networks(weights, load_classifier(BUNDLE))
+    result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
     folder = out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "images.npy", result.images[key][:64])
@@ -164,13 +172,19 @@ def run_row(
         "seconds_per_image": round(result.seconds[key], 4),
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
     }
-    return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], facts)
+    return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], result.sets[key], facts)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def write_row(result: RowResult, path: Path) -> None:
     """The result as compact JSON."""
     scores = {m: [round(float(v), _DIGITS) for v in values] for m, values in result.scores.items()}
+    sets = {m: {"value": _short(s.value), "drawn": [_short(v) for v in s.drawn]} for m, s in result.sets.items()}
     told = {"row": result.key, "seed": result.seed, "mark": result.mark, "facts": result.facts, "scores": scores}
+    told["sets"] = sets
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(told, sort_keys=True, separators=(",", ":")) + "\n")
 
@@ -184,7 +198,8 @@ def read_row(path: Path, mark: str | None = None) -> RowResult | None:
     try:
         told = json.loads(path.read_text())
         scores = {m: np.asarray(values, np.float64) for m, values in told["scores"].items()}
-        result = RowResult(told["row"], told["seed"], told["mark"], scores, told["facts"])
+        sets = {m: SetScore(s["value"], np.asarray(s["drawn"], np.float64)) for m, s in told["sets"].items()}
+        result = RowResult(told["row"], told["seed"], told["mark"], scores, sets, told["facts"])
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(f"{path} is not the result of a row; delete it and run the command again") from None
     return result if mark in (None, result.mark) else None

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
 
+BOOTSTRAP_SEED = 20250922
+"""Of every interval that a verb writes: equal numbers have equal intervals."""
 _CHUNK_VALUES = 1 << 21  # drawn indices held at a time; a fixed number, since the draws depend on it
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refine_control.evaluation.model_cost import ModelCost
@@ -18,8 +18,18 @@ HEADINGS = {
     "colour": "colour obeyed %",
     "shape": "shape obeyed %",
     "both": "both obeyed %",
+    "interference": "another object's %",
+    "lpips": "LPIPS (less)",
+    "fid": "FID (less)",
+    "kid": "KID x 1000 (less)",
+    "cmmd": "CMMD (less)",
+    "scene_perceptual": "scene perceptual (less)",
+    "scene_frechet": "scene Fréchet (less)",
+    "scene_mmd": "scene MMD (less)",
 }
-PERCENT = ("colour", "shape", "both")
+"""Every metric a table can show, in the order of its columns; `(less)`: less is better."""
+OBEYED = ("colour", "shape", "both")
+PERCENT = (*OBEYED, "interference")
 
 
 def cell(values: Mapping[str, float], places: int) -> str:
@@ -29,19 +39,20 @@ def cell(values: Mapping[str, float], places: int) -> str:
 
 def digits(metric: str) -> int:
     """Decimal places that a metric is shown with."""
-    return 4 if metric.startswith("ssim") else 1 if metric in PERCENT else 2
+    return 4 if metric.startswith(("ssim", "lpips", "scene_perceptual")) else 1 if metric in PERCENT else 2
 
 
-def quality_table(summary: Mapping[str, Any]) -> Table:
-    """A row for each model, a column for each metric."""
+def quality_table(summary: Mapping[str, Any], notes: Sequence[str] = ()) -> Table:
+    """A row for each model, a column for each metric; `notes` stand under the table after its own."""
     models = summary["models"]
     known = list(next(iter(models.values())))
     rows = [[name, *(cell(values[m], digits(m)) for m in known)] for name, values in models.items()]
-    notes = [
+    shown = [
         f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
-        "pipeline output unless composited (kept pixels put back); region: inside the mask."
+        "pipeline output unless composited (kept pixels put back); region: inside the mask.",
+        *notes,
     ]
-    return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, notes)
+    return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, shown)
 
 
 def difference_table(summary: Mapping[str, Any]) -> Table:

@@ -142,6 +142,11 @@ class Networks:
         return self.backbone.num_blocks - 1
 
 
+def _output_weight(weights: LossWeights, mask: torch.Tensor) -> torch.Tensor | None:
+    """The weight of Eq. 4, of (B,1,h,w) masks: none in the paper."""
+    return None if weights.output_alpha is None else mask_weight(mask, weights.output_alpha)
+
+
 class Supervised:
     """Eq. 1: stage 1, the task, the teacher's output and its features, on labelled data."""
 
@@ -157,7 +162,7 @@ class Supervised:
         target = flow.velocity(batch.latents, at.noise)
         return combine(
             task=task_loss(target, student.velocity, mask_weight(batch.mask, w.alpha)),
-            output=output_loss(teacher.velocity, student.velocity),
+            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, batch.mask)),
             features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
             task_weight=w.task,
             output_weight=w.output,
@@ -178,7 +183,7 @@ class SelfSupervised:
         teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
         return combine(
             task=None,
-            output=output_loss(teacher.velocity, student.velocity),
+            output=output_loss(teacher.velocity, student.velocity, _output_weight(self.weights, batch.mask)),
             features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
             output_weight=self.weights.output,
             feature_weight=self.weights.feature,
@@ -223,7 +228,7 @@ class Mixed:
         task = task_loss(target, student.velocity[:count], mask_weight(batch.labeled.mask, w.alpha))
         return combine(
             task=task * (count / len(rows.mask)),
-            output=output_loss(teacher.velocity, student.velocity),
+            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, rows.mask)),
             features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
             task_weight=w.task,
             output_weight=w.output,
@@ -245,7 +250,7 @@ class OneToOne:
         teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
         return combine(
             task=task_loss(flow.velocity(batch.latents, at.noise), student.velocity),
-            output=output_loss(teacher.velocity, student.velocity),
+            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, batch.mask)),
             features=one_to_one_losses(teacher.residuals, student.residuals, self.networks.num_sites, self.relative),
             task_weight=w.task,
             output_weight=w.output,

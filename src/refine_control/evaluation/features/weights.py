@@ -81,6 +81,11 @@ def find_weights(published: Published, given: Path | None = None) -> Path:
     return found
 
 
+def folder_with(published: Published, folder: Path | None) -> Path | None:
+    """`folder` if it holds the file of `published`, else None: then it is looked for where it always is."""
+    return folder if folder is not None and any(p.is_file() for p in _inside(folder, published)) else None
+
+
 def read_weights(published: Published, given: Path | None = None) -> dict[str, torch.Tensor]:
     """The tensors of `published` on the CPU, by name.
 

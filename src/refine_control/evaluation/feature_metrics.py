@@ -1,0 +1,148 @@
+"""Metrics that need a network to look: which there are, which can be computed here, and what they say of a model.
+
+FID, KID, LPIPS and CMMD need published weights (`features`); what is not there is said and left out, never replaced.
+The scene distances look through the mini model's own oracle and stand under their own names.
+"""
+
+# N pictures, H W pixels, D width of a network's features
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refine_control.errors import MissingError
+from refine_control.evaluation import features, scene_features
+from refine_control.evaluation.distances import (
+    Distance,
+    Features,
+    SetScore,
+    bias_note,
+    cmmd,
+    drawn_distance,
+    frechet_distance,
+    kid,
+)
+from refine_control.evaluation.features import weights as published
+from refine_control.evaluation.features.weights import folder_with
+from refine_control.evaluation.metrics import Images, Mask, PerImage
+from refine_control.evaluation.obedience import Classifier
+from refine_control.evaluation.statistics import BOOTSTRAP_SEED
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
+KID_SCALE = 1000.0
+SCENE, INCEPTION, CLIP = "scene", "inception", "clip"
+Seen = dict[str, NDArray[np.float32]]
+"""By network: (N, D)."""
+
+
+@dataclass(frozen=True)
+class FeatureNetworks:
+    """The networks that are here; None where one is not."""
+
+    classifier: Classifier | None = None
+    lpips: features.Lpips | None = None
+    inception: features.Inception | None = None
+    clip: CLIPVisionModelWithProjection | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    """By metric: `FID and KID not computed: needs FILE, ...`."""
+
+
+class SetMetric(NamedTuple):
+    """A distance of whole sets, and the network whose features it compares."""
+
+    network: str
+    distance: Distance
+
+
+def _scaled_kid(reference: Features, generated: Features) -> float:
+    return KID_SCALE * kid(reference, generated).mean
+
+
+SET_METRICS: Mapping[str, SetMetric] = {
+    "fid": SetMetric(INCEPTION, frechet_distance),
+    "kid": SetMetric(INCEPTION, _scaled_kid),
+    "cmmd": SetMetric(CLIP, cmmd),
+    "scene_frechet": SetMetric(SCENE, scene_features.scene_frechet),
+    "scene_mmd": SetMetric(SCENE, scene_features.scene_mmd),
+}
+
+
+def load_networks(weights: Path | None = None, classifier: Classifier | None = None) -> FeatureNetworks:
+    """Every network whose weights are in the folder `weights` or else where `features.weights` looks.
+
+    Raises DamagedError for a file that is not the published one: a wrong network is worse than none."""
+    trunk, heads, inception, clip = (
+        folder_with(known, weights)
+        for known in (published.ALEXNET, published.LPIPS_HEADS, published.INCEPTION, published.CLIP)
+    )
+    loaders: dict[str, tuple[str, Callable[[], Any]]] = {
+        "lpips": ("LPIPS", lambda: features.load_lpips(trunk, heads)),
+        "inception": ("FID and KID", lambda: features.load_inception(inception)),
+        "clip": ("CMMD", lambda: features.load_clip(clip)),
+    }
+    found: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for name, (metric, load) in loaders.items():
+        try:
+            found[name] = load()
+        except MissingError as error:
+            missing[metric] = str(error)
+    return FeatureNetworks(classifier, missing=missing, **found)
+
+
+def see(networks: FeatureNetworks, images: Images, masks: Mask) -> Seen:
+    """What each network that measures sets makes of pictures (N, H, W, 3) uint8 with masks (N, H, W)."""
+    out: Seen = {}
+    if networks.classifier is not None:
+        out[SCENE] = scene_features.scene_features(networks.classifier, images, masks)
+    if networks.inception is not None:
+        out[INCEPTION] = features.inception_features(networks.inception, images)
+    if networks.clip is not None:
+        out[CLIP] = features.clip_features(networks.clip, images)
+    return out
+
+
+def pair_scores(
+    networks: FeatureNetworks, reference: Images, painted: Images, seen: tuple[Seen, Seen]
+) -> dict[str, PerImage]:
+    """LPIPS and the scene distance of each pair, (N,), where their networks are; `seen` of reference and painted."""
+    out: dict[str, PerImage] = {}
+    if networks.lpips is not None:
+        out["lpips"] = features.lpips(networks.lpips, reference, painted)
+    if networks.classifier is not None:
+        out["scene_perceptual"] = scene_features.scene_perceptual(seen[0][SCENE], seen[1][SCENE])
+    return out
+
+
+def set_scores(reference: Seen, painted: Seen) -> dict[str, SetScore]:
+    """Every distance of sets whose network has seen both."""
+    return {
+        name: drawn_distance(metric.distance, reference[metric.network], painted[metric.network], BOOTSTRAP_SEED)
+        for name, metric in SET_METRICS.items()
+        if metric.network in reference
+    }
+
+
+def notes(networks: FeatureNetworks, count: int) -> list[str]:
+    """What a table must say beside these metrics over `count` pictures: conventions, bias, and what is not there."""
+    out = []
+    if networks.inception is not None:
+        out += [f"FID and KID x 1000: Inception of 2015, 2048 features. {bias_note(count)}"]
+    if networks.clip is not None:
+        out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, sigma 10, times 1000."]
+    if networks.lpips is not None:
+        out += ["LPIPS: AlexNet, version 0.1, pictures at their own size."]
+    if networks.classifier is not None:
+        out += [
+            "Scene distances: the 64 features of the mini model's own oracle, of the square around each mask; they "
+            "are not FID, CMMD or LPIPS. " + bias_note(count, width=64)
+        ]
+    return [*out, *networks.missing.values()]
