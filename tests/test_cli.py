@@ -72,14 +72,16 @@ VERBS = {
     "demo": ["--budget", DRY, JSON, "--out", SEED, "--steps"],
     "doctor": [JSON],
     "evaluate": [
-        *(*SAMPLING, DRY, JSON, "--model", "--out", "--student", "--teacher", "--test"),
+        *(*SAMPLING, DRY, JSON, "--model", "--out", "--student", "--teacher", "--test", "--weights"),
     ],
     "inpaint": [
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini train": ["--check", DRY, "--from", JSON, "--out", SEED, "--stage"],
-    "reproduce": ["--budget", DRY, JSON, "--out", "--results", "--row", "--seeds", "--workers", "table"],
+    "reproduce": [
+        *("--budget", DRY, JSON, "--out", "--results", "--row", "--seeds", "--weights", "--workers", "target"),
+    ],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
 }
 

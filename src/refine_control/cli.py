@@ -55,7 +55,9 @@ def demo(
 
 @app.command()
 def reproduce(
-    table: Annotated[Literal["table1", "table3", "all"], typer.Argument(help="Which of the paper's tables.")],
+    target: Annotated[
+        Literal["table1", "table3", "figure2", "all"], typer.Argument(help="Which of the paper's tables and figures.")
+    ],
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
@@ -66,15 +68,14 @@ def reproduce(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train and measure what is missing of the paper's tables on the mini model, and write them with intervals."""
-    tables = {"table1": (1,), "table3": (3,), "all": (1, 3)}[table]
+    """Train and measure what is missing of a table or figure on the mini model, and write it with intervals."""
     from refine_control.comparison import read_budget
     from refine_control.evaluation.reproduce import plan
     from refine_control.evaluation.reproduce import reproduce as run
 
     chosen = list(range(seeds)) if seeds else read_budget(budget).train_seeds
     if dry_run:
-        return show(plan(tables, budget, chosen, row or (), results), as_json)
+        return show(plan(target, budget, chosen, row or (), results), as_json)
     places: dict[str, Any] = {
         "out": out,
         "results": results,
@@ -82,7 +83,7 @@ def reproduce(
         "workers": workers,
         "weights": weights,
     }
-    made = run(tables, budget=budget, seeds=chosen, rows=row or (), **places)
+    made = run(target, budget=budget, seeds=chosen, rows=row or (), **places)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
 
 

@@ -22,6 +22,7 @@ class Budget(Section):
     labeled: int = Field(ge=2, description="|D_sl|, labelled scenes")
     unlabeled: int = Field(ge=2, description="|D_ssl|, scenes without the pixels of their holes")
     test: int = Field(ge=2, description="test scenes")
+    alike: int = Field(ge=1, description="scenes of each kind of Figure 2")
     data_seed: Seed = Field(description="seed of the training scenes")
     test_seed: Seed = Field(description="seed of the test scenes")
     train_seeds: list[Seed] = Field(min_length=1, description="seeds of training")

@@ -15,7 +15,7 @@ from refine_control.data import scenes
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.evaluation import scene_features as scene
 from refine_control.evaluation.distances import cmmd
-from refine_control.evaluation.feature_metrics import load_networks, notes, pair_scores, see
+from refine_control.evaluation.feature_metrics import load_networks, metric_notes, pair_scores, see
 from refine_control.evaluation.features import (
     FOLDER_VARIABLE,
     Inception,
@@ -443,7 +443,8 @@ def test_metrics_whose_weights_are_not_here_are_named_and_left_out(no_cache):
     pictures, masks = np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 64, 64), bool)
     assert see(networks, pictures, masks) == {}
     assert pair_scores(networks, pictures, pictures, ({}, {})) == {}
-    assert notes(networks, 2) == list(networks.missing.values())
+    assert metric_notes(["psnr"], 2) == []
+    assert "biased upward by much" in metric_notes(["psnr", "fid"], 2)[0]
 
 
 def test_a_folder_is_looked_into_before_the_caches_and_a_wrong_file_in_it_is_refused(no_cache):

@@ -13,8 +13,12 @@ from refine_control.evaluation.reproduce import plan, reproduce, rows_of, summar
 from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
 
 ROWS = read_rows()
-TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
+TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
 BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a finished row is made again")
 
 
 def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
@@ -91,27 +95,27 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
     places = {"out": tmp_path / "runs", "results": tmp_path / "results"}
     asked = {"budget": "tiny", "rows": ["wo_cf"], "bar": lambda label: None}
-    todo = plan([3], "tiny", [0], ["wo_cf"], places["results"])["rows"]
+    todo = plan("table3", "tiny", [0], ["wo_cf"], places["results"])["rows"]
     assert set(todo.values()) == {"to do"}
-    made = reproduce([3], **asked, **places)
+    made = reproduce("table3", **asked, **places)
     files = {p.name: p.read_bytes() for p in (tmp_path / "results" / "tiny").iterdir()}
     assert set(files) == {"teacher-0.json", "fc-0.json", "ours-0.json", "wo_cf-0.json"}
-    assert set(plan([3], "tiny", [0], ["wo_cf"], places["results"])["rows"].values()) == {"finished"}
+    assert set(plan("table3", "tiny", [0], ["wo_cf"], places["results"])["rows"].values()) == {"finished"}
     assert {"tables.md", "tables.tex", "tables.json", "report.html", "figure3.png"} <= {
         p.name for p in (tmp_path / "runs").iterdir()
     }
-    monkeypatch.setattr(module, "run_row", None)  # not called again
-    again = reproduce([3], **asked, **places)
+    monkeypatch.setattr(module, "run_row", refuse)  # not called again
+    again = reproduce("table3", **asked, **places)
     assert json.dumps(again.summary) == json.dumps(made.summary)
     assert "Student_ours" in again.text
     for path in (tmp_path / "results" / "tiny").iterdir():
         path.unlink()
     monkeypatch.undo()
     monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
-    reproduce([3], **asked, **places, workers=2)
+    reproduce("table3", **asked, **places, workers=2)
     for name, data in files.items():  # other counts of threads may round otherwise
         one, two = json.loads(data), json.loads((tmp_path / "results" / "tiny" / name).read_bytes())
         assert one["mark"] == two["mark"]
         assert {m: len(v) for m, v in one["scores"].items()} == {m: len(v) for m, v in two["scores"].items()}
-    elsewhere = reproduce([3], **asked, out=tmp_path / "fresh", results=places["results"])
+    elsewhere = reproduce("table3", **asked, out=tmp_path / "fresh", results=places["results"])
     assert elsewhere.text == made.text

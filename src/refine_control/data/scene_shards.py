@@ -17,12 +17,18 @@ Progress = Callable[[int, int, str], None]
 
 
 def scene_photos(seed: int, start: int, count: int, kind: str = "any") -> Iterator[Photo]:
-    """Rendered scenes as photos with local and global prompts; `meta` holds the target's colour and shape."""
+    """Rendered scenes as photos with local and global prompts.
+
+    `meta` holds the target's `colour` and `shape`, `others` (colour and shape of each object that stays), and whether
+    one of them is `alike`."""
     for first in range(start, start + count, 256):
         rendered = scenes.render(seed, first, min(256, start + count - first), kind)
         alike = rendered.alike
         for i in range(len(rendered.colour)):
-            meta = {"colour": int(rendered.colour[i]), "shape": int(rendered.shape[i]), "alike": bool(alike[i])}
+            objects = zip(*(part[i].tolist() for part in rendered.objects[:3]), strict=True)  # present, colour, shape
+            others = [[c, s] for n, (here, c, s) in enumerate(objects) if here and n != rendered.target[i]]
+            meta = {"colour": int(rendered.colour[i]), "shape": int(rendered.shape[i])}
+            meta |= {"others": others, "alike": bool(alike[i])}
             yield Photo(
                 f"scene-{first + i:08d}",
                 rendered.images[i].numpy(),

@@ -19,7 +19,7 @@ from refine_control.evaluation.feature_metrics import (
     FeatureNetworks,
     Seen,
     load_networks,
-    notes,
+    metric_notes,
     pair_scores,
     see,
     set_scores,
@@ -82,6 +82,17 @@ def score(
     return out
 
 
+def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
+    """Casts transformer and ControlNets in place; bf16 on a CPU gets its own kernels."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if dtype == torch.bfloat16 and backbone.transformer.device.type == "cpu":
+        use_cpu_kernels(backbone.transformer, *controlnets)
+    for network in (backbone.transformer, *controlnets):
+        network.to(dtype)
+
+
 def compare(
     backbone: Backbone,
     controlnets: Mapping[str, Any],
@@ -96,12 +107,7 @@ def compare(
     Transformer and ControlNets are cast to `sampler.precision` in place: measure costs before."""
     import time
 
-    import torch
-
-    dtype = torch.bfloat16 if sampler.precision == "bf16" else torch.float32
-    if dtype == torch.bfloat16 and backbone.transformer.device.type == "cpu":
-        use_cpu_kernels(backbone.transformer, *controlnets.values())
-    backbone.transformer.to(dtype)
+    in_precision(sampler.precision, backbone, *controlnets.values())
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     networks = networks or FeatureNetworks()
     reference = see(networks, images, masks)
@@ -112,7 +118,6 @@ def compare(
             if progress:
                 progress(number * total + done, len(controlnets) * total, name)
 
-        controlnet.to(dtype)
         began = time.perf_counter()
         painted = inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], sampler, progress=tell)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
@@ -189,11 +194,12 @@ def write_results(
     )
     grid = pictures(photos, result.images)
     write_atomic(out / "grid.png", picture_grid(grid))
-    told = notes(networks or FeatureNetworks(), len(photos))
+    known = next(iter(summary["models"].values()))
+    told = [*metric_notes(known, len(photos)), *(networks.missing.values() if networks else ())]
     shown = [quality_table(summary, told), cost_table(costs, result.seconds)]
     if len(result.scores) > 1:
         shown.insert(1, difference_table(summary))
-    data = ReportData(title, list(sentences), facts, [*shown, *tables], grid, list(curves))
+    data = ReportData(title, list(sentences), facts, [*shown, *tables], [grid], list(curves))
     write_report(out / "report.html", data)
     return out / "report.html"
 

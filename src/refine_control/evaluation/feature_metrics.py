@@ -8,7 +8,7 @@ The scene distances look through the mini model's own oracle and stand under the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,18 +131,18 @@ def set_scores(reference: Seen, painted: Seen) -> dict[str, SetScore]:
     }
 
 
-def notes(networks: FeatureNetworks, count: int) -> list[str]:
-    """What a table must say beside these metrics over `count` pictures: conventions, bias, and what is not there."""
-    out = []
-    if networks.inception is not None:
+def metric_notes(metrics: Iterable[str], count: int) -> list[str]:
+    """What a table must say beside those of `metrics` that need a network, over `count` pictures."""
+    shown, out = set(metrics), []
+    if shown & {"fid", "kid"}:
         out += [f"FID and KID x 1000: Inception of 2015, 2048 features. {bias_note(count)}"]
-    if networks.clip is not None:
+    if "cmmd" in shown:
         out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, sigma 10, times 1000."]
-    if networks.lpips is not None:
+    if "lpips" in shown:
         out += ["LPIPS: AlexNet, version 0.1, pictures at their own size."]
-    if networks.classifier is not None:
+    if shown & {"scene_perceptual", "scene_frechet", "scene_mmd"}:
         out += [
             "Scene distances: the 64 features of the mini model's own oracle, of the square around each mask; they "
             "are not FID, CMMD or LPIPS. " + bias_note(count, width=64)
         ]
-    return [*out, *networks.missing.values()]
+    return out

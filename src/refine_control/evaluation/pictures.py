@@ -36,6 +36,7 @@ class PictureGrid:
     captions: Sequence[str]
     masks: Sequence[NDArray[np.bool_] | None] = ()
     outlined_column: int = 0
+    title: str = "Pictures"
 
 
 def picture_grid(grid: PictureGrid) -> bytes:

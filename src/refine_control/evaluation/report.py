@@ -51,7 +51,7 @@ class ReportData:
     summary: Sequence[str]
     facts: Mapping[str, str] = field(default_factory=dict)
     tables: Sequence[Table] = ()
-    pictures: PictureGrid | None = None
+    pictures: Sequence[PictureGrid] = ()
     curves: Sequence[Curve] = ()
     signatures: Sequence[str] = ()
 
@@ -81,7 +81,7 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         tables=[(table, _numeric_columns(table), _longest_intervals(table)) for table in data.tables],
-        pictures=None if data.pictures is None else _embedded(data.pictures),
+        grids=[_embedded(grid) for grid in data.pictures],
         plots=[plot(curve) for curve in data.curves],
     )
 
@@ -124,6 +124,7 @@ def _embedded(grid: PictureGrid) -> dict[str, Any]:
         for row in picture_cells(grid)
     ]
     return {
+        "title": grid.title,
         "columns": grid.columns,
         "rows": list(zip(rows, grid.captions, strict=True)),
         "outlined": grid.columns[grid.outlined_column] if any(mask is not None for mask in grid.masks) else "",

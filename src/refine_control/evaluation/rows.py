@@ -25,9 +25,10 @@ from refine_control.data.records import LABELED, UNLABELED
 from refine_control.data.scene_shards import build_scenes
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.distances import SetScore
-from refine_control.evaluation.evaluate import Scores, compare, read_test
+from refine_control.evaluation.evaluate import Scores, compare, in_precision, read_test
 from refine_control.evaluation.feature_metrics import load_networks
 from refine_control.evaluation.obedience import load_classifier
+from refine_control.models.backbone import Backbone
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import MANIFEST, write_atomic
@@ -73,11 +74,17 @@ def sampler_of(budget: Budget, row: Row | None = None) -> SamplerConfig:
     )
 
 
-def row_mark(row: Row, budget: Budget, seed: int, settings: Mapping[str, str] | None = None) -> str:
-    """The hash that tells whether two results are of the same row: recipes, budget, model, format."""
+TABLES = "tables"
+"""What a row is measured for: the tables, or `alike.MARK`."""
+
+
+def row_mark(
+    row: Row, budget: Budget, seed: int, settings: Mapping[str, str] | None = None, measured: str = TABLES
+) -> str:
+    """The hash that tells whether two results are of the same row: recipes, budget, model, format, what is measured."""
     recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, settings or {}, seed).values()]
     shared = budget.model_dump(mode="json", exclude={"train_seeds"})
-    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark()]
+    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(), measured]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,6 +148,25 @@ def train_row(
     return TrainedRow(student, stages, seconds)
 
 
+def row_model(trained: TrainedRow, budget: Budget) -> tuple[Backbone, Any]:
+    """The backbone and the row's ControlNet (the teacher where it trains none), in the budget's precision."""
+    backbone = load_backbone("mini")
+    controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
+    in_precision(budget.precision, backbone, controlnet)
+    return backbone, controlnet
+
+
+def facts_of(row: Row, budget: Budget, trained: TrainedRow) -> dict[str, Any]:
+    """Steps, seconds and machine of a row."""
+    import torch
+
+    return {
+        "steps": budget.steps if row.stages else 0,
+        "training_seconds": round(trained.seconds, 1),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+    }
+
+
 def run_row(
     key: str,
     row: Row,
@@ -154,11 +180,8 @@ def run_row(
     """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`.
 
     `weights` is a folder with the networks of FID, LPIPS and CMMD."""
-    import torch
-
     trained = train_row(key, row, budget, out, seed, bar, settings)
-    backbone = load_backbone("mini")
-    controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
+    backbone, controlnet = row_model(trained, budget)
     photos = read_test(out / "scenes" / "test")
     sampler = sampler_of(budget, row)
     networks = load_networks(weights, load_classifier(BUNDLE))
@@ -166,12 +189,7 @@ def run_row(
     folder = out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "images.npy", result.images[key][:64])
-    facts = {
-        "steps": budget.steps if row.stages else 0,
-        "training_seconds": round(trained.seconds, 1),
-        "seconds_per_image": round(result.seconds[key], 4),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-    }
+    facts = facts_of(row, budget, trained) | {"seconds_per_image": round(result.seconds[key], 4)}
     return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], result.sets[key], facts)
 
 
