@@ -33,9 +33,16 @@ def test_rows_share_everything_but_what_they_are_about(key):
         assert (recipe.training.batch_size, recipe.training.seed) == (BUDGET.batch_size, 3)
         assert recipe.optimizer == reference.optimizer
         assert recipe.sigmas == reference.sigmas
-        assert recipe.student.num_layers == reference.student.num_layers
+        if "student.num_layers" not in ROWS[key].settings:
+            assert recipe.student.num_layers == reference.student.num_layers
         assert recipe.training.prompt_dropout == reference.training.prompt_dropout
         assert recipe.training.precision == BUDGET.precision
+
+
+def test_a_row_changes_the_student_and_its_loss_and_no_more():
+    told = {key for row in ROWS.values() for key in row.settings}
+    assert "student.num_layers" in told
+    assert all(key.startswith(("student.", "objective.")) for key in told)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 101])

@@ -56,7 +56,8 @@ def demo(
 @app.command()
 def reproduce(
     target: Annotated[
-        Literal["table1", "table3", "figure2", "all"], typer.Argument(help="Which of the paper's tables and figures.")
+        Literal["table1", "table3", "figure2", "layers", "split", "init", "losses", "all"],
+        typer.Argument(help="A table or figure of the paper, an ablation, or all: both tables and Figure 2."),
     ],
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,

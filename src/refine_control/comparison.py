@@ -37,10 +37,15 @@ class Row(Section):
     """A row of a table. Without stages it is the teacher itself."""
 
     title: str = Field(min_length=1, description="how tables call it")
-    tables: list[int] = Field(min_length=1, description="the paper's tables that hold the row")
+    tables: list[int] = Field(default=[], description="the paper's tables that hold the row")
+    studies: list[str] = Field(default=[], description="the ablations that hold the row")
     stages: dict[str, float] = Field(
         default_factory=dict, description="recipes in their order, with their shares of the steps"
     )
+    settings: dict[str, str | float | int | None] = Field(
+        default_factory=dict, description="section.key of every stage's recipe, and its value in this row"
+    )
+    seeds: int | None = Field(default=None, ge=1, description="at most so many training seeds; null is the budget's")
     injection: Literal["exact", "diffusers"] = Field(default="exact", description="of the evaluation")
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers")
 
@@ -67,11 +72,11 @@ def read_rows() -> dict[str, Row]:
 
 
 def stage_steps(row: Row, steps: int) -> dict[str, int]:
-    """The updates of each stage: the shares of `steps`, the last stage taking what rounding leaves."""
+    """The updates of each stage: the shares of `steps`, at least one each, the last stage taking what rounding leaves."""
     names, given = list(row.stages), 0
     out = {}
     for name in names:
-        out[name] = steps - given if name == names[-1] else int(steps * row.stages[name])
+        out[name] = steps - given if name == names[-1] else max(1, int(steps * row.stages[name]))
         given += out[name]
     return out
 
@@ -85,6 +90,7 @@ def row_recipes(row: Row, budget: Budget, settings: Mapping[str, str], seed: int
         "training.precision": budget.precision,
         "training.seed": seed,
     }
+    common |= row.settings
     common |= settings
     return {
         name: load_recipe(name, [f"training.steps={steps}", *(f"{key}={value}" for key, value in common.items())])

@@ -9,7 +9,7 @@ from refine_control.comparison import read_budget, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import reproduce as module
 from refine_control.evaluation.distances import SetScore
-from refine_control.evaluation.reproduce import plan, reproduce, rows_of, summarise
+from refine_control.evaluation.reproduce import TARGETS, plan, reproduce, rows_of, summarise
 from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
 
 ROWS = read_rows()
@@ -22,7 +22,9 @@ def refuse(*args, **kwargs):
 
 
 def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
-    return RowResult(key, seed, "mark", values, {"fid": SetScore(2.0, np.array([2.5, 3.5]))}, {"steps": 1})
+    return RowResult(
+        key, seed, "mark", values, {"fid": SetScore(2.0, np.array([2.5, 3.5]))}, {"steps": int(key != "teacher")}
+    )
 
 
 def test_the_mark_knows_every_setting_and_nothing_else():
@@ -75,7 +77,7 @@ def test_a_table_of_known_numbers():
 
 
 def test_a_table_holds_its_rows_and_what_they_are_held_against():
-    assert list(rows_of([1])) == [
+    assert list(rows_of(TARGETS["table1"])) == [
         "teacher",
         "teacher_diffusers",
         "fc",
@@ -84,10 +86,24 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
         "ours",
         "ours_completed",
     ]
-    assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of([3]))
-    assert list(rows_of([3], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
+    assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of(TARGETS["table3"]))
+    assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
     with pytest.raises(InvalidInputError, match="there is no row our"):
-        rows_of([1], ["our"])
+        rows_of(TARGETS["table1"], ["our"])
+
+
+def test_rows_are_paired_by_the_seeds_that_both_have():
+    base = np.arange(10.0)
+    ours = [result("ours", s, {"psnr": base + 10 * s}) for s in range(3)]
+    found = {
+        "ours": ours,
+        "layers_8": [result("layers_8", 2, {"psnr": base + 19})],
+        "teacher": [result("teacher", 0, {"psnr": base + 12})],
+    }
+    rows = summarise(found)["rows"]
+    assert rows["layers_8"]["minus_ours"]["psnr"]["mean"] == pytest.approx(-1)
+    assert rows["teacher"]["minus_ours"]["psnr"]["mean"] == pytest.approx(2)
+    assert rows["layers_8"]["minus_ours"]["fid"]["mean"] == 0
 
 
 @pytest.mark.slow

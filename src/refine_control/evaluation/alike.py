@@ -81,7 +81,8 @@ def run_alike(
         found = alike_scores(read_regions(classifier, painted, masks), photos)
         scores |= {f"{kind} {name}": values for name, values in found.items()}
         np.save(folder / f"alike_{kind}.npy", painted)
-    return RowResult(key, seed, row_mark(row, budget, seed, settings, MARK), scores, {}, facts_of(row, budget, trained))
+    facts = facts_of(row, budget, trained, backbone, controlnet)
+    return RowResult(key, seed, row_mark(row, budget, seed, settings, MARK), scores, {}, facts)
 
 
 def summarise_alike(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:

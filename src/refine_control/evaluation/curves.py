@@ -28,12 +28,14 @@ _DRAWN_POINTS = 800
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines over training steps. Values that are not finite, or not positive under `log_y`, are left out;
-    a note says how many."""
+    """Lines over training steps, or over what `x_label` says.
+
+    Values that are not finite, or not positive under `log_y`, are left out; a note says how many."""
 
     title: str
     series: Mapping[str, tuple[Any, Any]]
     log_y: bool = False
+    x_label: str = "step"
 
 
 class Line(NamedTuple):
@@ -61,6 +63,7 @@ class Plot(NamedTuple):
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     notes: list[str]
+    x_label: str = "step"
 
 
 def read_metrics_jsonl(path: Path) -> dict[str, Series]:
@@ -113,7 +116,7 @@ def plot(curve: Curve) -> Plot:
             series[name] = (steps[kept], values[kept])
     notes = [f"{dropped} values that cannot be drawn are left out."] if dropped else []
     if not series:
-        return Plot(curve.title, [], [], [], [*notes, "There is nothing to draw yet."])
+        return Plot(curve.title, [], [], [], [*notes, "There is nothing to draw yet."], curve.x_label)
     x_low, x_high = _widened(*_range([steps for steps, _ in series.values()]))
     y_low, y_high, y_ticks = _y_axis(*_range([values for _, values in series.values()]), curve.log_y)
     smoothed = {name for name, (_, values) in series.items() if len(series) <= _SMOOTHED_SERIES and _is_noisy(values)}
@@ -139,7 +142,7 @@ def plot(curve: Curve) -> Plot:
             )
         )
     x_ticks = [Tick(100 * (x - x_low) / (x_high - x_low), _label(x)) for x in _round_steps(x_low, x_high, 5)]
-    return Plot(curve.title, lines, x_ticks, y_ticks, notes)
+    return Plot(curve.title, lines, x_ticks, y_ticks, notes, curve.x_label)
 
 
 def _color(index: int, count: int) -> str:

@@ -17,6 +17,18 @@ from refine_control.models.controlnet import control_residuals
 from refine_control.models.loading import load_backbone, load_controlnet
 
 
+class CountedCost(NamedTuple):
+    """What can be counted of one ControlNet in one model, whatever the machine."""
+
+    num_layers: int
+    num_params: int
+    """Of the ControlNet."""
+    gflops_controlnet: float
+    """One forward pass of a single picture at the model's own size; 1 multiply-add = 2 FLOP."""
+    gflops_step: float
+    """ControlNet and transformer: one denoising step without guidance."""
+
+
 class ModelCost(NamedTuple):
     """One ControlNet in one model, a single picture at the model's own size, without guidance."""
 
@@ -55,6 +67,13 @@ def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
     return controlled, whole
 
 
+def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
+    """Counts by one forward pass of each."""
+    controlled, whole = _step(backbone, controlnet)
+    layers, params = len(controlnet.transformer_blocks), count_parameters(controlnet)
+    return CountedCost(layers, params, count_flops(controlled) / 1e9, count_flops(whole) / 1e9)
+
+
 def _peak_in_fresh_process(model: str, folder: str | None) -> int:
     """Bytes at the peak of a process that loads the model and samples one picture."""
     command = [sys.executable, "-m", "refine_control.evaluation.model_cost", model, folder or ""]
@@ -71,23 +90,15 @@ def model_costs(
 ) -> dict[str, ModelCost]:
     """Costs by name; ControlNets of one shape share one memory measurement. `folders` say where each came from
     (None: the model's own)."""
-    steps = {name: _step(backbone, controlnet) for name, controlnet in controlnets.items()}
-    times = interleaved({name: whole for name, (_, whole) in steps.items()}, repeats=repeats, warmup=2)
+    steps = {name: _step(backbone, controlnet)[1] for name, controlnet in controlnets.items()}
+    times = interleaved(steps, repeats=repeats, warmup=2)
     peaks: dict[int, int] = {}
     out = {}
     for name, controlnet in controlnets.items():
-        layers = len(controlnet.transformer_blocks)
-        if layers not in peaks:
-            peaks[layers] = _peak_in_fresh_process(model, folders[name])
-        controlled, whole = steps[name]
-        out[name] = ModelCost(
-            layers,
-            count_parameters(controlnet),
-            count_flops(controlled) / 1e9,
-            count_flops(whole) / 1e9,
-            times[name].median,
-            peaks[layers],
-        )
+        counted = counted_cost(backbone, controlnet)
+        if counted.num_layers not in peaks:
+            peaks[counted.num_layers] = _peak_in_fresh_process(model, folders[name])
+        out[name] = ModelCost(*counted, times[name].median, peaks[counted.num_layers])
     return out
 
 

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refine_control.comparison import Budget, Row, read_budget, read_rows
+from refine_control.comparison import Budget, Row, read_budget, read_rows, row_recipes
+from refine_control.data.scene_shards import scene_photos
 from refine_control.data.workers import workers as worker_processes
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.alignment import Alignment, alignment_curves, alignment_table, teacher_alignment
 from refine_control.evaluation.alike import (
     MARK,
     PROMPTS,
@@ -27,6 +29,7 @@ from refine_control.evaluation.alike import (
     run_alike,
     summarise_alike,
 )
+from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.row_tables import (
@@ -34,6 +37,7 @@ from refine_control.evaluation.row_tables import (
     DIFFERENCES,
     OURS,
     TEACHER,
+    cost_curves,
     gap_sentences,
     summarise,
     tables_of,
@@ -50,15 +54,32 @@ from refine_control.evaluation.rows import (
     write_row,
 )
 from refine_control.evaluation.tables import to_latex, to_markdown
+from refine_control.models.loading import load_backbone
+from refine_control.randomness import derive_seed
 from refine_control.storage import only_writer, write_atomic, write_json
 
-TARGETS: dict[str, tuple[tuple[int, ...], bool]] = {
-    "table1": ((1,), False),
-    "table3": ((3,), False),
-    "figure2": ((), True),
-    "all": ((1, 3), True),
+
+class Target(NamedTuple):
+    """What one call of `reproduce` makes."""
+
+    title: str
+    tables: tuple[int, ...] = ()
+    studies: tuple[str, ...] = ()
+    alike: bool = False
+    """Figure 2."""
+
+
+TARGETS = {
+    "table1": Target("Table 1", tables=(1,)),
+    "table3": Target("Table 3", tables=(3,)),
+    "figure2": Target("Figure 2", alike=True),
+    "layers": Target("Students of 2 to 23 layers", studies=("layers",)),
+    "split": Target("Steps of stage 1 against stage 2", studies=("split",)),
+    "init": Target("Where the student starts", studies=("init",)),
+    "losses": Target("Weights of the terms, and what stage 2 noises", studies=("losses",)),
+    "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), alike=True),
 }
-"""What `reproduce` can make: tables, and whether Figure 2."""
+"""By the word of the command line."""
 
 
 class Reproduced(NamedTuple):
@@ -69,8 +90,8 @@ class Reproduced(NamedTuple):
     folder: Path
 
 
-def rows_of(tables: Sequence[int], named: Sequence[str] = ()) -> dict[str, Row]:
-    """The rows of the tables, or those named alone; always with teacher, fc and ours, to hold the others against.
+def rows_of(target: Target, named: Sequence[str] = ()) -> dict[str, Row]:
+    """The rows of a target, or those named alone; always with teacher, fc and ours, to hold the others against.
 
     Raises InvalidInputError for a row that does not exist."""
     rows = read_rows()
@@ -78,11 +99,15 @@ def rows_of(tables: Sequence[int], named: Sequence[str] = ()) -> dict[str, Row]:
     if unknown:
         raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
     wanted = {OURS, TEACHER, BASELINE, *named}
-    return {k: r for k, r in rows.items() if k in wanted or (not named and set(r.tables) & set(tables))}
+    return {k: r for k, r in rows.items() if k in wanted or (not named and _belongs(r, target))}
+
+
+def _belongs(row: Row, target: Target) -> bool:
+    return bool(set(row.tables) & set(target.tables) or set(row.studies) & set(target.studies))
 
 
 def _seeds(row: Row, seeds: Sequence[int]) -> Sequence[int]:
-    return seeds if row.stages else seeds[:1]
+    return seeds[: row.seeds] if row.stages else seeds[:1]
 
 
 Measure = Callable[..., RowResult]
@@ -168,10 +193,10 @@ def _results(results: Path, budget: str, measured: str) -> Path:
 
 def _rows_measured(measured: str, target: str, named: Sequence[str]) -> dict[str, Row]:
     """The rows that a target measures for its tables, or for Figure 2."""
-    tables, with_alike = TARGETS[target]
+    made = TARGETS[target]
     if measured == TABLES:
-        return rows_of(tables, named) if tables else {}
-    return rows_of((), named) if with_alike else {}
+        return rows_of(made, named) if made.tables or made.studies else {}
+    return rows_of(Target(made.title), named) if made.alike else {}
 
 
 def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGrid | None:
@@ -190,6 +215,18 @@ def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGri
     masks = [p.mask for p in photos]
     columns, captions = ["original", "masked", *painted], [p.prompt for p in photos]
     return PictureGrid(columns, lines, captions, masks, title="Figure 3, mini model")
+
+
+_ALIGNMENT_SCENES = 256
+
+
+def _alignment(budget: Budget, rows: Mapping[str, Row]) -> Alignment:
+    """Of the mini teacher in fp32, for every count of layers that the rows have."""
+    backbone = load_backbone("mini")
+    recipes = [next(iter(row_recipes(row, budget, {}, 0).values())) for row in rows.values() if row.stages]
+    layers = sorted({recipe.student.num_layers for recipe in recipes}, reverse=True)
+    photos = list(scene_photos(derive_seed(budget.data_seed, "alignment"), 0, _ALIGNMENT_SCENES))
+    return teacher_alignment(backbone, backbone.pipeline.controlnet, photos, layers)
 
 
 def _alike_grid(budget: Budget, out: Path) -> PictureGrid | None:
@@ -224,13 +261,15 @@ def reproduce(
     made: list[Table] = []
     sentences: list[str] = []
     grids: dict[str, PictureGrid | None] = {}
+    curves: list[Curve] = []
     with only_writer(out):
         if table_rows := _rows_measured(TABLES, target, rows):
             folder, measure = _results(results, budget, TABLES), partial(run_row, weights=weights)
             found = collect(table_rows, numbers, chosen, out, folder, bar, workers, measure)
             summary |= summarise(found)
-            made += tables_of(summary, table_rows, numbers, " and ".join(f"Table {t}" for t in TARGETS[target][0]))
+            made += tables_of(summary, table_rows, numbers, TARGETS[target].title)
             sentences += gap_sentences(summary)
+            curves += cost_curves(summary, table_rows)
             grids["figure3.png"] = _pictures(found, out)
         if alike_rows := _rows_measured(MARK, target, rows):
             folder = _results(results, budget, MARK)
@@ -238,6 +277,15 @@ def reproduce(
             summary["figure2"] = summarise_alike(found)
             made.append(alike_table(summary["figure2"], alike_rows, numbers))
             grids["figure2.png"] = _alike_grid(numbers, out)
+        if "layers" in TARGETS[target].studies:
+            aligned = _alignment(numbers, table_rows)
+            summary["alignment"] = {
+                "power": aligned.power.tolist(),
+                "cosine": aligned.cosine.tolist(),
+                "errors": aligned.errors,
+            }
+            made.append(alignment_table(aligned, _ALIGNMENT_SCENES))
+            curves += alignment_curves(aligned)
         text = "\n\n".join([*map(to_markdown, made), *sentences])
         write_atomic(out / "tables.md", text + "\n")
         write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, made)) + "\n")
@@ -248,5 +296,5 @@ def reproduce(
         command = f"refine-control reproduce {target} --budget {budget} --seeds {len(chosen)}"
         facts = {"budget": budget, "results": str(results / budget), "command": command}
         title = "; ".join(table.caption for table in made if table.caption != DIFFERENCES)
-        write_report(out / "report.html", ReportData(title, sentences, facts, made, list(drawn.values())))
+        write_report(out / "report.html", ReportData(title, sentences, facts, made, list(drawn.values()), curves))
     return Reproduced(text, summary, out)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refine_control.comparison import Budget, Row
+from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.distances import set_difference, set_interval
 from refine_control.evaluation.feature_metrics import SET_METRICS, metric_notes
 from refine_control.evaluation.report import Table
@@ -18,6 +19,7 @@ from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, pai
 from refine_control.evaluation.tables import HEADINGS, cell, digits
 
 DIFFERENCES = "Row minus ours"
+COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step")
 OURS, TEACHER, BASELINE = "ours", "teacher", "fc"
 _SHOWN = ("psnr_region", "psnr", "ssim", "lpips", "colour", "shape", "both", "scene_perceptual")
 
@@ -26,6 +28,16 @@ def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
     """(S, N) of one row; (N,) of a row without seeds."""
     values = np.stack([r.scores[metric] for r in results])
     return values[0] if len(values) == 1 else values
+
+
+def _common_seeds(
+    left: Sequence[RowResult], right: Sequence[RowResult]
+) -> tuple[Sequence[RowResult], Sequence[RowResult]]:
+    """The results of both for the training seeds that both have; one that was never trained stands beside them all."""
+    if not left[0].facts.get("steps"):
+        return left, right
+    seeds = {r.seed for r in left} & {r.seed for r in right}
+    return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
 
 
 def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
@@ -44,13 +56,18 @@ def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
             | {m: set_interval(sets[key][m], BOOTSTRAP_SEED).as_json() for m in of_sets},
         }
         if key != OURS and OURS in found:
+            own, ours = _common_seeds(results, found[OURS])
             row["minus_ours"] = {
-                m: paired_difference(values[key][m], values[OURS][m], BOOTSTRAP_SEED).as_json() for m in metrics
-            } | {m: set_difference(sets[key][m], sets[OURS][m], BOOTSTRAP_SEED).as_json() for m in of_sets}
+                m: paired_difference(_stacked(own, m), _stacked(ours, m), BOOTSTRAP_SEED).as_json() for m in metrics
+            } | {
+                m: set_difference([r.sets[m] for r in own], [r.sets[m] for r in ours], BOOTSTRAP_SEED).as_json()
+                for m in of_sets
+            }
         out["rows"][key] = row
     if {OURS, TEACHER, BASELINE} <= set(found):
         for m in ("psnr_region", "both"):
-            parts = [values[k][m] for k in (TEACHER, BASELINE, OURS)]
+            fc, ours = _common_seeds(found[BASELINE], found[OURS])
+            parts = [values[TEACHER][m], _stacked(fc, m), _stacked(ours, m)]
             if m in metrics and np.mean(parts[0]) != np.mean(parts[1]):
                 out["gap_closed"][m] = gap_closed(*parts, seed=BOOTSTRAP_SEED).as_json()
     return out
@@ -64,9 +81,14 @@ def quality(summary: Mapping[str, Any], rows: Mapping[str, Row], title: str, not
         paper = rows[key].paper or {}
         beside = [f"{paper[m]:g}" if m in paper else "" for m in ("psnr", "ssim")]
         cells = [cell(row["mean"][m], digits(m)) for m in metrics]
-        lines.append([rows[key].title, str(len(row["seeds"])), *cells, *beside])
-    columns = ["row", "seeds", *(HEADINGS[m] for m in metrics), "paper's PSNR", "paper's SSIM"]
+        lines.append([rows[key].title, str(len(row["seeds"])), *_cost_cells(row["facts"][0]), *cells, *beside])
+    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in metrics), "paper's PSNR", "paper's SSIM"]
     return Table(title, columns, lines, notes)
+
+
+def _cost_cells(facts: Mapping[str, Any]) -> list[str]:
+    told = [(facts.get("num_layers"), "d"), (facts.get("num_params"), ",d"), (facts.get("gflops_step"), ".3f")]
+    return ["" if value is None else format(value, spec) for value, spec in told]
 
 
 def differences(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
@@ -79,6 +101,24 @@ def differences(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
     ]
     note = "Paired by scene and seed. An interval with zero inside is no evidence of a difference."
     return Table(DIFFERENCES, ["row", *(HEADINGS[m] for m in metrics)], lines, [note])
+
+
+def cost_curves(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Curve]:
+    """Quality against cost: ours and the same with other counts of layers, and the teacher."""
+    chosen = [key for key, row in rows.items() if key == OURS or "layers" in row.studies]
+    if len(chosen) < 3:
+        return []
+    by_cost = sorted(chosen, key=lambda key: summary["rows"][key]["facts"][0]["gflops_step"])
+    out = []
+    for metric in ("psnr_region", "both"):
+        if metric not in summary["metrics"]:
+            continue
+        lines = {}
+        for name, keys in (("students", by_cost), ("teacher", [TEACHER])):
+            found = [summary["rows"][key] for key in keys]
+            lines[name] = ([r["facts"][0]["gflops_step"] for r in found], [r["mean"][metric]["mean"] for r in found])
+        out.append(Curve(f"{HEADINGS[metric]} against cost", lines, x_label="GFLOP of a denoising step"))
+    return out
 
 
 def gap_sentences(summary: Mapping[str, Any]) -> list[str]:

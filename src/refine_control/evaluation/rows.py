@@ -27,8 +27,10 @@ from refine_control.errors import InvalidInputError
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.evaluate import Scores, compare, in_precision, read_test
 from refine_control.evaluation.feature_metrics import load_networks
+from refine_control.evaluation.model_cost import counted_cost
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.backbone import Backbone
+from refine_control.models.controlnet import ControlNet
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import MANIFEST, write_atomic
@@ -148,7 +150,7 @@ def train_row(
     return TrainedRow(student, stages, seconds)
 
 
-def row_model(trained: TrainedRow, budget: Budget) -> tuple[Backbone, Any]:
+def row_model(trained: TrainedRow, budget: Budget) -> tuple[Backbone, ControlNet]:
     """The backbone and the row's ControlNet (the teacher where it trains none), in the budget's precision."""
     backbone = load_backbone("mini")
     controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
@@ -156,11 +158,14 @@ def row_model(trained: TrainedRow, budget: Budget) -> tuple[Backbone, Any]:
     return backbone, controlnet
 
 
-def facts_of(row: Row, budget: Budget, trained: TrainedRow) -> dict[str, Any]:
-    """Steps, seconds and machine of a row."""
+def facts_of(
+    row: Row, budget: Budget, trained: TrainedRow, backbone: Backbone, controlnet: ControlNet
+) -> dict[str, Any]:
+    """Steps, seconds and machine of a row, and what its ControlNet costs."""
     import torch
 
     return {
+        **counted_cost(backbone, controlnet)._asdict(),
         "steps": budget.steps if row.stages else 0,
         "training_seconds": round(trained.seconds, 1),
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
@@ -189,7 +194,7 @@ def run_row(
     folder = out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "images.npy", result.images[key][:64])
-    facts = facts_of(row, budget, trained) | {"seconds_per_image": round(result.seconds[key], 4)}
+    facts = facts_of(row, budget, trained, backbone, controlnet) | {"seconds_per_image": round(result.seconds[key], 4)}
     return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], result.sets[key], facts)
 
 

@@ -1,0 +1,104 @@
+"""What a student of S layers must lose, seen from the teacher alone: how alike are neighbouring residuals?
+
+Every layer of a student feeds its whole group of sites with one residual. The best it can do in Eq. 5's sense is the
+group's mean; what is left, sum_s E |f_T^s - mean of its group|^2, no training removes.
+"""
+
+# N pictures, T teacher layers, S student layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from refine_control import flow
+from refine_control.data.records import Photo
+from refine_control.evaluation.curves import Curve
+from refine_control.evaluation.report import Table
+from refine_control.injection import groups, layer_of_site
+from refine_control.models.backbone import Backbone, masked_pixels
+from refine_control.models.controlnet import control_cond, control_residuals
+from refine_control.randomness import slot_normals
+
+
+class Alignment(NamedTuple):
+    """Statistics of a teacher's residuals f_T^s over pictures and noise levels."""
+
+    power: np.ndarray
+    """(T,) E |f_T^s|^2, mean over elements."""
+    cosine: np.ndarray
+    """(T - 1,) of neighbours, mean over pictures."""
+    errors: dict[int, float]
+    """By S: the error that no student of S layers avoids, as a share of sum_s E |f_T^s|^2."""
+
+
+@torch.no_grad()
+def teacher_alignment(
+    backbone: Backbone,
+    controlnet: Any,
+    photos: Sequence[Photo],
+    layers: Sequence[int],
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Alignment:
+    """Measures a teacher (its parameters' dtype) at one training-like sigma and noise for each photo.
+
+    Sigmas are logit-normal, shifted as the scheduler says. Raises ValueError for a count of layers not in 1..sites."""
+    sites = backbone.num_blocks - 1
+    feeds = layer_of_site(len(controlnet.controlnet_blocks), sites)
+    count, power, cosine = 0, np.zeros(sites), np.zeros(sites - 1)
+    errors = dict.fromkeys(layers, 0.0)
+    for first in range(0, len(photos), batch_size):
+        part = photos[first : first + batch_size]
+        residuals = _residuals(backbone, controlnet, part, seed, first)
+        at_sites = torch.stack([residuals[layer].float() for layer in feeds], 1).flatten(2)  # (n, sites, N D)
+        power += at_sites.square().mean(2).sum(0).numpy()
+        cosine += torch.cosine_similarity(at_sites[:, 1:], at_sites[:, :-1], dim=2).sum(0).numpy()
+        for layer_count in layers:
+            for group in groups(layer_count, sites):
+                spread = at_sites[:, group] - at_sites[:, group].mean(1, keepdim=True)
+                errors[layer_count] += float(spread.square().mean(2).sum())
+        count += len(part)
+    return Alignment(power / count, cosine / count, {s: error / float(power.sum()) for s, error in errors.items()})
+
+
+def alignment_table(found: Alignment, pictures: int) -> Table:
+    """A row for each count of layers."""
+    rows = [[str(layers), f"{100 * error:.1f}"] for layers, error in found.errors.items()]
+    notes = [
+        f"Of the teacher's residuals alone, over {pictures} scenes at training's noise levels: the sum over sites of "
+        "E |f_T^s - mean of its group|^2 as a share of E |f_T^s|^2. No training of the student removes it. Cosine of "
+        f"neighbouring residuals: {found.cosine.min():.2f} to {found.cosine.max():.2f}, mean {found.cosine.mean():.2f}."
+    ]
+    return Table("What sharing a residual loses", ["layers", "unavoidable error %"], rows, notes)
+
+
+def alignment_curves(found: Alignment) -> list[Curve]:
+    """Over the sites: how strong each teacher residual is, and how like the next."""
+    sites = np.arange(len(found.power))
+    return [
+        Curve("Power of the teacher's residuals", {"E |f|^2": (sites, found.power)}, log_y=True, x_label="site"),
+        Curve("Cosine of neighbouring residuals", {"cosine": (sites[:-1], found.cosine)}, x_label="site"),
+    ]
+
+
+def _residuals(
+    backbone: Backbone, controlnet: Any, photos: Sequence[Photo], seed: int, first: int
+) -> list[torch.Tensor]:
+    """(n, tokens, width) of each layer, on the CPU."""
+    device = backbone.transformer.device
+    pixels = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mask = torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
+    latents = backbone.encode_images(pixels.to(device)).float()
+    masked = backbone.encode_images(masked_pixels(pixels, mask).to(device)).float()
+    slots = range(first, first + len(photos))
+    noise = slot_normals(latents.shape[1:], slots, seed, "alignment noise").to(device)
+    levels = slot_normals((), slots, seed, "alignment sigmas")
+    sigmas = flow.logit_normal_sigmas(levels, shift=backbone.shift).to(device)
+    prompts, _ = backbone.encode_prompts([p.prompt for p in photos])
+    noisy, cond = flow.interpolate(latents, noise, sigmas), control_cond(masked, mask.to(device))
+    residuals = control_residuals(controlnet, noisy, sigmas, prompts, cond, backbone.pooled_width)
+    return [residual.cpu() for residual in residuals]
