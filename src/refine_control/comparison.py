@@ -72,7 +72,7 @@ def read_rows() -> dict[str, Row]:
 
 
 def stage_steps(row: Row, steps: int) -> dict[str, int]:
-    """The updates of each stage: the shares of `steps`, at least one each, the last stage taking what rounding leaves."""
+    """Updates of each stage: the shares of `steps`, at least one each; the last stage takes what rounding leaves."""
     names, given = list(row.stages), 0
     out = {}
     for name in names:

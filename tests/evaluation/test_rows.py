@@ -84,7 +84,8 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
         "fc_plain",
         "fc_random",
         "ours",
-        "ours_completed",
+        "inherit",
+        "fc_inherit",
     ]
     assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of(TARGETS["table3"]))
     assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
