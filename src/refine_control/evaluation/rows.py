@@ -85,7 +85,7 @@ def row_mark(
 ) -> str:
     """The hash that tells whether two results are of the same row: recipes, budget, model, format, what is measured."""
     recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, settings or {}, seed).values()]
-    shared = budget.model_dump(mode="json", exclude={"train_seeds"})
+    shared = budget.model_dump(mode="json", exclude={"train_seeds"}, exclude_defaults=True)
     told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(), measured]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
