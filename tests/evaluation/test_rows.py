@@ -72,7 +72,8 @@ def test_a_table_of_known_numbers():
     assert summary["rows"]["ours"]["mean"]["psnr_region"]["mean"] == pytest.approx(scenes.mean() + 3)
     minus = summary["rows"]["fc"]["minus_ours"]["both"]
     assert (minus["mean"], minus["low"], minus["high"], minus["excludes_zero"]) == pytest.approx((-3, -3, -3, True))
-    assert summary["gap_closed"]["psnr_region"]["mean"] == pytest.approx(0.75)
+    assert summary["gap_closed"]["ours"]["psnr_region"]["mean"] == pytest.approx(0.75)
+    assert "teacher" not in summary["gap_closed"]
     assert "minus_ours" not in summary["rows"]["ours"]
 
 

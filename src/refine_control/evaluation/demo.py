@@ -1,7 +1,8 @@
 """`refine-control demo`: the main job from rendered scenes to a report, with the verbs everybody uses.
 
 scenes -> shards -> caches -> Student_fc and the two stages of ours (same initialisation, samples a step and
-steps) -> evaluation of both beside the teacher -> report. Nothing is precomputed but the mini bundle.
+steps; both begin from the teacher's layers, which docs/results.md holds against the paper's start) -> evaluation of
+both beside the teacher -> report. Nothing is precomputed but the mini bundle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
-from refine_control.evaluation.rows import prepare_data, sampler_of, train_row
+from refine_control.evaluation.rows import prepare_data, reads_completions, sampler_of, train_row
+from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
@@ -32,6 +34,11 @@ from refine_control.storage import only_writer
 from refine_control.training.run import fast_precision, training_device
 
 Progress = Callable[[int, int, str], None]
+
+
+SHOWN = {"fc": "fc_inherit", "ours": "inherit"}
+"""The students by the names they are shown under, and their rows of rows.yaml."""
+_STAGES = ("inherit_stage1", "inherit_stage2")
 
 
 class Demonstrated(NamedTuple):
@@ -46,11 +53,11 @@ def _curves(stages: dict[str, Path]) -> list[Curve]:
     """Loss curves: the task loss of fc and stage 1; output and feature losses of both stages, ours."""
     logs = {name: read_metrics_jsonl(folder / "metrics.jsonl") for name, folder in stages.items()}
     curves = [
-        Curve("Task loss, Eq. 3", {n: logs[n]["task_loss"] for n in ("fc", "ours_stage1")}, log_y=True),
+        Curve("Task loss, Eq. 3", {n: logs[n]["task_loss"] for n in ("fc_inherit", _STAGES[0])}, log_y=True),
     ]
     for term, title in (("output_loss", "Output loss, Eq. 4"), ("feature_loss", "Feature loss, Eq. 5")):
-        curves.append(Curve(title, {n: logs[n][term] for n in ("ours_stage1", "ours_stage2")}, log_y=True))
-    layers = {k.split("/")[1]: v for k, v in logs["ours_stage1"].items() if k.startswith("feature_losses/")}
+        curves.append(Curve(title, {n: logs[n][term] for n in _STAGES}, log_y=True))
+    layers = {k.split("/")[1]: v for k, v in logs[_STAGES[0]].items() if k.startswith("feature_losses/")}
     curves.append(Curve("Feature loss by student layer, stage 1", layers, log_y=True))
     return curves
 
@@ -62,11 +69,12 @@ def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> l
         f"A ControlNet of {teacher.num_layers} layers was distilled into {ours.num_layers}: "
         f"{teacher.num_params / ours.num_params:.2f} times fewer parameters, "
         f"{teacher.gflops_step / ours.gflops_step:.2f} times fewer operations in a denoising step.",
-        f"Both students saw {budget.steps} steps of {budget.batch_size} samples from the same initialisation; "
-        f"fc learned from {budget.labeled} labelled scenes, ours from the same and from {budget.unlabeled} without "
-        "pixels in their holes.",
+        f"Both students saw {budget.steps} steps of {budget.batch_size} samples from the same initialisation, twelve "
+        f"of the teacher's own layers; fc learned from {budget.labeled} labelled scenes, ours from the same and from "
+        f"{budget.unlabeled} without pixels in their holes.",
     ]
-    pair = summary["paired_differences"]["ours - fc"]
+    differences = summary["paired_differences"]
+    pair = differences["ours - fc"]
     for metric, unit in (("psnr_region", "dB of region PSNR"), ("both", "points of obedience (colour and shape)")):
         d = pair[metric]
         verdict = "excludes zero" if d["excludes_zero"] else "does not exclude zero"
@@ -74,7 +82,7 @@ def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> l
             f"Ours against fc: {d['mean']:+.2f} {unit}, 95 % interval [{d['low']:+.2f}, {d['high']:+.2f}], "
             f"which {verdict}."
         )
-    return out
+    return out + [s for name in SHOWN for s in signatures(name, differences[f"{TEACHER} - {name}"])]
 
 
 def run_demo(
@@ -86,11 +94,11 @@ def run_demo(
     Raises what the verbs raise."""
     precision = fast_precision(training_device())
     numbers = read_budget(budget, steps).model_copy(update={"precision": precision})
-    rows = read_rows()
+    rows = {name: read_rows()[key] for name, key in SHOWN.items()}
     tell = bar or (lambda label: None)
     with only_writer(out):
-        prepare_data(numbers, out, tell)
-        trained = {key: train_row(key, rows[key], numbers, out, seed, tell) for key in ("fc", "ours")}
+        prepare_data(numbers, out, tell, reads_completions(rows.values(), numbers))
+        trained = {name: train_row(name, row, numbers, out, seed, tell) for name, row in rows.items()}
         seconds = {key: each.seconds for key, each in trained.items()}
         photos = read_test(out / "scenes" / "test")
         sampler = sampler_of(numbers)

@@ -28,6 +28,7 @@ from refine_control.evaluation.model_cost import ModelCost, model_costs
 from refine_control.evaluation.obedience import load_classifier, obedience
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
+from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, bootstrap_mean, gap_closed, paired_difference
 from refine_control.evaluation.tables import HEADINGS, OBEYED, cost_table, difference_table, quality_table
 from refine_control.models.backbone import Backbone
@@ -255,7 +256,7 @@ def evaluate(
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
         summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
-        report = write_results(
-            out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, networks=networks
-        )
+        title = f"Evaluation on {test.name}"
+        told = [s for n in students for s in signatures(n, summary["paired_differences"][f"{TEACHER} - {n}"])]
+        report = write_results(out, title, photos, result, summary, costs, facts, networks=networks, sentences=told)
     return {**summary, "not_computed": list(networks.missing.values()), "report": str(report)}

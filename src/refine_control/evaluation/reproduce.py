@@ -34,11 +34,10 @@ from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.row_tables import (
     BASELINE,
-    DIFFERENCES,
     OURS,
     TEACHER,
     cost_curves,
-    gap_sentences,
+    findings,
     summarise,
     tables_of,
 )
@@ -53,6 +52,7 @@ from refine_control.evaluation.rows import (
     run_row,
     write_row,
 )
+from refine_control.evaluation.signatures import prompt_signature
 from refine_control.evaluation.tables import to_latex, to_markdown
 from refine_control.models.loading import load_backbone
 from refine_control.randomness import derive_seed
@@ -259,7 +259,7 @@ def reproduce(
     chosen = seeds or numbers.train_seeds
     summary: dict[str, Any] = {"budget": numbers.model_dump(mode="json")}
     made: list[Table] = []
-    sentences: list[str] = []
+    told: list[str] = []
     grids: dict[str, PictureGrid | None] = {}
     curves: list[Curve] = []
     with only_writer(out):
@@ -268,7 +268,7 @@ def reproduce(
             found = collect(table_rows, numbers, chosen, out, folder, bar, workers, measure)
             summary |= summarise(found)
             made += tables_of(summary, table_rows, numbers, TARGETS[target].title)
-            sentences += gap_sentences(summary)
+            told += findings(summary, table_rows)
             curves += cost_curves(summary, table_rows)
             grids["figure3.png"] = _pictures(found, out)
         if alike_rows := _rows_measured(MARK, target, rows):
@@ -276,6 +276,8 @@ def reproduce(
             found = collect(alike_rows, numbers, chosen, out, folder, bar, workers, run_alike, MARK)
             summary["figure2"] = summarise_alike(found)
             made.append(alike_table(summary["figure2"], alike_rows, numbers))
+            for key, row in summary["figure2"]["rows"].items():
+                told += prompt_signature(alike_rows[key].title, row["global_minus_local"])
             grids["figure2.png"] = _alike_grid(numbers, out)
         if "layers" in TARGETS[target].studies:
             aligned = _alignment(numbers, table_rows)
@@ -286,7 +288,7 @@ def reproduce(
             }
             made.append(alignment_table(aligned, _ALIGNMENT_SCENES))
             curves += alignment_curves(aligned)
-        text = "\n\n".join([*map(to_markdown, made), *sentences])
+        text = "\n\n".join(map(to_markdown, made))
         write_atomic(out / "tables.md", text + "\n")
         write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, made)) + "\n")
         write_json(out / "tables.json", summary)
@@ -295,6 +297,6 @@ def reproduce(
             write_atomic(out / name, picture_grid(grid))
         command = f"refine-control reproduce {target} --budget {budget} --seeds {len(chosen)}"
         facts = {"budget": budget, "results": str(results / budget), "command": command}
-        title = "; ".join(table.caption for table in made if table.caption != DIFFERENCES)
-        write_report(out / "report.html", ReportData(title, sentences, facts, made, list(drawn.values()), curves))
+        title = TARGETS[target].title + " on the mini model"
+        write_report(out / "report.html", ReportData(title, told, facts, made, list(drawn.values()), curves))
     return Reproduced(text, summary, out)

@@ -1,0 +1,43 @@
+"""A failure is told where its interval excludes zero, by its own sentence, and nothing is told of a good student."""
+
+import pytest
+
+from refine_control.evaluation.signatures import prompt_signature, signatures, stage_signature
+
+
+def behind(excludes: bool = True, **means: float):
+    return {m: {"mean": v, "low": v - 0.1, "high": v + 0.1, "excludes_zero": excludes} for m, v in means.items()}
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ({"psnr": 5.4, "psnr_region": 2.0}, "what ought to be kept changes"),
+        ({"psnr": 0.5, "psnr_region": 3.0}, "the mask is hardly heeded"),
+        ({"both": 35.0, "psnr": 2.0, "psnr_region": 2.0, "ssim": 0.2}, "obeys 35 points less"),
+        ({"both": 3.0, "ssim": 0.08, "psnr": 1.0, "psnr_region": 1.0}, "blurry or incoherent"),
+    ],
+)
+def test_each_failure_has_its_sentence(lacks, says):
+    (told,) = signatures("ours", behind(**lacks))
+    assert says in told
+    assert told.startswith("ours ")
+
+
+@pytest.mark.parametrize("lacks", [{"psnr": 0.4, "psnr_region": 0.4, "both": 2.0, "ssim": 0.01}, {"both": -20.0}, {}])
+def test_a_good_student_has_none(lacks):
+    assert signatures("ours", behind(**lacks)) == []
+
+
+def test_what_is_not_told_from_zero_is_not_told():
+    assert signatures("ours", behind(False, psnr=5.4, psnr_region=2.0, both=30.0, ssim=0.2)) == []
+    assert stage_signature(behind(False, both=20.0)) == []
+    assert prompt_signature("ours", behind(False, interference=30.0)) == []
+
+
+def test_a_second_stage_that_harms_and_a_global_prompt_that_confuses():
+    (told,) = stage_signature(behind(psnr_region=0.7, both=16.0, psnr=3.0))
+    assert "0.7 dB and 16.0 points" in told
+    assert stage_signature(behind(psnr_region=-0.7)) == []
+    assert "22 points more often" in prompt_signature("the teacher", behind(interference=22.0))[0]
+    assert prompt_signature("the teacher", behind(interference=4.0)) == []
