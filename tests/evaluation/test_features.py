@@ -437,12 +437,12 @@ def test_scene_perceptual_is_of_pairs():
 def test_metrics_whose_weights_are_not_here_are_named_and_left_out(no_cache):
     networks = load_networks()
     assert (networks.lpips, networks.inception, networks.clip, networks.classifier) == (None, None, None, None)
-    assert set(networks.missing) == {"LPIPS", "FID and KID", "CMMD"}
+    assert set(networks.missing) == {"LPIPS", "FID and KID", "CMMD", "CLIP score"}
     for sentence, file in ((networks.missing["FID and KID"], "pt_inception"), (networks.missing["LPIPS"], "alexnet")):
         assert f"not computed: needs {file}" in sentence
     pictures, masks = np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 64, 64), bool)
     assert see(networks, pictures, masks) == {}
-    assert pair_scores(networks, pictures, pictures, ({}, {})) == {}
+    assert pair_scores(networks, [], pictures, ({}, {})) == {}
     assert metric_notes(["psnr"], 2) == []
     assert "biased upward by much" in metric_notes(["psnr", "fid"], 2)[0]
 

@@ -71,11 +71,13 @@ def score(
         "ssim": metrics.ssim(reference, painted),
         "ssim_composited": metrics.ssim(reference, composited),
     }
+    if (~masks).any((1, 2)).all():
+        out["psnr_kept"] = metrics.psnr(reference, painted, ~masks)
     inner = masks[:, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS]
     if inner.any((1, 2)).all():
         out["ssim_region"] = metrics.ssim(reference, painted, masks)
     seen = seen or (see(networks, reference, masks), see(networks, painted, masks))
-    out |= pair_scores(networks, reference, painted, seen)
+    out |= pair_scores(networks, photos, painted, seen)
     if networks.classifier is not None:
         colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
         obeyed = obedience(networks.classifier, painted, masks, colour, shape)

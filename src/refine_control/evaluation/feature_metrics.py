@@ -8,7 +8,7 @@ The scene distances look through the mini model's own oracle and stand under the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refine_control.data.records import Photo
 from refine_control.errors import MissingError
 from refine_control.evaluation import features, scene_features
 from refine_control.evaluation.distances import (
@@ -32,6 +33,7 @@ from refine_control.evaluation.features import weights as published
 from refine_control.evaluation.features.weights import folder_with
 from refine_control.evaluation.metrics import Images, Mask, PerImage
 from refine_control.evaluation.obedience import Classifier
+from refine_control.evaluation.region_clip import clip_scores, prompts_asked
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class FeatureNetworks:
     lpips: features.Lpips | None = None
     inception: features.Inception | None = None
     clip: CLIPVisionModelWithProjection | None = None
+    clip_text: features.ClipText | None = None
     missing: dict[str, str] = field(default_factory=dict)
     """By metric: `FID and KID not computed: needs FILE, ...`."""
 
@@ -87,6 +90,7 @@ def load_networks(weights: Path | None = None, classifier: Classifier | None = N
         "lpips": ("LPIPS", lambda: features.load_lpips(trunk, heads)),
         "inception": ("FID and KID", lambda: features.load_inception(inception)),
         "clip": ("CMMD", lambda: features.load_clip(clip)),
+        "clip_text": ("CLIP score", lambda: features.load_clip_text(clip)),
     }
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
@@ -111,14 +115,19 @@ def see(networks: FeatureNetworks, images: Images, masks: Mask) -> Seen:
 
 
 def pair_scores(
-    networks: FeatureNetworks, reference: Images, painted: Images, seen: tuple[Seen, Seen]
+    networks: FeatureNetworks, photos: Sequence[Photo], painted: Images, seen: tuple[Seen, Seen]
 ) -> dict[str, PerImage]:
-    """LPIPS and the scene distance of each pair, (N,), where their networks are; `seen` of reference and painted."""
+    """LPIPS, the scene distance and CLIP's obedience of each picture, (N,), where their networks are.
+
+    `seen` is what `see` made of the photos and of the painted pictures, (N, H, W, 3) uint8."""
     out: dict[str, PerImage] = {}
     if networks.lpips is not None:
-        out["lpips"] = features.lpips(networks.lpips, reference, painted)
+        out["lpips"] = features.lpips(networks.lpips, np.stack([p.image for p in photos]), painted)
     if networks.classifier is not None:
         out["scene_perceptual"] = scene_features.scene_perceptual(seen[0][SCENE], seen[1][SCENE])
+    if networks.clip is not None and networks.clip_text is not None:
+        masks = np.stack([p.mask for p in photos])
+        out |= clip_scores(networks.clip, networks.clip_text, painted, masks, prompts_asked(photos))
     return out
 
 
@@ -138,6 +147,11 @@ def metric_notes(metrics: Iterable[str], count: int) -> list[str]:
         out += [f"FID and KID x 1000: Inception of 2015, 2048 features. {bias_note(count)}"]
     if "cmmd" in shown:
         out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, sigma 10, times 1000."]
+    if "clip_local" in shown:
+        out += [
+            "CLIP scores: 100 cosines of the square around the mask with the region's own prompt, the photograph's "
+            "global one, and that of another of its regions; the same CLIP as CMMD's."
+        ]
     if "lpips" in shown:
         out += ["LPIPS: AlexNet, version 0.1, pictures at their own size."]
     if shown & {"scene_perceptual", "scene_frechet", "scene_mmd"}:

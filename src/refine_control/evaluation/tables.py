@@ -11,6 +11,7 @@ from refine_control.evaluation.report import Table
 HEADINGS = {
     "psnr": "PSNR dB",
     "psnr_region": "PSNR region dB",
+    "psnr_kept": "PSNR kept dB",
     "psnr_composited": "PSNR composited dB",
     "ssim": "SSIM",
     "ssim_region": "SSIM region",
@@ -19,6 +20,9 @@ HEADINGS = {
     "shape": "shape obeyed %",
     "both": "both obeyed %",
     "interference": "another object's %",
+    "clip_local": "CLIP local",
+    "clip_global": "CLIP global",
+    "clip_other": "CLIP other (less)",
     "lpips": "LPIPS (less)",
     "fid": "FID (less)",
     "kid": "KID x 1000 (less)",
