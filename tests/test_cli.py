@@ -32,7 +32,7 @@ ANNOTATING = [
 VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
-    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--prompts", "out", "shards"],
+    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "out", "shards"],
     "cost": ["--controlnet", JSON, "--model"],
     "data annotate": [
         *(
@@ -49,7 +49,7 @@ VERBS = {
         *("--per-photo", SEED, "--shape", "out", "source"),
     ],
     "data build": [
-        *(*ANNOTATING, DRY, "--format", JSON, "--limit", SEED, "--size", "--test-fraction"),
+        *(*ANNOTATING, "--buckets", DRY, "--format", JSON, "--limit", SEED, "--size", "--test-fraction"),
         *("--unlabeled-fraction", "out", "source"),
     ],
     "data download": [DRY, JSON, "out", "urls"],
@@ -78,9 +78,10 @@ VERBS = {
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
-    "mini train": ["--check", DRY, "--from", JSON, "--out", SEED, "--stage"],
+    "mini train": ["--check", DRY, "--from", JSON, "--out", "--photos", SEED, "--stage", "--world"],
     "reproduce": [
-        *("--budget", DRY, JSON, "--out", "--results", "--row", "--seeds", "--weights", "--workers", "target"),
+        *("--budget", DRY, JSON, "--model", "--out", "--photos", "--results", "--row", "--seeds", "--weights"),
+        *("--workers", "target"),
     ],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
 }

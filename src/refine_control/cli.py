@@ -20,11 +20,12 @@ from refine_control.cli_options import (
     Model,
     Scale,
     Seed,
+    SmallPhotos,
     Steps,
     make_app,
 )
 from refine_control.cli_output import named_folders, progress_bar, show
-from refine_control.errors import MissingError
+from refine_control.errors import InvalidInputError, MissingError
 
 app = make_app(help="Make big ControlNets small, and prove what was lost.")
 mini_app = make_app(help="The miniature SD3 that ships with the package.")
@@ -63,7 +64,11 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
-    results: Annotated[Path, typer.Option(help="Finished rows, read and written.")] = Path("results/mini"),
+    results: Annotated[
+        Path | None, typer.Option(help="Finished rows, read and written; results/mini or results/photos.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="mini, or the bundle of photographs.")] = "mini",
+    photos: SmallPhotos = None,
     workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
     weights: MetricWeights = None,
     dry_run: DryRun = False,
@@ -73,18 +78,16 @@ def reproduce(
     from refine_control.comparison import read_budget
     from refine_control.evaluation.reproduce import plan
     from refine_control.evaluation.reproduce import reproduce as run
+    from refine_control.evaluation.rows import Comparison
 
-    chosen = list(range(seeds)) if seeds else read_budget(budget).train_seeds
+    if (model == "mini") != (photos is None):
+        raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`, and --model --photos")
+    comparison = Comparison(read_budget(budget), out, model, photos, weights)
+    rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
+    folder = (results or Path("results/photos" if photos else "results/mini")) / budget
     if dry_run:
-        return show(plan(target, budget, chosen, row or (), results), as_json)
-    places: dict[str, Any] = {
-        "out": out,
-        "results": results,
-        "bar": progress_bar,
-        "workers": workers,
-        "weights": weights,
-    }
-    made = run(target, budget=budget, seeds=chosen, rows=row or (), **places)
+        return show(plan(target, comparison, chosen, rows, folder), as_json)
+    made = run(target, comparison, seeds=chosen, rows=rows, results=folder, bar=progress_bar, workers=workers)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
 
 
@@ -184,7 +187,9 @@ def mini_train(
     out: Annotated[Path, typer.Option(help="The bundle lands in OUT/bundle.")] = Path("runs/mini"),
     seed: Seed = 0,
     stage: Annotated[list[str] | None, typer.Option(help="NAME or NAME=STEPS; all stages by default.")] = None,
-    check: Annotated[int, typer.Option(min=0, help="Scenes to measure the result on; 0: none.")] = 1000,
+    world: Annotated[Literal["scenes", "photos"], typer.Option(help="What it is trained on.")] = "scenes",
+    photos: SmallPhotos = None,
+    check: Annotated[int, typer.Option(min=0, help="Pictures to measure the result on; 0: none.")] = 1000,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -192,12 +197,17 @@ def mini_train(
     from refine_control.training.stages import named_stages
 
     stages = named_stages(stage or [])
+    if (world == "photos") != (photos is not None):
+        raise InvalidInputError("--world photos needs --photos FOLDER, and --photos needs --world photos")
     if dry_run:
-        return show({"verb": "mini train", "from": source, "out": out, "seed": seed, "stages": stages}, as_json)
+        planned = {"verb": "mini train", "world": world, "from": source, "out": out, "seed": seed, "stages": stages}
+        return show(planned, as_json)
     from refine_control.training.bundle import make_bundle
+    from refine_control.training.worlds import PhotoWorld, SceneWorld
 
     bar = progress_bar("mini train")
-    show(make_bundle(out, seed, start=source, stages=stages, count=check, progress=bar), as_json)
+    trained_on = PhotoWorld(photos, bar) if photos else SceneWorld()
+    show(make_bundle(out, seed, start=source, stages=stages, count=check, world=trained_on, progress=bar), as_json)
 
 
 @mini_app.command("check")

@@ -27,6 +27,10 @@ MetricWeights = Annotated[
         exists=True, file_okay=False, help="Folder with the networks of FID, LPIPS, CMMD; looked for in caches else."
     ),
 ]
+SmallPhotos = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Tars of small photographs with category and box."),
+]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
 Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]

@@ -7,11 +7,12 @@ import pytest
 
 from refine_control.comparison import read_budget
 from refine_control.data.vocabulary import COLOURS, SHAPES
-from refine_control.evaluation import reproduce as module
-from refine_control.evaluation.alike import alike_photos, alike_scores
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation import collect as collecting
+from refine_control.evaluation.alike import alike_photos, alike_scores, summarise_alike
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.reproduce import plan, reproduce
-from refine_control.evaluation.rows import RowResult
+from refine_control.evaluation.rows import Comparison, RowResult
 from refine_control.models.mini import BUNDLE
 
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 3, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -67,7 +68,7 @@ def result(key: str, local: float, others: float) -> RowResult:
 
 def test_a_table_of_known_numbers():
     found = {"teacher": [result("teacher", 90, 5)], "ours": [result("ours", 70, 10), result("ours", 80, 10)]}
-    summary = module.summarise_alike(found)["rows"]
+    summary = summarise_alike(found)["rows"]
     assert summary["ours"]["mean"]["local both"]["mean"] == pytest.approx(75)
     assert summary["ours"]["global_minus_local"]["both"]["mean"] == pytest.approx(-10)
     assert summary["teacher"]["global_minus_local"]["interference"]["excludes_zero"]
@@ -75,16 +76,21 @@ def test_a_table_of_known_numbers():
 
 @pytest.mark.slow
 def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
-    places = {"out": tmp_path / "runs", "results": tmp_path / "results"}
-    todo = plan("figure2", "tiny", [0], (), places["results"])["rows"]
+    here, results = Comparison(BUDGET, tmp_path / "runs"), tmp_path / "results"
+    todo = plan("figure2", here, [0], (), results)["rows"]
     assert todo == dict.fromkeys(["alike/teacher-0", "alike/fc-0", "alike/ours-0"], "to do")
-    made = reproduce("figure2", budget="tiny", bar=lambda label: None, **places)
-    assert set(plan("figure2", "tiny", [0], (), places["results"])["rows"].values()) == {"finished"}
+    made = reproduce("figure2", here, results=results, bar=lambda label: None)
+    assert set(plan("figure2", here, [0], (), results)["rows"].values()) == {"finished"}
     written = json.loads((tmp_path / "runs" / "tables.json").read_text())["figure2"]["rows"]
     assert set(written["ours"]["mean"]) == {f"{k} {m}" for k in ("local", "global") for m in ("both", "interference")}
     assert "figure2.png" in {p.name for p in (tmp_path / "runs").iterdir()}
     assert "Figure 2" in (tmp_path / "runs" / "report.html").read_text()
-    monkeypatch.setattr(module, "run_alike", refuse)  # not called again
-    again = reproduce("figure2", budget="tiny", bar=lambda label: None, **places)
+    monkeypatch.setattr(collecting, "_make", refuse)
+    again = reproduce("figure2", here, results=results, bar=lambda label: None)
     assert again.text == made.text
+
+
+def test_photographs_have_no_figure_2(tmp_path):
+    here = Comparison(BUDGET, tmp_path, "bundle", tmp_path)
+    with pytest.raises(InvalidInputError, match="the oracle, which reads rendered scenes alone"):
+        reproduce("figure2", here, results=tmp_path, bar=lambda label: None)

@@ -1,20 +1,23 @@
 """A row's numbers are made once, known by what made them, and become tables with intervals."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from refine_control.comparison import read_budget, read_rows
 from refine_control.errors import InvalidInputError
-from refine_control.evaluation import reproduce as module
+from refine_control.evaluation import collect as collecting
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.reproduce import TARGETS, plan, reproduce, rows_of, summarise
-from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
+from refine_control.evaluation.rows import Comparison, RowResult, read_row, row_mark, write_row
 
 ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
 BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
+HERE = Comparison(BUDGET, Path("a"))
 
 
 def refuse(*args, **kwargs):
@@ -29,18 +32,21 @@ def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
 
 def test_the_mark_knows_every_setting_and_nothing_else():
     row = ROWS["ours"]
-    mark = row_mark(row, BUDGET, 0)
-    assert mark == row_mark(row, BUDGET.model_copy(update={"train_seeds": [0, 1]}), 0)
+    mark = row_mark(row, HERE, 0)
+    assert mark == row_mark(
+        row, replace(HERE, budget=BUDGET.model_copy(update={"train_seeds": [0, 1]}), out=Path("b")), 0
+    )
     others = [
-        row_mark(row, BUDGET, 1),
-        row_mark(ROWS["sl"], BUDGET, 0),
-        row_mark(row, BUDGET.model_copy(update={"steps": 4}), 0),
-        row_mark(row, BUDGET.model_copy(update={"test_seed": 4}), 0),
-        row_mark(row, BUDGET, 0, {"optimizer.learning_rate": "1e-4"}),
+        row_mark(row, HERE, 1),
+        row_mark(ROWS["sl"], HERE, 0),
+        row_mark(row, replace(HERE, budget=BUDGET.model_copy(update={"steps": 4})), 0),
+        row_mark(row, replace(HERE, budget=BUDGET.model_copy(update={"test_seed": 4})), 0),
+        row_mark(row, HERE, 0, "figure2"),
+        row_mark(row, replace(HERE, photos=Path("somewhere")), 0),
     ]
-    assert len({mark, *others}) == 6
-    assert row_mark(ROWS["teacher"], BUDGET, 0) == row_mark(ROWS["teacher"], BUDGET, 5)
-    assert row_mark(ROWS["teacher"], BUDGET, 0) != row_mark(ROWS["teacher_diffusers"], BUDGET, 0)
+    assert len({mark, *others}) == 7
+    assert row_mark(ROWS["teacher"], HERE, 0) == row_mark(ROWS["teacher"], HERE, 5)
+    assert row_mark(ROWS["teacher"], HERE, 0) != row_mark(ROWS["teacher_diffusers"], HERE, 0)
 
 
 def test_a_result_goes_there_and_back(tmp_path):
@@ -110,30 +116,27 @@ def test_rows_are_paired_by_the_seeds_that_both_have():
 
 @pytest.mark.slow
 def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
-    places = {"out": tmp_path / "runs", "results": tmp_path / "results"}
-    asked = {"budget": "tiny", "rows": ["wo_cf"], "bar": lambda label: None}
-    todo = plan("table3", "tiny", [0], ["wo_cf"], places["results"])["rows"]
-    assert set(todo.values()) == {"to do"}
-    made = reproduce("table3", **asked, **places)
-    files = {p.name: p.read_bytes() for p in (tmp_path / "results" / "tiny").iterdir()}
+    here, results = Comparison(BUDGET, tmp_path / "runs"), tmp_path / "results"
+    asked = {"rows": ["wo_cf"], "results": results, "bar": lambda label: None}
+    assert set(plan("table3", here, [0], ["wo_cf"], results)["rows"].values()) == {"to do"}
+    made = reproduce("table3", here, **asked)
+    files = {p.name: p.read_bytes() for p in results.iterdir()}
     assert set(files) == {"teacher-0.json", "fc-0.json", "ours-0.json", "wo_cf-0.json"}
-    assert set(plan("table3", "tiny", [0], ["wo_cf"], places["results"])["rows"].values()) == {"finished"}
+    assert set(plan("table3", here, [0], ["wo_cf"], results)["rows"].values()) == {"finished"}
     assert {"tables.md", "tables.tex", "tables.json", "report.html", "figure3.png"} <= {
         p.name for p in (tmp_path / "runs").iterdir()
     }
-    monkeypatch.setattr(module, "run_row", refuse)  # not called again
-    again = reproduce("table3", **asked, **places)
+    monkeypatch.setattr(collecting, "_make", refuse)
+    again = reproduce("table3", here, **asked)
     assert json.dumps(again.summary) == json.dumps(made.summary)
     assert "Student_ours" in again.text
-    for path in (tmp_path / "results" / "tiny").iterdir():
-        path.unlink()
+    elsewhere = reproduce("table3", replace(here, out=tmp_path / "fresh"), **asked)
+    assert elsewhere.text == made.text
     monkeypatch.undo()
-    monkeypatch.setattr(module, "read_budget", lambda name: BUDGET)
-    reproduce("table3", **asked, **places, workers=2)
+    for path in results.iterdir():
+        path.unlink()
+    reproduce("table3", here, **asked, workers=2)
     for name, data in files.items():  # other counts of threads may round otherwise
-        one, two = json.loads(data), json.loads((tmp_path / "results" / "tiny" / name).read_bytes())
+        one, two = json.loads(data), json.loads((results / name).read_bytes())
         assert one["mark"] == two["mark"]
         assert {m: len(v) for m, v in one["scores"].items()} == {m: len(v) for m, v in two["scores"].items()}
-    elsewhere = reproduce("table3", **asked, out=tmp_path / "fresh", results=places["results"])
-    assert elsewhere.text == made.text

@@ -10,7 +10,6 @@ what was asked for (obedience), or one of the other objects of the picture (inte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,16 @@ from refine_control.data.scene_shards import scene_photos
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.pictures import PictureGrid
 from refine_control.evaluation.report import Table
-from refine_control.evaluation.rows import Bar, RowResult, facts_of, row_mark, row_model, sampler_of, train_row
+from refine_control.evaluation.rows import (
+    Bar,
+    Comparison,
+    RowResult,
+    facts_of,
+    row_mark,
+    row_model,
+    sampler_of,
+    train_row,
+)
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, paired_difference, two_level
 from refine_control.evaluation.tables import cell
 from refine_control.models.mini import BUNDLE
@@ -54,25 +62,17 @@ def alike_scores(seen: Reading, photos: Sequence[Photo]) -> dict[str, np.ndarray
     }
 
 
-def run_alike(
-    key: str,
-    row: Row,
-    budget: Budget,
-    out: Path,
-    seed: int,
-    bar: Bar,
-    settings: Mapping[str, str] | None = None,
-    weights: Path | None = None,
-) -> RowResult:
-    """`rows.run_row` for Figure 2: metrics are `local both`, `global interference` and so on; it needs no `weights`.
+def run_alike(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
+    """`rows.run_row` for Figure 2: metrics are `local both`, `global interference` and so on.
 
     Its pictures go to `out/KEY-SEED/alike_local.npy` and `alike_global.npy`."""
-    trained = train_row(key, row, budget, out, seed, bar, settings)
-    backbone, controlnet = row_model(trained, budget)
+    budget = comparison.budget
+    trained = train_row(key, row, comparison, seed, bar)
+    backbone, controlnet = row_model(trained, comparison)
     photos, classifier = alike_photos(budget), load_classifier(BUNDLE)
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     scores: dict[str, np.ndarray] = {}
-    folder = out / f"{key}-{seed}"
+    folder = comparison.out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for kind in PROMPTS:
         prompts = [p.prompt if kind == "local" else p.global_prompt for p in photos]
@@ -82,7 +82,7 @@ def run_alike(
         scores |= {f"{kind} {name}": values for name, values in found.items()}
         np.save(folder / f"alike_{kind}.npy", painted)
     facts = facts_of(row, budget, trained, backbone, controlnet)
-    return RowResult(key, seed, row_mark(row, budget, seed, settings, MARK), scores, {}, facts)
+    return RowResult(key, seed, row_mark(row, comparison, seed, MARK), scores, {}, facts)
 
 
 def summarise_alike(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:

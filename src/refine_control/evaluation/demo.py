@@ -25,7 +25,7 @@ from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
-from refine_control.evaluation.rows import prepare_data, reads_completions, sampler_of, train_row
+from refine_control.evaluation.rows import Comparison, prepare_data, reads_completions, sampler_of, train_row
 from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.loading import load_backbone, load_controlnet
@@ -97,8 +97,9 @@ def run_demo(
     rows = {name: read_rows()[key] for name, key in SHOWN.items()}
     tell = bar or (lambda label: None)
     with only_writer(out):
-        prepare_data(numbers, out, tell, reads_completions(rows.values(), numbers))
-        trained = {name: train_row(name, row, numbers, out, seed, tell) for name, row in rows.items()}
+        comparison = Comparison(numbers, out)
+        prepare_data(comparison, tell, reads_completions(rows.values(), numbers))
+        trained = {name: train_row(name, row, comparison, seed, tell) for name, row in rows.items()}
         seconds = {key: each.seconds for key, each in trained.items()}
         photos = read_test(out / "scenes" / "test")
         sampler = sampler_of(numbers)

@@ -8,17 +8,14 @@ there; so it may be killed after any of them. The tables are made again from all
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from refine_control.comparison import Budget, Row, read_budget, read_rows, row_recipes
+from refine_control.comparison import Budget, Row, read_rows, row_recipes
 from refine_control.data.scene_shards import scene_photos
-from refine_control.data.workers import workers as worker_processes
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.alignment import Alignment, alignment_curves, alignment_table, teacher_alignment
 from refine_control.evaluation.alike import (
@@ -29,7 +26,9 @@ from refine_control.evaluation.alike import (
     run_alike,
     summarise_alike,
 )
+from refine_control.evaluation.collect import collect, seeds_of
 from refine_control.evaluation.curves import Curve
+from refine_control.evaluation.evaluate import read_test
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.row_tables import (
@@ -41,17 +40,7 @@ from refine_control.evaluation.row_tables import (
     summarise,
     tables_of,
 )
-from refine_control.evaluation.rows import (
-    TABLES,
-    Bar,
-    RowResult,
-    prepare_data,
-    read_row,
-    reads_completions,
-    row_mark,
-    run_row,
-    write_row,
-)
+from refine_control.evaluation.rows import SHARDS, TABLES, Bar, Comparison, RowResult, read_row, row_mark
 from refine_control.evaluation.signatures import prompt_signature
 from refine_control.evaluation.tables import to_latex, to_markdown
 from refine_control.models.loading import load_backbone
@@ -106,89 +95,23 @@ def _belongs(row: Row, target: Target) -> bool:
     return bool(set(row.tables) & set(target.tables) or set(row.studies) & set(target.studies))
 
 
-def _seeds(row: Row, seeds: Sequence[int]) -> Sequence[int]:
-    return seeds[: row.seeds] if row.stages else seeds[:1]
-
-
-Measure = Callable[..., RowResult]
-"""`rows.run_row` or `alike.run_alike`, to be pickled."""
-
-
-class _Task(NamedTuple):
-    """One row and seed to be made, with all that a process needs to know."""
-
-    key: str
-    row: Row
-    seed: int
-    budget: Budget
-    out: Path
-    path: Path
-    threads: int
-    measure: Measure
-
-
-def _make(task: _Task, bar: Bar | None = None) -> _Task:
-    """Trains and evaluates, and writes the result's file."""
-    import torch
-
-    if task.threads:
-        torch.set_num_threads(task.threads)
-    tell = bar or (lambda label: None)
-    made = task.measure(task.key, task.row, task.budget, task.out, task.seed, tell)
-    write_row(made, task.path)
-    return task
-
-
-def collect(
-    rows: Mapping[str, Row],
-    budget: Budget,
-    seeds: Sequence[int],
-    out: Path,
-    results: Path,
-    bar: Bar,
-    workers: int = 1,
-    measure: Measure = run_row,
-    measured: str = TABLES,
-) -> dict[str, list[RowResult]]:
-    """Every row for every seed, read from `results` where it lies there, else made and written.
-
-    `workers` rows are made at a time, each in a process of its own with its share of the cores."""
-    wanted = [(key, seed) for seed in seeds for key, row in rows.items() if seed in _seeds(row, seeds)]
-    paths = {(key, seed): results / f"{key}-{seed}.json" for key, seed in wanted}
-    marks = {(key, seed): row_mark(rows[key], budget, seed, None, measured) for key, seed in wanted}
-    missing = [each for each in wanted if read_row(paths[each], marks[each]) is None]
-    if missing:
-        prepare_data(budget, out, bar, reads_completions(rows.values(), budget))
-        threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
-        tasks = [_Task(key, rows[key], seed, budget, out, paths[key, seed], threads, measure) for key, seed in missing]
-        tell = bar("rows")
-        with worker_processes(workers) as in_order:
-            # seed by seed: a table with one seed is there early
-            for done, task in enumerate(in_order(_make if workers > 1 else partial(_make, bar=bar), tasks), 1):
-                if tell:
-                    tell(done, len(tasks), f"{task.key}-{task.seed}")
-    found: dict[str, list[RowResult]] = {key: [] for key in rows}
-    for key, seed in wanted:
-        result = read_row(paths[key, seed])  # rounded, as everybody after this reads it
-        found[key] += [result] if result else []
-    return found
-
-
-def plan(target: str, budget: str, seeds: Sequence[int], rows: Sequence[str], results: Path) -> dict[str, Any]:
-    """What `reproduce` would do: for each row and seed, `finished` or `to do`."""
-    numbers, done = read_budget(budget), {}
+def plan(
+    target: str, comparison: Comparison, seeds: Sequence[int], rows: Sequence[str], results: Path
+) -> dict[str, Any]:
+    """What `reproduce` would do: for each row and seed, `finished` or `to do`. `results` are those of the budget."""
+    done = {}
     for measured in (TABLES, MARK):
-        folder = _results(results, budget, measured)
+        folder = _results(results, measured)
         for key, row in _rows_measured(measured, target, rows).items():
-            for seed in _seeds(row, seeds):
+            for seed in seeds_of(row, seeds):
                 path = folder / f"{key}-{seed}.json"
-                had = read_row(path, row_mark(row, numbers, seed, None, measured))
-                done[str(path.relative_to(results / budget).with_suffix(""))] = "finished" if had else "to do"
-    return {"verb": "reproduce", "budget": numbers.model_dump(mode="json"), "rows": done}
+                had = read_row(path, row_mark(row, comparison, seed, measured))
+                done[str(path.relative_to(results).with_suffix(""))] = "finished" if had else "to do"
+    return {"verb": "reproduce", "budget": comparison.budget.model_dump(mode="json"), "rows": done}
 
 
-def _results(results: Path, budget: str, measured: str) -> Path:
-    return results / budget if measured == TABLES else results / budget / measured
+def _results(results: Path, measured: str) -> Path:
+    return results if measured == TABLES else results / measured
 
 
 def _rows_measured(measured: str, target: str, named: Sequence[str]) -> dict[str, Row]:
@@ -201,13 +124,11 @@ def _rows_measured(measured: str, target: str, named: Sequence[str]) -> dict[str
 
 def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGrid | None:
     """Figure 3: the first test scenes beside what each row made of them, of the rows that ran in `out`."""
-    from refine_control.evaluation.evaluate import read_test
-
     painted = {key: out / f"{key}-{results[0].seed}" / "images.npy" for key, results in found.items()}
     painted = {k: np.load(p) for k, p in painted.items() if p.is_file()}
-    if not painted or not (out / "scenes" / "test").is_dir():
+    if not painted or not (out / SHARDS / "test").is_dir():
         return None
-    photos = read_test(out / "scenes" / "test")[: min(12, *(len(v) for v in painted.values()))]
+    photos = read_test(out / SHARDS / "test")[: min(12, *(len(v) for v in painted.values()))]
     lines = [
         [p.image, np.where(p.mask[..., None], 0, p.image).astype(np.uint8), *(v[i] for v in painted.values())]
         for i, p in enumerate(photos)
@@ -220,12 +141,15 @@ def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGri
 _ALIGNMENT_SCENES = 256
 
 
-def _alignment(budget: Budget, rows: Mapping[str, Row]) -> Alignment:
-    """Of the mini teacher in fp32, for every count of layers that the rows have."""
-    backbone = load_backbone("mini")
+def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
+    """Of the teacher in fp32, for every count of layers that the rows have; on scenes, or on test photographs."""
+    backbone, budget = load_backbone(comparison.model), comparison.budget
     recipes = [next(iter(row_recipes(row, budget, {}, 0).values())) for row in rows.values() if row.stages]
     layers = sorted({recipe.student.num_layers for recipe in recipes}, reverse=True)
-    photos = list(scene_photos(derive_seed(budget.data_seed, "alignment"), 0, _ALIGNMENT_SCENES))
+    seed = derive_seed(budget.data_seed, "alignment")
+    photos = list(scene_photos(seed, 0, _ALIGNMENT_SCENES))
+    if comparison.photos:
+        photos = read_test(comparison.out / SHARDS / "test")[:_ALIGNMENT_SCENES]
     return teacher_alignment(backbone, backbone.pipeline.controlnet, photos, layers)
 
 
@@ -241,22 +165,24 @@ def _alike_grid(budget: Budget, out: Path) -> PictureGrid | None:
 
 def reproduce(
     target: str,
+    comparison: Comparison,
     *,
-    budget: str = "long",
     seeds: Sequence[int] | None = None,
     rows: Sequence[str] = (),
-    out: Path,
     results: Path,
     bar: Bar,
     workers: int = 1,
-    weights: Path | None = None,
 ) -> Reproduced:
-    """Makes what is missing of a target's rows, then `tables.md`, `tables.tex`, `tables.json`, `report.html` in `out`.
+    """Makes what is missing of a target's rows, then `tables.md`, `tables.tex`, `tables.json`, `report.html`.
 
-    `target` is one of TARGETS; `seeds` are the budget's own by default; `weights` is a folder with the networks of
-    FID, LPIPS and CMMD. Raises what the verbs raise."""
-    numbers = read_budget(budget)
+    `target` is one of TARGETS; `seeds` are the budget's own by default; finished rows are files under `results`.
+    Raises InvalidInputError for a target that photographs cannot have, and what the verbs raise."""
+    numbers, out = comparison.budget, comparison.out
     chosen = seeds or numbers.train_seeds
+    if comparison.photos and TARGETS[target].alike:
+        raise InvalidInputError(
+            "Figure 2 needs the oracle, which reads rendered scenes alone; name a table or ablation"
+        )
     summary: dict[str, Any] = {"budget": numbers.model_dump(mode="json")}
     made: list[Table] = []
     told: list[str] = []
@@ -264,23 +190,22 @@ def reproduce(
     curves: list[Curve] = []
     with only_writer(out):
         if table_rows := _rows_measured(TABLES, target, rows):
-            folder, measure = _results(results, budget, TABLES), partial(run_row, weights=weights)
-            found = collect(table_rows, numbers, chosen, out, folder, bar, workers, measure)
+            found = collect(table_rows, comparison, chosen, _results(results, TABLES), bar, workers=workers)
             summary |= summarise(found)
             made += tables_of(summary, table_rows, numbers, TARGETS[target].title)
             told += findings(summary, table_rows)
             curves += cost_curves(summary, table_rows)
             grids["figure3.png"] = _pictures(found, out)
         if alike_rows := _rows_measured(MARK, target, rows):
-            folder = _results(results, budget, MARK)
-            found = collect(alike_rows, numbers, chosen, out, folder, bar, workers, run_alike, MARK)
+            how: dict[str, Any] = {"workers": workers, "measure": run_alike, "measured": MARK}
+            found = collect(alike_rows, comparison, chosen, _results(results, MARK), bar, **how)
             summary["figure2"] = summarise_alike(found)
             made.append(alike_table(summary["figure2"], alike_rows, numbers))
             for key, row in summary["figure2"]["rows"].items():
                 told += prompt_signature(alike_rows[key].title, row["global_minus_local"])
             grids["figure2.png"] = _alike_grid(numbers, out)
         if "layers" in TARGETS[target].studies:
-            aligned = _alignment(numbers, table_rows)
+            aligned = _alignment(comparison, table_rows)
             summary["alignment"] = {
                 "power": aligned.power.tolist(),
                 "cosine": aligned.cosine.tolist(),
@@ -295,8 +220,8 @@ def reproduce(
         drawn = {name: grid for name, grid in grids.items() if grid}
         for name, grid in drawn.items():
             write_atomic(out / name, picture_grid(grid))
-        command = f"refine-control reproduce {target} --budget {budget} --seeds {len(chosen)}"
-        facts = {"budget": budget, "results": str(results / budget), "command": command}
-        title = TARGETS[target].title + " on the mini model"
+        command = f"refine-control reproduce {target} --budget {results.name} --seeds {len(chosen)}"
+        facts = {"budget": results.name, "results": str(results), "command": command}
+        title = TARGETS[target].title + (" on small photographs" if comparison.photos else " on the mini model")
         write_report(out / "report.html", ReportData(title, told, facts, made, list(drawn.values()), curves))
     return Reproduced(text, summary, out)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from refine_control.config import Recipe, SamplerConfig, fingerprint
 from refine_control.data.cache import build_cache
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.data.scene_shards import build_scenes
+from refine_control.data.small_photos import build_small_photos
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.evaluate import Scores, compare, in_precision, read_test
@@ -58,9 +60,23 @@ class RowResult(NamedTuple):
     """Steps, seconds, machine: what tables print and no number depends on."""
 
 
-def bundle_mark() -> str:
-    """What the shipped model is: hash of its files' hashes."""
-    files = json.loads((BUNDLE / MANIFEST).read_text())["files"]
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows stand on, and where they are made."""
+
+    budget: Budget
+    out: Path
+    model: str = "mini"
+    """mini, or the folder of a bundle that `mini train` made."""
+    photos: Path | None = None
+    """Folder of small photographs in place of rendered scenes (`data.small_photos`)."""
+    weights: Path | None = None
+    """Folder with the networks of FID, LPIPS and CMMD."""
+
+
+def bundle_mark(model: str = "mini") -> str:
+    """What a bundle is: hash of its files' hashes."""
+    files = json.loads(((BUNDLE if model == "mini" else Path(model)) / MANIFEST).read_text())["files"]
     weights = {name: file["sha256"] for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
@@ -80,13 +96,13 @@ TABLES = "tables"
 """What a row is measured for: the tables, or `alike.MARK`."""
 
 
-def row_mark(
-    row: Row, budget: Budget, seed: int, settings: Mapping[str, str] | None = None, measured: str = TABLES
-) -> str:
+def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES) -> str:
     """The hash that tells whether two results are of the same row: recipes, budget, model, format, what is measured."""
-    recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, settings or {}, seed).values()]
+    budget = comparison.budget
+    recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, {}, seed).values()]
     shared = budget.model_dump(mode="json", exclude={"train_seeds"}, exclude_defaults=True)
-    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(), measured]
+    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(comparison.model), measured]
+    told += ["photographs"] if comparison.photos else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,29 +112,30 @@ COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, condition
 """Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
 
 
-def reads_completions(rows: Iterable[Row], budget: Budget, settings: Mapping[str, str] | None = None) -> bool:
+def reads_completions(rows: Iterable[Row], budget: Budget) -> bool:
     """Does any stage of the rows start from the teacher's completions?"""
-    recipes = (r for row in rows for r in row_recipes(row, budget, settings or {}, 0).values())
+    recipes = (r for row in rows for r in row_recipes(row, budget, {}, 0).values())
     return any(recipe.objective.x0_source == "teacher" for recipe in recipes)
 
 
-def prepare_data(budget: Budget, out: Path, bar: Bar, completions: bool = False) -> None:
-    """Scenes of the budget under `out/scenes`, caches of the training roles under `out/cache`."""
-    build_scenes(
-        out / "scenes",
-        labeled=budget.labeled,
-        unlabeled=budget.unlabeled,
-        test=budget.test,
-        seed=budget.data_seed,
-        test_seed=budget.test_seed,
-        progress=bar("scenes"),
-    )
-    backbone = load_backbone("mini")
+SHARDS = "scenes"
+
+
+def prepare_data(comparison: Comparison, bar: Bar, completions: bool = False) -> None:
+    """Shards of the budget under `out/scenes` (of photographs, too), caches of the training roles under `out/cache`."""
+    budget, out = comparison.budget, comparison.out
+    counts = {"labeled": budget.labeled, "unlabeled": budget.unlabeled, "test": budget.test}
+    if comparison.photos:
+        build_small_photos(comparison.photos, out / SHARDS, **counts, progress=bar("photographs"))
+    else:
+        seeds = {"seed": budget.data_seed, "test_seed": budget.test_seed}
+        build_scenes(out / SHARDS, **counts, **seeds, progress=bar("scenes"))
+    backbone = load_backbone(comparison.model)
     for role in (LABELED, UNLABELED):
-        build_cache(out / "scenes" / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
+        build_cache(out / SHARDS / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
     if completions:
         completed, told = out / "cache" / COMPLETED, bar("completions")
-        build_cache(out / "scenes" / UNLABELED, completed, backbone, completions=COMPLETIONS, progress=told)
+        build_cache(out / SHARDS / UNLABELED, completed, backbone, completions=COMPLETIONS, progress=told)
 
 
 class TrainedRow(NamedTuple):
@@ -131,17 +148,17 @@ class TrainedRow(NamedTuple):
     """Of this sitting."""
 
 
-def train_row(
-    key: str, row: Row, budget: Budget, out: Path, seed: int, bar: Bar, settings: Mapping[str, str] | None = None
-) -> TrainedRow:
+def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> TrainedRow:
     """Trains the stages of a row one after the other under `out/KEY-SEED`; finished stages are left as they are."""
+    out = comparison.out
     paths = {f"data.{role}": str(out / "cache" / role) for role in (LABELED, UNLABELED)}
     stages: dict[str, Path] = {}
     student, seconds = None, 0.0
-    for name, recipe in row_recipes(row, budget, {**(settings or {}), **paths}, seed).items():
+    for name, recipe in row_recipes(row, comparison.budget, paths, seed).items():
         stage = name.rpartition("/")[2]
         run_dir = out / f"{key}-{seed}" / stage
-        changed: dict[str, Any] = {"init_from": str(list(stages.values())[-1])} if stages else {}
+        changed: dict[str, Any] = {"model": comparison.model}
+        changed |= {"init_from": str(list(stages.values())[-1])} if stages else {}
         if recipe.objective.x0_source == "teacher":
             changed["data"] = {**recipe.data.model_dump(), UNLABELED: str(out / "cache" / COMPLETED)}
         recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
@@ -150,11 +167,11 @@ def train_row(
     return TrainedRow(student, stages, seconds)
 
 
-def row_model(trained: TrainedRow, budget: Budget) -> tuple[Backbone, ControlNet]:
+def row_model(trained: TrainedRow, comparison: Comparison) -> tuple[Backbone, ControlNet]:
     """The backbone and the row's ControlNet (the teacher where it trains none), in the budget's precision."""
-    backbone = load_backbone("mini")
+    backbone = load_backbone(comparison.model)
     controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
-    in_precision(budget.precision, backbone, controlnet)
+    in_precision(comparison.budget.precision, backbone, controlnet)
     return backbone, controlnet
 
 
@@ -172,30 +189,20 @@ def facts_of(
     }
 
 
-def run_row(
-    key: str,
-    row: Row,
-    budget: Budget,
-    out: Path,
-    seed: int,
-    bar: Bar,
-    settings: Mapping[str, str] | None = None,
-    weights: Path | None = None,
-) -> RowResult:
-    """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`.
-
-    `weights` is a folder with the networks of FID, LPIPS and CMMD."""
-    trained = train_row(key, row, budget, out, seed, bar, settings)
-    backbone, controlnet = row_model(trained, budget)
-    photos = read_test(out / "scenes" / "test")
+def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
+    """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
+    budget, out = comparison.budget, comparison.out
+    trained = train_row(key, row, comparison, seed, bar)
+    backbone, controlnet = row_model(trained, comparison)
+    photos = read_test(out / SHARDS / "test")
     sampler = sampler_of(budget, row)
-    networks = load_networks(weights, load_classifier(BUNDLE))
+    networks = load_networks(comparison.weights, None if comparison.photos else load_classifier(BUNDLE))
     result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
     folder = out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "images.npy", result.images[key][:64])
     facts = facts_of(row, budget, trained, backbone, controlnet) | {"seconds_per_image": round(result.seconds[key], 4)}
-    return RowResult(key, seed, row_mark(row, budget, seed, settings), result.scores[key], result.sets[key], facts)
+    return RowResult(key, seed, row_mark(row, comparison, seed), result.scores[key], result.sets[key], facts)
 
 
 def _short(value: float) -> float:

@@ -8,6 +8,7 @@ fill it with the noise alone). Two CLIP text encoders of width 32 give 18 text t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,8 @@ def build_controlnet(num_layers: int) -> SD3ControlNetModel:
     return SD3ControlNetModel(**{**TRANSFORMER, "num_layers": num_layers}, extra_conditioning_channels=1)
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Writes a CLIPTokenizer of whole words to `folder` and loads it: 18 tokens, other words become <|unk|>."""
+def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CLIPTokenizer:
+    """Writes a CLIPTokenizer of whole `words` to `folder` and loads it: 18 tokens, other words become <|unk|>."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -85,8 +86,8 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.pre_tokenizer = WhitespaceSplit()
     special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
     # trained on the words themselves until every one is a single token
-    trainer = BpeTrainer(vocab_size=1000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(vocabulary.WORDS, trainer)
+    trainer = BpeTrainer(vocab_size=100_000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(words, trainer)
     model = json.loads(bpe.to_str())["model"]
     tokenizer = CLIPTokenizer(
         vocab=model["vocab"],
@@ -145,3 +146,17 @@ def new_pipeline(folder: Path, seed: int) -> Any:
             tokenizer_3=None,  # type: ignore[arg-type]
             controlnet=from_transformer(transformer, 23),
         )
+
+
+def with_new_words(pipeline: Any, words: Sequence[str], folder: Path, seed: int) -> Any:
+    """The pipeline with new text encoders and a tokenizer of `words`; all other networks stay."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = write_tokenizer(folder / "tokenizer", words)
+        encoders = [build_text_encoder(len(tokenizer)) for _ in range(2)]
+    pipeline.register_modules(
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer
+    )
+    return pipeline

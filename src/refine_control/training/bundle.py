@@ -13,28 +13,22 @@ from typing import Any
 import torch
 
 from refine_control.config import OptimizerConfig, TrainingConfig
-from refine_control.data import scenes
 from refine_control.evaluation.obedience import WEIGHTS as CLASSIFIER_WEIGHTS
-from refine_control.evaluation.obedience import Classifier, load_classifier
+from refine_control.evaluation.obedience import Classifier
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.cpu_kernels import use_cpu_kernels
-from refine_control.models.loading import load_pipeline
-from refine_control.models.mini import new_pipeline
-from refine_control.randomness import derive_seed
 from refine_control.storage import only_writer, publish_folder, write_json
-from refine_control.training.check import check_bundle
 from refine_control.training.loop import Progress, fit
 from refine_control.training.mini import (
     AutoencoderObjective,
     BaseObjective,
     JointObjective,
-    PictureBatches,
-    SceneBatches,
     TeacherObjective,
 )
 from refine_control.training.oracle import CropBatches, OracleObjective
-from refine_control.training.run import fast_precision, is_main_process, training_device
+from refine_control.training.run import is_main_process, training_device
 from refine_control.training.stages import ORACLE, STAGES, Stage
+from refine_control.training.worlds import SceneWorld, World
 
 CARD = "refine_control.json"
 
@@ -83,13 +77,17 @@ def run_stage(
 
 
 @torch.no_grad()
-def normalise_latents(vae: Any, seed: int, count: int = 1024) -> None:
-    """Sets the VAE's shift and scaling factors so that latents of scenes have mean 0 and deviation 1."""
-    images = scenes.render(derive_seed(seed, "normalise"), 0, count).images.permute(0, 3, 1, 2).float() / 127.5 - 1
+def normalise_latents(vae: Any, images: torch.Tensor) -> None:
+    """Sets the VAE's shift and scaling factors so that latents of (N,3,H,W) images have mean 0 and deviation 1."""
     mean = torch.cat(
         [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float() for part in images.split(128)]
     )
     vae.register_to_config(scaling_factor=round(1 / mean.std().item(), 6), shift_factor=round(mean.mean().item(), 6))
+
+
+def _has_control(pipeline: Any) -> bool:
+    """Is the ControlNet more than a copy of the transformer with zeros behind it?"""
+    return any(bool(block.weight.any()) for block in pipeline.controlnet.controlnet_blocks)
 
 
 def train_bundle(
@@ -98,6 +96,7 @@ def train_bundle(
     *,
     start: Path | None = None,
     stages: dict[str, Stage] | None = None,
+    world: World | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Trains the stages named in `stages` (all by default) and returns the pipeline in fp32.
@@ -107,35 +106,37 @@ def train_bundle(
     stages = STAGES if stages is None else stages
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    pipeline = (load_pipeline(start) if start else new_pipeline(work, seed)).to(training_device())
+    world = world or SceneWorld()
+    pipeline = world.pipeline(start, work, seed).to(training_device())
     if "autoencoder" in stages:
         objective: Any = AutoencoderObjective(pipeline.vae, torch.bfloat16)
-        weights = run_stage("autoencoder", objective, PictureBatches(), stages["autoencoder"], work, seed, progress)
+        weights = run_stage("autoencoder", objective, world.pictures(), stages["autoencoder"], work, seed, progress)
         pipeline.vae.to(torch.float32).load_state_dict(weights)
-        normalise_latents(pipeline.vae, seed)
+        normalise_latents(pipeline.vae, world.some(seed, 1024))
     pipeline.vae.requires_grad_(False).to(torch.float32)
+    batches = world.batches(pipeline.vae)
     if pipeline.device.type == "cpu":
         use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
     if "base" in stages:
         objective = BaseObjective(pipeline, torch.bfloat16)
-        weights = run_stage("base", objective, SceneBatches(pipeline.vae), stages["base"], work, seed, progress)
+        weights = run_stage("base", objective, batches, stages["base"], work, seed, progress)
         for name, part in objective.parts.items():
             part.float().load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, strict=False
             )
             part.requires_grad_(False)
-        if start is None:
+        if not _has_control(pipeline):
             controlnet = from_transformer(pipeline.transformer, 23).to(pipeline.device)  # type: ignore[arg-type]
             pipeline.register_modules(controlnet=controlnet)
             if pipeline.device.type == "cpu":
                 use_cpu_kernels(controlnet)
     if "teacher" in stages:
         objective = TeacherObjective(pipeline, torch.bfloat16)
-        weights = run_stage("teacher", objective, SceneBatches(pipeline.vae), stages["teacher"], work, seed, progress)
+        weights = run_stage("teacher", objective, batches, stages["teacher"], work, seed, progress)
         pipeline.controlnet.float().load_state_dict(weights, strict=False)
     if "joint" in stages:
         objective = JointObjective(pipeline, torch.bfloat16)
-        weights = run_stage("joint", objective, SceneBatches(pipeline.vae), stages["joint"], work, seed, progress)
+        weights = run_stage("joint", objective, batches, stages["joint"], work, seed, progress)
         for name in ("transformer", "controlnet"):
             own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
             getattr(pipeline, name).float().load_state_dict(own, strict=False)
@@ -154,8 +155,9 @@ def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, An
     halves = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in parts}
     with publish_folder(folder, kind="bundle") as temporary:
         pipeline.__class__(**{**pipeline.components, **halves}).save_pretrained(temporary)
-        tensors = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
-        save_file(tensors, temporary / CLASSIFIER_WEIGHTS)
+        if classifier is not None:
+            tensors = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
+            save_file(tensors, temporary / CLASSIFIER_WEIGHTS)
         write_json(temporary / "refine_control.json", card)
 
 
@@ -166,23 +168,20 @@ def _trained_stages(work: Path) -> dict[str, Any]:
 
 
 def publish(
-    pipeline: Any, classifier: Classifier, out: Path, work: Path, history: list[Any], count: int
+    pipeline: Any, classifier: Classifier | None, out: Path, work: Path, history: list[Any], count: int, world: World
 ) -> dict[str, Any]:
-    """Writes `out/bundle`, measures it on `count` scenes, and writes the card again with the measurement.
+    """Writes `out/bundle`, measures it on `count` pictures of its world, and writes the card again.
 
     `history` are the sittings of the bundle that training started from."""
     card: dict[str, Any] = {
-        "name": "mini",
+        **world.card,
         "max_sequence_length": 0,
-        "closed_vocabulary": True,
-        "trained_on": "rendered scenes and rendered textures; no photograph was seen",
-        "license": "Apache-2.0",
         "sittings": [*history, _trained_stages(work)],
         "machine": f"{platform.machine()}, torch {torch.__version__}",
     }
     save_bundle(pipeline, classifier, out / "bundle", card)
     if count:
-        card["skill"] = check_bundle(count, bundle=out / "bundle", precision=fast_precision(torch.device("cpu")))
+        card["skill"] = world.skill(out / "bundle", count)
         save_bundle(pipeline, classifier, out / "bundle", card)
     return card
 
@@ -203,20 +202,22 @@ def make_bundle(
     start: Path | None = None,
     stages: dict[str, Stage] | None = None,
     count: int = 1000,
+    world: World | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains what `stages` names (all by default), publishes `out/bundle` and returns its card.
 
     `start` is a bundle to go on from, its oracle included; give another `seed` then, so that it sees new scenes.
     The same call continues what was interrupted. Raises what `fit` raises."""
-    work = out / "work"
+    work, world = out / "work", world or SceneWorld()
     with only_writer(out) if is_main_process() else nullcontext():
-        pipeline = train_bundle(out, seed, start=start, stages=STAGES if stages is None else stages, progress=progress)
-        # who measures stays the same from sitting to sitting, so that their figures compare
-        classifier = load_classifier(start) if start else _train_oracle(work, seed, progress)
+        pipeline = train_bundle(out, seed, start=start, stages=stages, world=world, progress=progress)
+        classifier = world.oracle(start)
+        if classifier is None and world.has_oracle:
+            classifier = _train_oracle(work, seed, progress)
         if not is_main_process():
             return {}
         history = json.loads((start / CARD).read_text())["sittings"] if start else []
-        card = publish(pipeline, classifier, out, work, history, count)
+        card = publish(pipeline, classifier, out, work, history, count, world)
     write_json(out / "card.json", card)
     return card
