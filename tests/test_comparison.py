@@ -17,7 +17,7 @@ def what_differs(key: str) -> str:
     row = ROWS[key]
     recipes = row_recipes(row, BUDGET, {}, 0).values()
     told = [r.model_dump(mode="json", exclude={"name", "paper"}) for r in recipes]
-    return json.dumps([told, row.injection], sort_keys=True)
+    return json.dumps([told, row.injection, row.baseline], sort_keys=True)
 
 
 def test_no_two_rows_are_the_same_run():

@@ -24,7 +24,7 @@ from refine_control.cli_options import (
     Steps,
     make_app,
 )
-from refine_control.cli_output import named_folders, progress_bar, show
+from refine_control.cli_output import named_folders, named_sources, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 
 app = make_app(help="Make big ControlNets small, and prove what was lost.")
@@ -57,7 +57,7 @@ def demo(
 @app.command()
 def reproduce(
     target: Annotated[
-        Literal["table1", "table3", "figure2", "layers", "split", "init", "losses", "all"],
+        Literal["table1", "table2", "table3", "figure2", "layers", "split", "init", "losses", "all"],
         typer.Argument(help="A table or figure of the paper, an ablation, or all: both tables and Figure 2."),
     ],
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
@@ -116,27 +116,34 @@ def evaluate(
     test: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Shards of held-out samples.")],
     out: Annotated[Path, typer.Option(help="Where tables and report land.")],
     teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER, or dreamshaper8, sd2, flux; as often as needed.")
+    ] = None,
     model: Model = "mini",
     steps: Steps = 28,
     guidance: Guidance = 7.0,
     scale: Scale = 0.95,
     injection: Injection = "exact",
     seed: Seed = 0,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the denoisers.")] = "fp32",
     weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
     students = named_folders(student, "--student")
+    baselines = named_sources(baseline or [], "--baseline")
     sampling: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
-    sampling |= {"conditioning_scale": scale, "injection": injection}
+    sampling |= {"conditioning_scale": scale, "injection": injection, "precision": precision}
     if dry_run:
-        return show({"teacher": teacher, "students": students, "test": test, "out": out, **sampling}, as_json)
+        named = {"teacher": teacher, "students": students, "baselines": baselines}
+        return show({**named, "test": test, "out": out, **sampling}, as_json)
     from refine_control.config import SamplerConfig
     from refine_control.evaluation.evaluate import evaluate as run
 
-    sampler = SamplerConfig(**sampling)
-    show(run(model, teacher, students, test, out, sampler, weights=weights, progress=progress_bar("evaluate")), as_json)
+    sampler, bar = SamplerConfig(**sampling), progress_bar("evaluate")
+    told = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
+    show(told, as_json)
 
 
 @app.command()

@@ -57,6 +57,18 @@ def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
     return named
 
 
+def named_sources(pairs: list[str], option: str) -> dict[str, str]:
+    """NAME=WHAT options where WHAT is a folder, a hub id or a known name; a bare one is named by its last part."""
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, source = pair.partition("=")
+        name, source = (name, source) if equals else (Path(pair).name, pair)
+        if name in named:
+            raise InvalidInputError(f"{option} {pair}: the name {name} is given twice; write NAME=FOLDER")
+        named[name] = source
+    return named
+
+
 def progress_bar(label: str) -> Callable[..., None]:
     """A callback (done, total, note) that shows rate and time left on a terminal once two seconds have passed."""
     from tqdm import tqdm

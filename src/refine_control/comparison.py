@@ -45,6 +45,9 @@ class Row(Section):
     settings: dict[str, str | float | int | None] = Field(
         default_factory=dict, description="section.key of every stage's recipe, and its value in this row"
     )
+    baseline: str | None = Field(
+        default=None, min_length=1, description="a model of another kind in its place: dreamshaper8, sd2 or flux"
+    )
     seeds: int | None = Field(default=None, ge=1, description="at most so many training seeds; null is the budget's")
     injection: Literal["exact", "diffusers"] = Field(default="exact", description="of the evaluation")
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers")

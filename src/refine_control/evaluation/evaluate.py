@@ -239,11 +239,13 @@ def evaluate(
     out: Path,
     sampler: SamplerConfig,
     *,
+    baselines: Mapping[str, str] | None = None,
     weights: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Teacher and students on test shards; writes `out` and returns the summary with the report's path.
 
+    `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
     `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     photos = read_test(test)
@@ -256,9 +258,18 @@ def evaluate(
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
         costs = model_costs(backbone, controlnets, model, sources)
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
+        tables = []
+        if baselines:
+            from refine_control.evaluation.baseline_rows import add_baselines, baseline_table
+
+            others = add_baselines(result, baselines, photos, sampler, networks, progress)
+            costs |= {name: row.cost.model for name, row in others.items()}
+            tables = [baseline_table(others)]
         summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
         title = f"Evaluation on {test.name}"
         told = [s for n in students for s in signatures(n, summary["paired_differences"][f"{TEACHER} - {n}"])]
-        report = write_results(out, title, photos, result, summary, costs, facts, networks=networks, sentences=told)
+        report = write_results(
+            out, title, photos, result, summary, costs, facts, networks=networks, sentences=told, tables=tables
+        )
     return {**summary, "not_computed": list(networks.missing.values()), "report": str(report)}

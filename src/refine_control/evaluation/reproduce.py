@@ -60,6 +60,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "table1": Target("Table 1", tables=(1,)),
+    "table2": Target("Table 2", tables=(2,)),
     "table3": Target("Table 3", tables=(3,)),
     "figure2": Target("Figure 2", alike=True),
     "layers": Target("Students of 2 to 23 layers", studies=("layers",)),
@@ -119,7 +120,19 @@ def _rows_measured(measured: str, target: str, named: Sequence[str]) -> dict[str
     made = TARGETS[target]
     if measured == TABLES:
         return rows_of(made, named) if made.tables or made.studies else {}
-    return rows_of(Target(made.title), named) if made.alike else {}
+    return {k: r for k, r in rows_of(Target(made.title), named).items() if not r.baseline} if made.alike else {}
+
+
+def _absent(rows: Mapping[str, Row], comparison: Comparison, seeds: Sequence[int], folder: Path) -> dict[str, str]:
+    """By key: why a baseline's row can neither be read nor made."""
+    out = {}
+    for key, row in rows.items():
+        if row.baseline and read_row(folder / f"{key}-{seeds[0]}.json", row_mark(row, comparison, seeds[0])) is None:
+            from refine_control.models.baselines import cannot_be_had
+
+            if why := cannot_be_had(row.baseline):
+                out[key] = f"{row.title} is left out: {why}."
+    return out
 
 
 def _pictures(found: Mapping[str, Sequence[RowResult]], out: Path) -> PictureGrid | None:
@@ -186,10 +199,14 @@ def reproduce(
     summary: dict[str, Any] = {"budget": numbers.model_dump(mode="json")}
     made: list[Table] = []
     told: list[str] = []
+    absent: dict[str, str] = {}
     grids: dict[str, PictureGrid | None] = {}
     curves: list[Curve] = []
     with only_writer(out):
         if table_rows := _rows_measured(TABLES, target, rows):
+            absent = _absent(table_rows, comparison, chosen, _results(results, TABLES))
+            table_rows = {key: row for key, row in table_rows.items() if key not in absent}
+            told += absent.values()
             found = collect(table_rows, comparison, chosen, _results(results, TABLES), bar, workers=workers)
             summary |= summarise(found)
             made += tables_of(summary, table_rows, numbers, TARGETS[target].title)
@@ -213,7 +230,7 @@ def reproduce(
             }
             made.append(alignment_table(aligned, _ALIGNMENT_SCENES))
             curves += alignment_curves(aligned)
-        text = "\n\n".join(map(to_markdown, made))
+        text = "\n\n".join([*map(to_markdown, made), *absent.values()])
         write_atomic(out / "tables.md", text + "\n")
         write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, made)) + "\n")
         write_json(out / "tables.json", summary)

@@ -103,6 +103,7 @@ def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES
     shared = budget.model_dump(mode="json", exclude={"train_seeds"}, exclude_defaults=True)
     told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(comparison.model), measured]
     told += ["photographs"] if comparison.photos else []
+    told += [row.baseline] if row.baseline else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -192,17 +193,22 @@ def facts_of(
 def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
     """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
     budget, out = comparison.budget, comparison.out
-    trained = train_row(key, row, comparison, seed, bar)
-    backbone, controlnet = row_model(trained, comparison)
-    photos = read_test(out / SHARDS / "test")
+    photos, mark = read_test(out / SHARDS / "test"), row_mark(row, comparison, seed)
     sampler = sampler_of(budget, row)
     networks = load_networks(comparison.weights, None if comparison.photos else load_classifier(BUNDLE))
+    if row.baseline:
+        from refine_control.evaluation.baseline_rows import run_baseline
+
+        folder, tell = out / f"{key}-{seed}", bar(f"evaluate {key}")
+        return run_baseline(key, row.baseline, mark, seed, photos, sampler, networks, folder, tell)
+    trained = train_row(key, row, comparison, seed, bar)
+    backbone, controlnet = row_model(trained, comparison)
     result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
     folder = out / f"{key}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "images.npy", result.images[key][:64])
     facts = facts_of(row, budget, trained, backbone, controlnet) | {"seconds_per_image": round(result.seconds[key], 4)}
-    return RowResult(key, seed, row_mark(row, comparison, seed), result.scores[key], result.sets[key], facts)
+    return RowResult(key, seed, mark, result.scores[key], result.sets[key], facts)
 
 
 def _short(value: float) -> float:
