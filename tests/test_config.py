@@ -186,8 +186,11 @@ RECORD = [f"{size}/{row}" for size in ("mini", "sd3") for row in ("fc", "ours_st
 
 def test_the_packaged_recipes_are_these():
     ablations = (
+        "fc_inherit",
         "fc_plain",
         "fc_random",
+        "inherit_stage1",
+        "inherit_stage2",
         "one_stage",
         "ours_completed_stage2",
         "ssd",
@@ -195,7 +198,8 @@ def test_the_packaged_recipes_are_these():
         "wo_cf_stage2",
         "wo_mask",
     )
-    assert recipe_names() == sorted([*RECORD, *(f"mini/{name}" for name in ablations), "mini/wo_mask_matched"])
+    named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched")]
+    assert recipe_names() == sorted([*RECORD, *named, "sd3/inherit_stage1", "sd3/inherit_stage2"])
 
 
 @pytest.mark.parametrize("name", RECORD)

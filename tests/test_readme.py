@@ -32,7 +32,9 @@ def somewhere(tmp_path, monkeypatch):
 
 def test_the_readme_shows_the_main_job():
     verbs = [" ".join(c.split()[1:3]) for c in COMMANDS]
-    assert {"data build", "cache runs/photos/labeled", "train mini/inherit_stage1", "train mini/fc_inherit"} <= set(verbs)
+    assert {"data build", "cache runs/photos/labeled", "train mini/inherit_stage1", "train mini/fc_inherit"} <= set(
+        verbs
+    )
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " inspect " not in c])

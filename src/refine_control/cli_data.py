@@ -92,6 +92,9 @@ def data_build(
     describer: Describer = QWEN,
     server: Server = SERVER,
     size: Annotated[int, typer.Option(help="Side of the square samples in pixels.")] = 64,
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Keep the photo's shape: sizes of about --size^2 pixels, 1:2 to 2:1.")
+    ] = False,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of photos kept for the test.")] = 0.2,
     unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the others without pixels.")] = 0.5,
     seed: Seed = 0,
@@ -110,7 +113,7 @@ def data_build(
 
     Masks or prompts that are not given are first found by `data annotate` into OUT-annotations."""
     options: dict[str, Any] = {"size": size, "test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
-    options |= {"seed": seed, "image_format": image_format, "limit": limit}
+    options |= {"seed": seed, "image_format": image_format, "limit": limit, "buckets": buckets}
     if dry_run:
         plan = {"verb": "data build", "source": source, "out": out, "masks": masks, "prompts": prompts, **options}
         return show(plan, as_json)
@@ -252,8 +255,13 @@ def cache(
     model: Model = "mini",
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of what is stored.")] = "fp32",
     prompts: Annotated[
-        Literal["full", "int8"], typer.Option(help="Prompt embeddings in --dtype, or in 8 bits with scales.")
+        Literal["full", "int8", "none"],
+        typer.Option(help="Embeddings in --dtype, in 8 bits with scales, or none: train by data.prompts=encode."),
     ] = "full",
+    posterior: Annotated[
+        Literal["mean", "mean_std"],
+        typer.Option(help="Of the VAE: the mean; mean_std keeps the deviation too, and training draws its x0."),
+    ] = "mean",
     complete: Annotated[int, typer.Option(min=0, max=1000, help="Steps of the teacher's completions; 0: none.")] = 0,
     guidance: Guidance = 1.0,
     dry_run: DryRun = False,
@@ -261,7 +269,7 @@ def cache(
 ) -> None:
     """Encode SHARDS once: latents and prompt embeddings under OUT (and, with --complete, the teacher's pictures)."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
-    options |= {"guidance": guidance}
+    options |= {"guidance": guidance, "posterior": posterior}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     import torch
@@ -272,5 +280,5 @@ def cache(
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     sampler = SamplerConfig(num_inference_steps=complete, guidance_scale=guidance) if complete else None
-    made = build_cache(shards, out, load_backbone(model), stored, prompts, sampler, progress_bar("cache"))
+    made = build_cache(shards, out, load_backbone(model), stored, prompts, sampler, progress_bar("cache"), posterior)
     show({"cache": out, "made": made}, as_json)

@@ -176,6 +176,10 @@ class DataConfig(Section):
     labeled: str | None = Field(default=None, description="cache of (image, mask, local prompt), D_sl")
     unlabeled: str | None = Field(default=None, description="cache of (masked image, mask, local prompt), D_ssl")
     test: str | None = Field(default=None, description="cache of held-out triplets, D_test")
+    prompts: Literal["cached", "encode"] = Field(
+        default="cached",
+        description="prompt embeddings from the caches, or encoded in training (caches by `cache --prompts none`)",
+    )
 
 
 class Recipe(Section):

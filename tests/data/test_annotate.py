@@ -16,11 +16,13 @@ from PIL import Image, ImageDraw
 
 from refine_control.data import annotate as module
 from refine_control.data.annotate import Annotation, Annotator, annotate
+from refine_control.data.annotation_parts import PHOTOS_PER_PART, Part
 from refine_control.data.build import build
+from refine_control.data.decisions import append_decision, decide
 from refine_control.data.engines import local, ray_actors
 from refine_control.data.records import Request
 from refine_control.data.regions import decode_rle
-from refine_control.data.sources import entries
+from refine_control.data.sources import entries, photos_of
 from refine_control.errors import InvalidInputError
 
 OFFLINE = Annotation(masks="felzenszwalb")
@@ -121,7 +123,7 @@ def test_a_kill_loses_no_finished_part(made, photos, tmp_path):
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == str(module.PHOTOS_PER_PART)  # the first part is there
+    assert process.stdout.readline().strip() == str(PHOTOS_PER_PART)  # the first part is there
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
@@ -130,7 +132,7 @@ def test_a_kill_loses_no_finished_part(made, photos, tmp_path):
     time.sleep(0.01)
     seen = []
     annotate(photos, tmp_path / "out", OFFLINE, progress=lambda now, total: seen.append(now))
-    assert seen == [module.PHOTOS_PER_PART, PHOTOS + 2]
+    assert seen == [PHOTOS_PER_PART, PHOTOS + 2]
     assert published(tmp_path / "out") == published(made[0])
 
 
@@ -201,8 +203,8 @@ def test_given_regions_stay_as_they_are(photos, tmp_path):
         Image.fromarray(mask).save(source / f"{number}.mask.png")
         (source / f"{number}.txt").write_text(f"disc {number}")
     work = Annotator(Annotation())
-    part = next(module._parts(source, None, None))
-    rows = work(part)["rows"]
+    part = Part(0, list(photos_of(entries(source))), [0, 1], 2)
+    rows = [row for photo in work(part)["photos"] for row in photo["rows"]]
     assert [(r["mask"], r["local_prompt"], r["bbox"]) for r in rows] == [
         ("0.mask.png", "disc 0", [30, 20, 30, 30]),
         ("1.mask.png", "disc 1", [30, 20, 30, 30]),
@@ -219,3 +221,124 @@ def test_a_source_without_photos_is_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InvalidInputError, match="no photo was found"):
         annotate(tmp_path / "nothing", tmp_path / "out", OFFLINE)
+
+
+# A photo that changes under its name
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Photos with given regions, more than one part: cheap to annotate."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(PHOTOS):
+        name = folder / f"{number:02d}.png"
+        paint(name, number)
+        mask = np.zeros((80, 96), np.uint8)
+        mask[20:50, 30 : 60 + number] = 255
+        Image.fromarray(mask).save(name.with_suffix(".mask.png"))
+        name.with_suffix(".txt").write_text(f"disc {number}")
+    return folder
+
+
+class Watched:
+    """The local engine, which notes the photos it is given; may break off as a kill would, before a part."""
+
+    def __init__(self, parts: int = 99) -> None:
+        self.parts, self.photos = parts, []
+
+    def __call__(self, parts, make_worker):
+        for count, (part, result) in enumerate(local()(parts, make_worker)):
+            if count == self.parts:
+                raise KeyboardInterrupt
+            self.photos += [group[0].image for group in part.photos]
+            yield part, result
+
+
+def again(source: Path, out: Path, parts: int = 99):
+    engine = Watched(parts)
+    return annotate(source, out, Annotation(), engine=engine), engine.photos
+
+
+def decide_on(out: Path, *ids: str) -> None:
+    for id in ids:
+        append_decision(out / "decisions.jsonl", decide(id, "edit", "eve", "what eve saw"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mask.png"])
+def test_a_changed_photo_is_annotated_anew_and_keeps_no_decision(source, tmp_path, suffix):
+    out = tmp_path / "out"
+    again(source, out)
+    before = {row["image"]: row for row in rows_of(out)}
+    decide_on(out, before["03.png"]["id"], before["05.png"]["id"])
+    shutil.copy(source / f"07{suffix}", source / f"03{suffix}")  # another content under the same name
+    summary, done = again(source, out)
+    assert done == ["03.png"]
+    assert (summary.changed, summary.void_decisions, summary.did_nothing) == (1, 1, False)
+    assert "1 photos had changed, 1 decisions on them no longer count" in str(summary)
+    after = {row["image"]: row for row in rows_of(out)}
+    assert {image for image in before if before[image] != after[image]} == {"03.png"}
+    prompts = {entry.image: entry.prompt for entry in entries(out)}
+    assert (prompts["03.png"], prompts["05.png"]) == ("disc 3", "what eve saw")
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(tmp_path / "fresh") == {n: b for n, b in published(out).items() if n != "decisions.jsonl"}
+    assert again(source, out)[0].did_nothing
+
+
+def test_a_photo_that_comes_back_finds_its_decision_again(source, tmp_path):
+    out, first = tmp_path / "out", (source / "03.png").read_bytes()
+    again(source, out)
+    decide_on(out, *(row["id"] for row in rows_of(out) if row["image"] == "03.png"))
+    for content, prompt in (((source / "07.png").read_bytes(), "disc 3"), (first, "what eve saw")):
+        (source / "03.png").write_bytes(content)
+        again(source, out)
+        assert [entry.prompt for entry in entries(out) if entry.image == "03.png"] == [prompt]
+
+
+def test_new_times_of_the_same_bytes_cost_one_reading(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    again(source, out)
+    rows = (out / "manifest.jsonl").read_bytes()
+    os.utime(source / "03.png", (1, 1))
+    summary, done = again(source, out)
+    assert (summary.did_nothing, summary.changed, done) == (True, 0, [])
+    monkeypatch.setattr("refine_control.data.annotation_parts.contents", None)  # nothing is read any more
+    assert again(source, out)[0].did_nothing
+    assert (out / "manifest.jsonl").read_bytes() == rows
+
+
+def test_a_photo_that_changes_between_a_kill_and_the_next_run(source, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        again(source, out, parts=1)
+    shutil.copy(source / "07.png", source / "03.png")
+    done = again(source, out)[1]
+    assert done == ["03.png", *(f"{number:02d}.png" for number in range(PHOTOS_PER_PART, PHOTOS))]
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(out) == published(tmp_path / "fresh")
+
+
+def test_a_kill_while_changed_photos_are_annotated(source, tmp_path):
+    out = tmp_path / "out"
+    again(source, out)
+    before = published(out)
+    for name in ("03.png", f"{PHOTOS_PER_PART:02d}.png"):  # one of each part
+        shutil.copy(source / "07.png", source / name)
+    with pytest.raises(KeyboardInterrupt):
+        again(source, out, parts=1)
+    assert {name: (out / name).read_bytes() for name in before} == before  # what was published still is
+    assert again(source, out)[1] == [f"{PHOTOS_PER_PART:02d}.png"]
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(out) == published(tmp_path / "fresh")
+
+
+def test_an_annotation_whose_marks_are_lost_is_refused(source, tmp_path):
+    out = tmp_path / "out"
+    again(source, out)
+    marks = (out / "photos.jsonl").read_text().splitlines(keepends=True)
+    for left in (marks[:-1], ["{}\n"] * PHOTOS, None):
+        (out / "photos.jsonl").unlink()
+        if left is not None:
+            (out / "photos.jsonl").write_text("".join(left))
+        with pytest.raises(InvalidInputError, match=r"photos\.jsonl.*annotate again"):
+            again(source, out)

@@ -8,9 +8,10 @@ import torch
 
 from refine_control.config import SamplerConfig
 from refine_control.data import cache_writer
+from refine_control.data.buckets import BucketWriter
 from refine_control.data.cache import Cache, build_cache, model_mark, write_cache
-from refine_control.data.cache_writer import photos_as_tensors
-from refine_control.data.records import LABELED, TEST, UNLABELED
+from refine_control.data.cache_writer import encode_posterior, photos_as_tensors
+from refine_control.data.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.data.scene_shards import scene_photos
 from refine_control.data.shards import ShardWriter
 from refine_control.errors import DamagedError, InvalidInputError
@@ -218,3 +219,137 @@ def test_the_same_photos_give_the_same_bytes(cached, tmp_path, tiny_backbone):
     assert first == again
     assert len(first["files"]) == 7
     assert np.isfinite(Cache(tmp_path / "again").take("latents", range(40)).numpy()).all()
+
+
+# Samples of several sizes.
+
+SIZES = [(48, 80), (64, 64), (48, 80), (80, 48), (48, 80)]
+
+
+def of_sizes(count):
+    """Noise of three sizes in turn, with prompts of the scenes."""
+    photos = []
+    for number in range(count):
+        h, w = SIZES[number % len(SIZES)]
+        image = np.random.default_rng(number).integers(0, 256, (h, w, 3), np.uint8)
+        mask = np.zeros((h, w), bool)
+        mask[h // 4 : h // 2, w // 3 : w // 2 + number % 4] = True
+        photos.append(Photo(f"k{number}", image, mask, PHOTOS[number % 7].prompt))
+    return photos
+
+
+def test_a_cache_of_several_sizes_holds_what_the_model_encodes(tmp_path, tiny_backbone):
+    photos = of_sizes(12)
+    writer = BucketWriter(tmp_path / "shards", LABELED, samples_per_shard=5)
+    for photo in photos:
+        writer.add(photo)
+    writer.finish()
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=2.0)
+    assert build_cache(tmp_path / "shards", tmp_path / "cache", tiny_backbone, completions=sampler)
+    assert not build_cache(tmp_path / "shards", tmp_path / "cache", tiny_backbone, completions=sampler)
+    cache = Cache(tmp_path / "cache")
+    assert cache.groups == {(6, 10): range(7), (8, 8): range(7, 10), (10, 6): range(10, 12)}
+    assert sorted(cache.keys) == sorted(photo.key for photo in photos)
+    named = {photo.key: photo for photo in photos}
+    for (h, w), group in cache.groups.items():
+        for row in group:
+            photo = named[cache.keys[row]]
+            pixels, mask = photos_as_tensors([photo])
+            expected = tiny_backbone.encode_images(masked_pixels(pixels, mask))
+            torch.testing.assert_close(cache.take("masked_latents", [row]), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                cache.take("latents", [row]), tiny_backbone.encode_images(pixels), rtol=1e-5, atol=1e-5
+            )
+            assert cache.prompts[cache.take("prompt_index", [row])] == photo.prompt
+        for name, channels in (("completions", 16), ("latents", 16), ("masks", 1)):
+            assert cache.take(name, list(group)).shape == (len(group), channels, h, w)
+    assert cache.has("latents")
+    assert not cache.has("latents_std")
+    with pytest.raises(ValueError, match="several sizes"):
+        cache.take("latents", [6, 7])
+    with pytest.raises(InvalidInputError, match="has no latents_std"):
+        cache.take("latents_std", [0])
+
+
+def test_one_size_of_a_build_with_buckets_is_stored_as_ever(cached, tmp_path, tiny_backbone):
+    writer = BucketWriter(tmp_path / "shards", LABELED)
+    for photo in PHOTOS:
+        writer.add(photo)
+    writer.finish()
+    build_cache(tmp_path / "shards", tmp_path / "cache", tiny_backbone)
+    files, expected = (
+        json.loads((f / "manifest.json").read_text())["files"] for f in (tmp_path / "cache", cached / LABELED)
+    )
+    assert files == expected
+
+
+def test_several_sizes_continue_after_a_kill(tmp_path, tiny_backbone, monkeypatch):
+    photos, wanted = of_sizes(12), {"source": {}, "prompts": "none", "posterior": "mean_std"}
+    wanted["completions"] = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
+    write_cache(photos, tmp_path / "whole", tiny_backbone, LABELED, **wanted)
+    monkeypatch.setattr(cache_writer, "_SECONDS_BETWEEN_SAVES", -1.0)
+    for word, at in ((LABELED, 10), ("completions", 7)):
+
+        def kill(done, total, said, word=word, at=at):
+            assert total == 12
+            if (said, done) == (word, at):
+                raise Killed
+
+        with pytest.raises(Killed):
+            write_cache(photos, tmp_path / "cache", tiny_backbone, LABELED, **wanted, progress=kill)
+    write_cache(photos, tmp_path / "cache", tiny_backbone, LABELED, **wanted)
+    whole, again = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("whole", "cache"))
+    assert whole == again
+
+
+def test_sizes_without_positions_and_batches_of_several_sizes_are_refused(tmp_path, tiny_backbone):
+    large = Photo("k", np.zeros((80, 112, 3), np.uint8), np.eye(80, 112, dtype=bool), "a circle")
+    with pytest.raises(InvalidInputError, match=r"112 x 80 pixels are too large .* ends at 96 pixels a side"):
+        write_cache([large], tmp_path / "cache", tiny_backbone, LABELED, source={})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InvalidInputError, match=r"several sizes \(80 x 48, 64 x 64\)"):
+        photos_as_tensors(of_sizes(2))
+
+
+# The posterior's deviation, and caches without prompt embeddings.
+
+
+def test_the_deviation_stands_beside_the_same_mean(cached, tmp_path, tiny_backbone):
+    for role in (LABELED, UNLABELED):
+        write_cache(PHOTOS, tmp_path / role, tiny_backbone, role, source={"of": "tests"}, posterior="mean_std")
+        files, means = (
+            json.loads((f / "manifest.json").read_text())["files"] for f in (tmp_path / role, cached / role)
+        )
+        stds = {f"{name}_std.npy" for name in ("masked_latents", "latents")[: 2 if role == LABELED else 1]}
+        assert set(files) - set(means) == stds
+        assert all(files[name] == means[name] for name in means)  # the means are those of a cache without, to the bit
+    cache, rows = Cache(tmp_path / LABELED), [0, 31, 39]
+    pixels, _ = photos_as_tensors([PHOTOS[row] for row in rows])
+    vae = tiny_backbone.vae
+    posterior = vae.encode(pixels).latent_dist
+    std = cache.take("latents_std", rows)
+    torch.testing.assert_close(std, torch.exp(0.5 * posterior.logvar) * 1.7, rtol=1e-5, atol=1e-6)
+    assert (std > 0).all()
+    assert torch.equal(encode_posterior(vae, pixels)[0], tiny_backbone.encode_images(pixels))
+
+
+def test_another_posterior_or_none_of_the_prompts_is_another_cache(shards, tmp_path, tiny_backbone):
+    out = tmp_path / "cache"
+    for stored in ({}, {"posterior": "mean_std"}, {}, {"prompts": "none"}, {}):
+        assert build_cache(shards, out, tiny_backbone, **stored)
+        assert not build_cache(shards, out, tiny_backbone, **stored)
+        assert Cache(out).has("latents_std") == ("posterior" in stored)
+        assert Cache(out).has("prompt_embeds") == ("prompts" not in stored)
+    build_cache(shards, out, tiny_backbone, prompts="none")
+    cache = Cache(out)
+    assert set(cache.arrays) == {"latents", "masked_latents", "masks", "prompt_index"}
+    assert [cache.prompts[n] for n in cache.take("prompt_index", range(6))] == [p.prompt for p in PHOTOS[:6]]
+
+
+def test_completions_without_stored_prompts_are_those_with_them(shards, tmp_path, tiny_backbone):
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=2.0)
+    painted = []
+    for prompts in ("full", "none"):
+        build_cache(shards, tmp_path / prompts, tiny_backbone, prompts=prompts, completions=sampler)
+        painted.append(Cache(tmp_path / prompts).take("completions", range(6)))
+    torch.testing.assert_close(*painted, rtol=1e-4, atol=1e-4)

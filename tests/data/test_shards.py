@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import tarfile
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,63 @@ def test_what_the_writer_refuses(tmp_path):
         Shards(tmp_path)  # nothing is readable before `finish`
     assert writer.finish()["samples"] == 1
     assert_same(Shards(tmp_path)[0], good)
+
+
+def test_an_index_that_changes_after_it_was_opened_is_not_believed(tmp_path):
+    write(tmp_path, count=40)
+    shards = Shards(tmp_path)
+    assert [record["key"] for record in shards.records] == [shards.records[n]["key"] for n in range(40)]
+    index = tmp_path / "index.jsonl"
+    index.write_bytes(index.read_bytes().replace(b'"k20"', b'"k21"'))
+    assert shards.records[3]["key"] == "k3"
+    for reading in (lambda: shards.records[20], lambda: list(shards.records), lambda: shards[20]):
+        with pytest.raises(DamagedError, match=r"index\.jsonl"):
+            reading()
+
+
+def test_a_writer_that_was_killed_leaves_nothing_to_the_next(tmp_path):
+    write(tmp_path / "whole")
+    killed = ShardWriter(tmp_path / "new", "labeled", 3)
+    for number in range(5):
+        killed.add(sample(number))
+    names = {path.name.partition(".tmp")[0].rpartition(".")[0] for path in (tmp_path / "new").glob(".*")}
+    assert names == {".index.jsonl", ".shard-00001.tar"}
+    write(tmp_path / "new")
+    assert tree(tmp_path / "new") == tree(tmp_path / "whole")
+
+
+def test_adopted_shards_give_the_same_index_and_manifest(tmp_path):
+    write(tmp_path / "whole")
+    first = ShardWriter(tmp_path / "new", "labeled", 3)
+    for number in range(3):
+        first.add(sample(number))
+    records = first.cut()
+    second = ShardWriter(tmp_path / "new", "labeled", 3)
+    second.adopt(json.loads(json.dumps(records)))
+    with pytest.raises(InvalidInputError, match="taken"):
+        second.add(sample(1))
+    for number in range(3, 7):
+        second.add(sample(number))
+    second.finish(seed=3)
+    assert tree(tmp_path / "new") == tree(tmp_path / "whole")
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    """Of each sample 100 bytes at most, where its record has 700."""
+    held = []
+    for count in (200, 1200):
+        tracemalloc.start()
+        writer, members = ShardWriter(tmp_path / str(count), "test", 100), {"json": b"{}", "webp": b"x"}
+        for number in range(count):
+            writer.add(
+                replace(sample(0), key=f"a-rather-long-key-{number}", meta={"photo": f"photo {number}"}), members
+            )
+        writer.finish()
+        shards = Shards(tmp_path / str(count))
+        assert len(shards) == count
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert held[1] - held[0] < 100 * 1000
 
 
 def test_inspect_counts_and_measures(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import sys
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refine_control.data import coco_listing
 from refine_control.data.decisions import EDIT, REJECT, UNDO, append_decision, decide
 from refine_control.data.download import command_for, download, read_layout
 from refine_control.data.files import read_bytes
@@ -178,6 +180,43 @@ def test_coco_rows_of_the_wrong_kind_are_told(tmp_path):
     assert problems == [R.BAD_ROW, R.BAD_ROW, None, None, None, None, None, R.DUPLICATE, R.BAD_ROW, R.BAD_ROW]
     assert [refused(entry) for entry in found[3:6]] == [R.MASK_UNREADABLE, R.NO_MASK, R.NO_PROMPT]
     assert load(found[2], S).meta["id"] == 1
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["", "one number for all ids"])
+def test_coco_lists_may_have_any_order(tmp_path, monkeypatch, alike):
+    """Against a plain search through the rows."""
+    if alike:
+        monkeypatch.setattr(coco_listing, "_number", lambda name: int(isinstance(name, int | str)))
+    for seed in range(30):
+        draw = random.Random(seed)
+        ids = draw.sample([7, "7", "ü", 10**30, True, 0], draw.randint(0, 6))
+        photos = [{"id": name, "file_name": f"{n}.png"} for n, name in enumerate(ids)] + [{"file_name": "no id.png"}]
+        draw.shuffle(photos)
+        owners = draw.choices([*ids, *ids] if alike and ids else [7, "7", "ü", 10**30, 0, None, [7], 7.0], k=12)
+        rows = [{"id": n, "image_id": owner, "iscrowd": n % 5 == 0} for n, owner in enumerate(owners)]
+        members = [("images", photos), ("annotations", rows if ids else []), ("other", [[{}]]), ("x", {})]
+        draw.shuffle(members)
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps(dict(members), ensure_ascii=False))
+        (tmp_path / photos[0]["file_name"]).touch()
+        named = {n: row["image_id"] for n, row in enumerate(rows if ids else [])}
+        named = {n: None if isinstance(owner, float | list) else owner for n, owner in named.items()}
+        of = {n: next((p for p in photos if "id" in p and p["id"] == name), None) for n, name in named.items()}
+        expected = [f"annotation-{n}" for n, photo in of.items() if photo is None]
+        for photo in photos:
+            own = [n for n, owner in of.items() if owner is photo and not rows[n]["iscrowd"]]
+            expected += [(photo["file_name"], n) for n in own or [None]]
+        found = entries(path, tmp_path)
+        assert [(entry.image, entry.meta.get("id")) if entry.image else entry.key for entry in found] == expected
+
+
+def test_a_coco_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = coco(tmp_path)
+    coming = entries(path)
+    next(coming)
+    path.write_text(path.read_text().replace("{", "["))
+    with pytest.raises(InvalidInputError, match="changed while it was read"):
+        list(coming)
 
 
 def test_tars_of_img2dataset(tmp_path):
@@ -348,6 +387,28 @@ def test_decisions_beside_a_manifest_hold(tmp_path):
     assert refused(found[4]) is R.NEEDS_REVIEW
     assert load(found[5], S).prompt == "thing 5"
     assert [entry.key for entry in found] == [entry.key for entry in entries(folder / "manifest.jsonl")]
+
+
+def test_a_folder_is_told_in_the_order_of_its_names_however_it_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr("refine_control.data.sources._NAMES_SORTED", 3)
+    names = ["a-b.jpg", "a.jpg", "a.b.jpg", "a.b.txt", "a", "a.mask.png", "a.b.mask.png", "A.PNG", "a b.webp", "ö.jpg"]
+    names += ["ö.txt", ".h.jpg", ".h.txt", "sub/q.webp", "sub/deep/q.webp", "sub.d/q.jpg", ".hidden/q.jpg", "b.txt"]
+    names += [f"{number}.jpg" for number in range(12)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("some words")
+    (tmp_path / "another").symlink_to("sub")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    found = [(entry.image, entry.mask, entry.prompt) for entry in entries(tmp_path)]
+    top = sorted([*(name for name in names if "/" not in name), "loop.jpg"])
+    images = [name for name in top if not name.startswith(".") and name.lower().endswith((".jpg", ".webp", ".png"))]
+    images = [name for name in images if not name.endswith(".mask.png")]
+    with_mask, with_words = {"a.jpg", "a.b.jpg"}, {"a.b.jpg", "ö.jpg"}
+    expected: list[tuple[str, str | None, str | None]] = [("another", None, None)]
+    for name in [*images, "sub/q.webp", "sub/deep/q.webp", "sub.d/q.jpg"]:
+        mask = f"{Path(name).stem}.mask.png" if name in with_mask else None
+        expected.append((name, mask, "some words" if name in with_words else None))
+    assert found == expected
 
 
 def test_what_is_no_source_is_refused_at_once(tmp_path):

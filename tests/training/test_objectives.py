@@ -97,7 +97,7 @@ def test_eq_6_has_no_task(networks, caches):
 def test_one_stage_is_eq_1_on_one_half_and_eq_6_on_the_other(networks, caches):
     objective, batches = objective_and_batches("mixed", networks, caches)
     draw = Draw(0, "stage", 3, range(4))
-    batches.labeled.batch_size = batches.unlabeled.batch_size = 2
+    batches.labeled.order.batch_size = batches.unlabeled.order.batch_size = 2
     batch = batches.batch(draw)
     both = objective.losses(batch, draw)
     halves = {0: (0, 2), 1: (1, 3)}

@@ -1,21 +1,25 @@
-"""`train` from a recipe to a student folder: once, again, and by two processes."""
+"""`train` from a recipe to a student folder: once, again, by two processes, and on caches of every kind."""
 
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3ControlNetModel
 from safetensors.torch import load_file
 
 from refine_control.config import Recipe
-from refine_control.data.cache import write_cache
-from refine_control.data.records import LABELED
+from refine_control.data.cache import Cache, write_cache
+from refine_control.data.prompt_memory import PromptMemory
+from refine_control.data.records import LABELED, UNLABELED, Photo
 from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
 from refine_control.models.loading import load_backbone
 from refine_control.storage import write_json
+from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.loop import Draw
 from refine_control.training.run import train
 
 CODE = """
@@ -86,3 +90,114 @@ def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):
     # AdamW's first steps are as long for a gradient of rounding as for any: compared where gradients are not tiny
     close = [torch.isclose(one[k], two[k], rtol=1e-3, atol=1e-4).float().mean().item() for k in one]
     assert sum(close) / len(close) > 0.99
+
+
+# Caches of several sizes, with deviations, without prompts.
+
+
+def of_sizes(count, sizes=((48, 80), (64, 64), (48, 80))):
+    """Scenes whose pixels are repeated to other sizes, in turn."""
+    photos = []
+    for number, scene in enumerate(scene_photos(0, 0, count)):
+        h, w = sizes[number % len(sizes)]
+        image, mask = (
+            np.pad(a, [(0, 32), (0, 32), (0, 0)][: a.ndim], "wrap")[:h, :w] for a in (scene.image, scene.mask)
+        )
+        mask = mask if mask.any() else np.eye(h, w, dtype=bool)
+        photos.append(Photo(scene.key, image, mask, scene.prompt))
+    return photos
+
+
+@pytest.fixture(scope="module")
+def caches(recipe, tmp_path_factory):
+    """Samples of two sizes as D_sl with deviations and as D_ssl without prompt embeddings."""
+    root, backbone = tmp_path_factory.mktemp("sizes"), load_backbone(recipe.model)
+    write_cache(of_sizes(11), root / LABELED, backbone, LABELED, source={}, posterior="mean_std")
+    write_cache(of_sizes(11), root / UNLABELED, backbone, UNLABELED, source={}, prompts="none", posterior="mean_std")
+    return root
+
+
+def draws(count):
+    return [Draw(0, "stage", step, range(4)) for step in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["supervised", "mixed"])
+def test_a_student_learns_on_two_sizes_with_prompts_encoded_on_the_way(recipe, caches, tmp_path, kind):
+    wanted = recipe.model_dump() | {"objective": {"kind": kind}}
+    wanted["training"] |= {"steps": 3, "device_batch_size": 2}
+    wanted["data"] = {"labeled": str(caches / LABELED), "unlabeled": str(caches / UNLABELED), "prompts": "encode"}
+    made = train(Recipe.model_validate(wanted), tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert made.steps == len(losses) == 3
+    assert np.isfinite(losses).all()
+
+
+def test_what_a_run_cannot_use_is_refused_in_a_sentence(recipe, caches, tmp_path):
+    wanted = recipe.model_dump() | {"objective": {"kind": "self_supervised"}}
+    wanted["data"] = {"unlabeled": str(caches / UNLABELED)}
+    with pytest.raises(InvalidInputError, match=r"no prompt embeddings; .* data\.prompts=encode"):
+        train(Recipe.model_validate(wanted), tmp_path / "run")
+    backbone = load_backbone(recipe.model)
+    write_cache(of_sizes(2, [(80, 48)]), tmp_path / "tall", backbone, UNLABELED, source={})
+    halves = LabeledBatches(Cache(caches / LABELED), 2), UnlabeledBatches(Cache(tmp_path / "tall"), 2)
+    with pytest.raises(InvalidInputError, match="different sizes"):
+        MixedBatches(*halves)
+
+
+def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out(recipe, caches, tmp_path, caplog):
+    write_cache(
+        of_sizes(9, [(48, 80), (80, 48)]), tmp_path / "other", load_backbone(recipe.model), UNLABELED, source={}
+    )
+    labeled, unlabeled = LabeledBatches(Cache(caches / LABELED), 2), UnlabeledBatches(Cache(tmp_path / "other"), 2)
+    mixed = MixedBatches(labeled, unlabeled)
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" of ")[0] for line in told] == ["4 samples", "4 samples"]
+    seen = set()
+    for draw in draws(6):
+        batch = mixed.batch(draw)
+        assert batch.joined().mask.shape == (4, 1, 6, 10)
+        seen |= set(unlabeled.rows(draw._replace(slots=range(2), stage="stage unlabeled")).tolist())
+    assert seen == set(range(5))
+
+
+def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):
+    batches = LabeledBatches(Cache(caches / LABELED), 4)
+    shapes = set()
+    for draw in draws(12):
+        whole = batches.batch(draw)
+        parts = [batches.batch(draw._replace(slots=range(a, a + 2))) for a in (0, 2)]
+        assert all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True))
+        assert whole.latents.shape[2:] == whole.masked_latents.shape[2:] == whole.mask.shape[2:]
+        shapes.add(tuple(whole.latents.shape[2:]))
+    assert shapes == {(6, 10), (8, 8)}
+
+
+def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean(caches):
+    cache = Cache(caches / LABELED)
+    labeled, unlabeled = LabeledBatches(cache, 4), UnlabeledBatches(cache, 4)
+    for draw in draws(2):
+        rows = labeled.rows(draw)
+        first, again = labeled.batch(draw), LabeledBatches(cache, 4).batch(draw)
+        assert torch.equal(first.latents, again.latents)
+        noise = (first.latents - cache.take("latents", rows)) / cache.take("latents_std", rows)
+        drawn = draw.normals("posterior", *noise.shape[1:])
+        torch.testing.assert_close(noise, drawn, rtol=1e-2, atol=1e-2)
+        assert not torch.equal(drawn, draw.normals("noise", *noise.shape[1:]))
+        assert torch.equal(first.masked_latents, cache.take("masked_latents", rows))
+        x0 = unlabeled.batch(draw)
+        assert torch.equal(x0.masked_latents, cache.take("masked_latents", rows))
+        expected = x0.masked_latents + cache.take("masked_latents_std", rows) * drawn
+        assert torch.equal(x0.x0_latents, expected)
+    one, two = (labeled.batch(draw).latents for draw in (draws(1)[0], draws(1)[0]._replace(seed=1)))
+    assert one.shape != two.shape or not torch.equal(one, two)
+
+
+def test_prompts_encoded_on_the_way_are_those_of_the_cache(recipe, caches):
+    backbone = load_backbone(recipe.model)
+    cached = LabeledBatches(Cache(caches / LABELED), 4, prompt_dropout=0.3)
+    encoded = LabeledBatches(Cache(caches / LABELED), 4, 0.3, encode=PromptMemory(backbone.encode_prompts))
+    for draw in draws(6):
+        ours, theirs = encoded.batch(draw), cached.batch(draw)
+        assert torch.equal(ours.latents, theirs.latents)
+        torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.pooled_prompt_embeds, theirs.pooled_prompt_embeds, rtol=1e-5, atol=1e-6)

@@ -1,9 +1,11 @@
 """`data annotate`: photographs -> regions and their prompts, one row for each region in `manifest.jsonl`.
 
 The result is a source like any other: `data review` shows it to people, `data build` makes shards of it.
-Photos are taken in parts of `PHOTOS_PER_PART`; a part is done whole, by whichever engine, and published as one
-file under `.parts`, which a later run takes over. `manifest.jsonl` and `rejects.jsonl` are put together last. So the
-same command after a kill ends with the same bytes.
+The work is done in parts, by whichever engine; what of it is done is kept by `data.annotation_parts`. So the same
+command after a kill ends with the same bytes, and after a photo got another content it annotates that photo anew.
+
+The id of a row depends on the bytes of its photo, and of its region where that is given: people decide by id, and a
+decision on a photo that has changed since is not one on what stands in its place. A source's own id is `source_id`.
 """
 
 # H W pixels of a photo as shown
@@ -13,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from refine_control import __version__
-from refine_control.data.decisions import id_of
+from refine_control.data.annotation_parts import REJECTS, Contents, Done, Part, Parts, contents, states
+from refine_control.data.decisions import DECISIONS_NAME, id_of, read_decisions
 from refine_control.data.engines import Engine, local
 from refine_control.data.masks import Selection, augment, dilate, select
 from refine_control.data.photos import load_mask, load_whole
@@ -35,14 +36,11 @@ from refine_control.data.records import Entry, Proposal, Rejected, RejectReason,
 from refine_control.data.regions import encode_rle
 from refine_control.data.sources import MANIFEST_NAME, entries, photos_of
 from refine_control.errors import InvalidInputError
-from refine_control.storage import TEMPORARY, fsync_path, only_writer, storage_errors, write_atomic, write_json
+from refine_control.storage import TEMPORARY, only_writer, write_json
 
 PARAMETERS = "annotate.json"
-REJECTS = "rejects.jsonl"
-PHOTOS_PER_PART = 16
-FORMAT = 2
+FORMAT = 3
 """Raised when the same parameters no longer give the same rows."""
-_PARTS = ".parts"
 Progress = Callable[[int, int], None]
 """Called with (photos done, photos in all)."""
 Masks = Literal["given", "sam", "felzenszwalb"]
@@ -86,13 +84,6 @@ class Annotation:
             raise InvalidInputError(f"dilate is {self.dilate}; it must be 0 or more pixels")
 
 
-class Part(NamedTuple):
-    """Consecutive photos, each with its entries."""
-
-    number: int
-    photos: list[list[Entry]]
-
-
 @dataclass(frozen=True)
 class AnnotateSummary:
     """What came of it: photos = those with a row + those all of whose entries were refused."""
@@ -106,11 +97,18 @@ class AnnotateSummary:
     """By reason code."""
     seconds: float
     did_nothing: bool = field(default=False)
+    changed: int = 0
+    """Photos that had another content when they were annotated before."""
+    void_decisions: int = 0
+    """Decisions on the former rows of these photos."""
 
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(self.rejects.items()))
         doubts = ", ".join(f"{name} {count}" for name, count in sorted(self.problems.items()))
         done = f"{self.out} was already annotated" if self.did_nothing else f"annotated in {self.seconds:.1f} s"
+        if self.changed:
+            done += f"; {self.changed} photos had changed"
+            done += f", {self.void_decisions} decisions on them no longer count" if self.void_decisions else ""
         head = f"{self.photos} photos -> {self.rows} regions; rejected {sum(self.rejects.values())}"
         return f"{head}{': ' + listed if listed else ''}\n{'for review: ' + doubts + chr(10) if doubts else ''}{done}"
 
@@ -126,8 +124,9 @@ def annotate(
 ) -> AnnotateSummary:
     """Makes or continues `out` from `source` (see `data.sources`).
 
-    Does nothing where the same is there already. Raises InvalidInputError for a source without photos, or an `out`
-    that holds something else; InUseError, MissingError for models that are not there, WorkerDiedError."""
+    Does nothing where the same is there already; photos whose content has changed since are annotated anew. Raises
+    InvalidInputError for a source without photos, or an `out` that holds something else; InUseError, MissingError for
+    models that are not there, WorkerDiedError."""
     began = time.monotonic()
     listing, count = _survey(source, images, chosen.limit)
     if not count:
@@ -135,33 +134,27 @@ def annotate(
     wanted = {**asdict(chosen), "format": FORMAT, "source": str(source.resolve()), "listing": listing, "photos": count}
     with only_writer(out):
         _check_folder(out, wanted)
-        if (out / MANIFEST_NAME).is_file():
-            shutil.rmtree(out / _PARTS, ignore_errors=True)  # left by a kill between the manifest and the end
+        parts = Parts(out, lambda: _photos(source, images, chosen.limit), chosen.masks == "given")
+        if not parts.begin():
             return _summary(out, count, 0.0, did_nothing=True)
         write_json(out / PARAMETERS, wanted)
-        parts_dir = out / _PARTS
-        with storage_errors(out):
-            parts_dir.mkdir(exist_ok=True)
         report = progress or (lambda done, total: None)
         done = 0
 
-        def missing() -> Iterator[Part]:
+        def told(more: int) -> None:
             nonlocal done
-            for part in _parts(source, images, chosen.limit):
-                if _read_part(parts_dir, part.number) is None:
-                    yield part
-                else:
-                    done += len(part.photos)
-                    report(done, count)
-
-        for part, result in (engine or local())(missing(), partial(Annotator, chosen)):
-            write_atomic(_part_file(parts_dir, part.number), json.dumps(result, sort_keys=True))
-            done += len(part.photos)
+            done += more
             report(done, count)
-        _assemble(source, images, out, wanted, -(-count // PHOTOS_PER_PART))
-        with storage_errors(out):
-            shutil.rmtree(parts_dir)
-        return _summary(out, count, time.monotonic() - began)
+
+        for part, made in (engine or local())(parts.missing(told), partial(Annotator, chosen)):
+            parts.add(part, [Done(**photo) for photo in made["photos"]])
+            told(part.size)
+        root = next(_photos(source, images, 1))[0].root
+        header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": wanted}
+        parts.publish(header, count)
+        summary = _summary(out, count, time.monotonic() - began)
+        void = sum(id in parts.dropped for id in read_decisions(out / DECISIONS_NAME)) if parts.dropped else 0
+        return replace(summary, changed=parts.changed, void_decisions=void)
 
 
 def _photos(source: Path, images: Path | None, limit: int | None) -> Iterator[list[Entry]]:
@@ -176,26 +169,6 @@ def _survey(source: Path, images: Path | None, limit: int | None) -> tuple[str, 
             told = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
             whole.update(json.dumps(told, sort_keys=True).encode() + b"\n")
     return whole.hexdigest(), count
-
-
-def _parts(source: Path, images: Path | None, limit: int | None) -> Iterator[Part]:
-    photos = _photos(source, images, limit)
-    for number in itertools.count():
-        if not (chunk := list(itertools.islice(photos, PHOTOS_PER_PART))):
-            return
-        yield Part(number, chunk)
-
-
-def _part_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:07d}.json"
-
-
-def _read_part(folder: Path, number: int) -> dict[str, Any] | None:
-    """What an earlier run made of a part; None where it must be done."""
-    try:
-        return json.loads(_part_file(folder, number).read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
@@ -213,23 +186,6 @@ def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
         raise InvalidInputError(f"{path} cannot be read; delete {out} and annotate again") from None
     if differing:
         raise InvalidInputError(f"{out} was annotated otherwise ({', '.join(differing)} differ); name a new folder")
-
-
-def _assemble(source: Path, images: Path | None, out: Path, wanted: dict[str, Any], parts: int) -> None:
-    """The parts in their order as `rejects.jsonl` and, last, `manifest.jsonl`; a row at a time."""
-    root = next(_photos(source, images, 1))[0].root
-    header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": wanted}
-    for name, field_name in ((REJECTS, "rejects"), (MANIFEST_NAME, "rows")):
-        with storage_errors(out), (temporary := out / f".{name}{TEMPORARY}").open("w") as file:
-            if name == MANIFEST_NAME:
-                file.write(json.dumps(header, sort_keys=True) + "\n")
-            for number in range(parts):
-                part = _read_part(out / _PARTS, number) or {}
-                file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in part[field_name])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out / name)
-        fsync_path(out)
 
 
 def _summary(out: Path, photos: int, seconds: float, did_nothing: bool = False) -> AnnotateSummary:
@@ -254,39 +210,51 @@ class Annotator:
         self.selection = Selection(min_area=chosen.min_area, max_area=chosen.max_area, per_photo=chosen.per_photo)
 
     def __call__(self, part: Part) -> dict[str, Any]:
-        rows: list[dict[str, Any]] = []
-        rejects: list[dict[str, Any]] = []
-        asked: list[Asked] = []
+        given, asked, made = self.propose is None, [], []
         for group in part.photos:
-            try:
-                found = self._given(group, rejects) if self.propose is None else self._proposed(group[0])
-            except Rejected as error:
-                rejects.append(_reject(group[0], error))
-                continue
-            image = load_whole(group[0]) if found and self.describer else None
-            for row, mask in found:
-                rows.append(row)
-                if image is not None:
-                    asked.append(Asked([row], local_request(image, mask), "local_prompt"))
-            if image is not None and self.chosen.global_prompts and not group[0].global_prompt:
-                asked.append(Asked([row for row, _ in found], global_request(image), "global_prompt"))
+            mark = {"files": states(group, given)}  # before anything is read: a change from here on is seen later
+            content = contents(group, given)
+            rows, rejects = self._photo(group, content, asked)
+            made.append(Done({**mark, "content": content.whole}, rows, rejects)._asdict())
         self._describe(asked)
-        return {"rows": rows, "rejects": rejects}
+        return {"photos": made}
 
-    def _given(self, group: Sequence[Entry], rejects: list[dict[str, Any]]) -> list[tuple[dict[str, Any], np.ndarray]]:
+    def _photo(
+        self, group: Sequence[Entry], content: Contents, asked: list[Asked]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The rows and rejects of a photo; what is to be asked about it goes to `asked`."""
+        rejects: list[dict[str, Any]] = []
+        try:
+            propose = self.propose is not None
+            found = self._proposed(group[0], content) if propose else self._given(group, content, rejects)
+        except Rejected as error:
+            return [], [_reject(group[0], error)]
+        rows = [row for row, _ in found]
+        if found and self.describer:
+            image = load_whole(group[0])
+            asked += [Asked([row], local_request(image, mask), "local_prompt") for row, mask in found]
+            if self.chosen.global_prompts and not group[0].global_prompt:
+                asked.append(Asked(rows, global_request(image), "global_prompt"))
+        return rows, rejects
+
+    def _given(
+        self, group: Sequence[Entry], content: Contents, rejects: list[dict[str, Any]]
+    ) -> list[tuple[dict[str, Any], np.ndarray]]:
         """A row for each entry whose photo and region can be read."""
         found = []
-        for entry in group:
+        for entry, region in zip(group, content.regions, strict=True):
             try:
                 mask = load_mask(entry)
             except Rejected as error:
                 rejects.append(_reject(entry, error))
             else:
-                region = {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
-                found.append((_row(entry, id_of(entry), mask, {**region, "mask_source": "given"}), mask))
+                name = make_key(entry.image, content.photo + region, id_of(entry))
+                facts: dict[str, Any] = {"source_id": entry.meta["id"]} if "id" in entry.meta else {}
+                facts |= {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
+                found.append((_row(entry, name, mask, {**facts, "mask_source": "given"}), mask))
         return found
 
-    def _proposed(self, entry: Entry) -> list[tuple[dict[str, Any], np.ndarray]]:
+    def _proposed(self, entry: Entry, content: Contents) -> list[tuple[dict[str, Any], np.ndarray]]:
         """Rows of the regions that are chosen among the proposals. Raises Rejected where none is fit."""
         image = load_whole(entry)
         entry = replace(entry, prompt=None)  # a prompt that was given is of another region
@@ -298,11 +266,11 @@ class Annotator:
             raise Rejected(RejectReason.NO_REGION, f"no proposed region is fit for inpainting: {why}")
         found = []
         for number, each in enumerate(chosen):
-            name = make_key(entry.image, None, f"{Path(entry.image).stem}-{number}")
+            place = f"{Path(entry.image).stem}-{number}"
             mask = dilate(each.mask, self.chosen.dilate) if self.chosen.dilate else each.mask
-            mask = augment(mask, self.chosen.shape, self.chosen.seed, name)
+            mask = augment(mask, self.chosen.shape, self.chosen.seed, make_key(entry.image, None, place))
             region = {"segmentation": encode_rle(mask), "mask_source": each.source, **each.scores}
-            found.append((_row(entry, name, mask, region), mask))
+            found.append((_row(entry, make_key(entry.image, content.photo, place), mask, region), mask))
         return found
 
     def _describe(self, asked: Sequence[Asked]) -> None:

@@ -19,14 +19,15 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refine_control.data.buckets import BucketWriter
+from refine_control.data.build_parameters import Parameters
 from refine_control.data.photos import load
 from refine_control.data.records import LABELED, ROLES, Entry, Photo, Rejected
 from refine_control.data.shards import (
-    IMAGE_FORMATS,
     MADE_BY,
     Shards,
     ShardWriter,
@@ -56,37 +57,6 @@ FORMAT = 2
 _PARTS = ".parts"
 Progress = Callable[[int, int], None]
 """Called with (entries done, entries in all)."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Everything the bytes of a build depend on, besides the source."""
-
-    size: int = 64
-    """Side of a sample in pixels, a multiple of 8, 8 to 4096."""
-    test_fraction: float = 0.2
-    """Share of the photographs that go to `test`, 0 to 1."""
-    unlabeled_fraction: float = 0.5
-    """Share of the other photographs that go to `unlabeled`, 0 to 1."""
-    seed: int = 0
-    image_format: str = "webp"
-    """webp (lossless), png, or jpg."""
-    limit: int | None = None
-    """Only the first so many entries."""
-    samples_per_shard: int = 1000
-    enlarge: bool = False
-    """Whether photos smaller than `size` are enlarged rather than refused."""
-
-    def __post_init__(self) -> None:
-        for name in ("test_fraction", "unlabeled_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.size % 8 or not 8 <= self.size <= 4096:
-            raise InvalidInputError(f"size is {self.size}; it must be a multiple of 8 between 8 and 4096")
-        if self.image_format not in IMAGE_FORMATS:
-            raise InvalidInputError(f"image_format is {self.image_format!r}; choose {', '.join(IMAGE_FORMATS)}")
-        if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
-            raise InvalidInputError("samples_per_shard and limit must be at least 1")
 
 
 class _Job(NamedTuple):
@@ -142,11 +112,10 @@ def build(
     job = _Job(Path(source), images, chosen)
     out = Path(out)
     with worker_processes(workers) as in_order:
-        least_side = 0 if chosen.enlarge else chosen.size
-        found = survey(job.source, in_order, images=images, limit=chosen.limit, least_side=least_side)
+        found = survey(job.source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
         if not found.photos:
             raise InvalidInputError(f"no photo was found in {source}; want a manifest.jsonl, tars, or name.jpg files")
-        wanted = {**asdict(chosen), "format": FORMAT, "source_sha256": found.sha256, "entries": len(found.photos)}
+        wanted = {**chosen.told(), "format": FORMAT, "source_sha256": found.sha256, "entries": len(found.photos)}
         _check_folder(out, wanted)
         with only_writer(out):
             _check_folder(out, wanted)  # again: nobody else can change it now
@@ -174,13 +143,13 @@ def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
             raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and is not a build; name a new folder")
         return
     try:
-        found = json.loads(path.read_bytes())
+        found, now = ({"buckets": False, **told} for told in (json.loads(path.read_bytes()), wanted))
         differing = [
             f"{key.replace('source_sha256', 'the content of the source')} ({found.get(key)} there, {value} now)"
-            for key, value in wanted.items()
+            for key, value in now.items()
             if found.get(key) != value
         ]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
     if differing:
         raise InvalidInputError(f"{out} was built differently: {', '.join(differing)}; delete it or name a new folder")
@@ -198,10 +167,11 @@ def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progres
     report = progress or (lambda done, total: None)
     chosen, total, count = job.chosen, len(found.photos), itertools.count(1)
     rejects: list[dict[str, Any]] = []
-    described = {"parameters": asdict(chosen), "source_sha256": found.sha256}
+    described = {"parameters": chosen.told(), "source_sha256": found.sha256}
     roles = split(found.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
     for role in ROLES:
-        writer = ShardWriter(out / role, role, chosen.samples_per_shard, chosen.image_format)
+        kind = BucketWriter if chosen.buckets else ShardWriter
+        writer = kind(out / role, role, chosen.samples_per_shard, chosen.image_format)
         runs = _batched(_entries_of(role, job, found, roles), chosen.samples_per_shard)
         for number, run in enumerate(runs):
             part = out / _PARTS / f"{role}-{number:05d}.json"
@@ -282,7 +252,7 @@ def _sample(chosen: Parameters, role: str, task: tuple[Entry, str]) -> _Sample |
     """Loads and encodes an entry of the photograph that the task names."""
     entry, photo = task
     try:
-        loaded = load(entry, chosen.size, enlarge=chosen.enlarge)
+        loaded = load(entry, chosen.sizes, enlarge=chosen.enlarge)
     except Rejected as error:
         return _Refusal(error.reason.value, error.detail)
     named = replace(loaded, meta={**loaded.meta, "photo": photo})

@@ -3,6 +3,9 @@
 What is encoded lies in `.NAME.partial` beside the cache until all is there. Every few hundred samples the arrays are
 flushed and `state.json` says how far each phase is; the same call goes on from there and ends with the same bytes,
 because the batches are the same.
+
+Samples of several sizes are put in the order of their sizes, and what has h and w is an array for each size:
+`latents-6x10.npy` holds the latents (16, 6, 10) of the rows of its size, in their order.
 """
 
 # N samples, P distinct prompts, B of a batch, h w latents, T text tokens
@@ -13,20 +16,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from refine_control.config import SamplerConfig
+from refine_control.data.buckets import Size, grouped
 from refine_control.data.compact import Layout, layout_of, pack, relative_error, unpack
 from refine_control.data.records import UNLABELED, Photo
+from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone, masked_pixels
 from refine_control.models.controlnet import mask_at_latents
-from refine_control.pipeline import complete_latents
-from refine_control.randomness import slot_normals
 from refine_control.storage import finish_folder, fsync_path, storage_errors, write_json
 
 SAMPLES = "samples.jsonl"
@@ -34,11 +37,50 @@ BATCH = 32
 _STATE = "state.json"
 _SECONDS_BETWEEN_SAVES = 30.0
 Progress = Callable[[int, int, str], None]
-PromptStorage = Literal["full", "int8"]
+PromptStorage = Literal["full", "int8", "none"]
+Posterior = Literal["mean", "mean_std"]
+
+
+class Stored(NamedTuple):
+    """What a cache of the same shards and model may differ in."""
+
+    dtype: torch.dtype = torch.float32
+    prompts: PromptStorage = "full"
+    """Embeddings in `dtype`, in 8 bits (`compact`), or none, to be encoded in training."""
+    completions: SamplerConfig | None = None
+    """How the model's own ControlNet (the teacher) paints every hole once."""
+    posterior: Posterior = "mean"
+    """mean_std: beside the mean of the VAE's posterior its standard deviation, for training to draw from."""
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest; `posterior` where it is not the mean alone, so that other caches stay what they were."""
+        painted = self.completions.model_dump(mode="json") if self.completions else None
+        told = {"dtype": str(self.dtype).removeprefix("torch."), "prompts": self.prompts, "completions": painted}
+        return told if self.posterior == "mean" else {**told, "posterior": self.posterior}
+
+
+def row_groups(sizes: Mapping[Size, int]) -> dict[Size, range]:
+    """The rows of each size, from the number of samples of each in the order of the rows."""
+    groups, first = {}, 0
+    for size, count in sizes.items():
+        groups[size] = range(first, first + count)
+        first += count
+    return groups
+
+
+def stored_name(name: str, size: Size) -> str:
+    """The array of `name` for one of several sizes (h, w)."""
+    return f"{name}-{size[0]}x{size[1]}"
 
 
 def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint."""
+    """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint.
+
+    Raises InvalidInputError where they have several."""
+    sizes = grouped(photo.mask.shape for photo in photos)
+    if len(sizes) > 1:
+        told = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise InvalidInputError(f"samples of several sizes ({told}) are no batch; take those of one size")
     images = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
 
@@ -50,10 +92,14 @@ def to_numpy(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
 
 
 class CacheWriter:
-    """One cache in the making; `described` is what its manifest will say and what a partial one must have said."""
+    """One cache in the making; `described` is what its manifest will say and what a partial one must have said.
 
-    def __init__(self, out: Path, described: dict[str, Any], progress: Progress | None = None):
-        self.out, self.described = out, described
+    `groups` are the rows of each latent size (`row_groups`)."""
+
+    def __init__(
+        self, out: Path, described: dict[str, Any], groups: Mapping[Size, range], progress: Progress | None = None
+    ):
+        self.out, self.described, self.groups = out, described, groups
         self.progress = progress or (lambda done, total, word: None)
         self.folder = out.with_name(f".{out.name}.partial")
         with storage_errors(out):
@@ -87,6 +133,22 @@ class CacheWriter:
                 self.arrays[name] = np.lib.format.open_memmap(path, "w+", values.dtype, (total, *values.shape[1:]))
         self.arrays[name][first : first + len(values)] = values
 
+    def put_sized(self, name: str, rows: range, values: np.ndarray) -> None:
+        """`rows`, all of one size, of what has h and w."""
+        stored, first, total = self._place(name, rows)
+        self.put(stored, first, total, values)
+
+    def read_sized(self, name: str, rows: range) -> torch.Tensor:
+        """As `read`, of what `put_sized` has put."""
+        stored, first, _ = self._place(name, rows)
+        return self.read(stored, range(first, first + len(rows)))
+
+    def _place(self, name: str, rows: range) -> tuple[str, int, int]:
+        """The array that holds `rows`, the first of them in it, and how many it has."""
+        size, group = next((size, group) for size, group in self.groups.items() if rows.start in group)
+        stored = name if len(self.groups) == 1 else stored_name(name, size)
+        return stored, rows.start - group.start, len(group)
+
     def read(self, name: str, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Rows that have been put, as fp32."""
         if name not in self.arrays:
@@ -98,11 +160,18 @@ class CacheWriter:
         """The next sample's key and words."""
         self.samples.write(json.dumps({"key": key, "prompt": prompt}, ensure_ascii=False).encode() + b"\n")
 
-    def phase(self, name: str, total: int, batch: Callable[[range], None]) -> None:
-        """Calls `batch` for all rows that are not done yet, BATCH at a time, and saves now and then."""
+    def phase(self, name: str, groups: Iterable[range], batch: Callable[[range], None]) -> None:
+        """Calls `batch` for all rows that are not done yet, BATCH of a group at a time, and saves now and then."""
+        batches = [
+            range(first, min(first + BATCH, group.stop))
+            for group in groups
+            for first in range(group.start, group.stop, BATCH)
+        ]
+        total = batches[-1].stop if batches else 0
         with storage_errors(self.out):
-            for first in range(self.state["done"].get(name, 0), total, BATCH):
-                rows = range(first, min(first + BATCH, total))
+            for rows in batches:
+                if rows.stop <= self.state["done"].get(name, 0):
+                    continue
                 batch(rows)
                 self.state["done"][name] = rows.stop
                 if rows.stop == total or time.monotonic() - self.saved > _SECONDS_BETWEEN_SAVES:
@@ -139,37 +208,61 @@ def numbered_prompts(samples: Path) -> tuple[list[str], list[str], list[int]]:
     return keys, list(prompts), numbers
 
 
-def write_pictures(writer: CacheWriter, photos: Sequence[Photo], backbone: Backbone, role: str, dtype: Any) -> None:
-    """`masked_latents`, `masks` and, unless the role is unlabelled, `latents`."""
-    total = len(photos)
+@torch.no_grad()
+def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,3,H,W) in [-1, 1] -> mean and standard deviation of the latents (B,16,h,w), shifted and scaled.
+
+    The mean is that of `Backbone.encode_images`, bit for bit."""
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    factor = vae.config["scaling_factor"]
+    return (posterior.mean - vae.config["shift_factor"]) * factor, posterior.std * factor
+
+
+def write_pictures(
+    writer: CacheWriter, photo: Callable[[int], Photo], backbone: Backbone, role: str, stored: Stored
+) -> None:
+    """`masked_latents`, `masks` and, unless the role is unlabelled, `latents`; `photo` gives the sample of a row.
+
+    With the posterior mean_std also `masked_latents_std` and `latents_std`."""
+
+    def put_latents(name: str, rows: range, pixels: torch.Tensor) -> torch.Tensor:
+        if stored.posterior == "mean":
+            latents = backbone.encode_images(pixels)
+        else:
+            latents, std = encode_posterior(backbone.vae, pixels)
+            writer.put_sized(f"{name}_std", rows, to_numpy(std, stored.dtype))
+        writer.put_sized(name, rows, to_numpy(latents, stored.dtype))
+        return latents
 
     def batch(rows: range) -> None:
-        chunk = [photos[row] for row in rows]
+        chunk = [photo(row) for row in rows]
         pixels, mask = photos_as_tensors(chunk)
-        latents = backbone.encode_images(masked_pixels(pixels, mask))
-        writer.put("masked_latents", rows.start, total, to_numpy(latents, dtype))
-        writer.put("masks", rows.start, total, mask_at_latents(mask, latents).to(torch.uint8).numpy())
+        latents = put_latents("masked_latents", rows, masked_pixels(pixels, mask))
+        writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
         if role != UNLABELED:
-            writer.put("latents", rows.start, total, to_numpy(backbone.encode_images(pixels), dtype))
-        for photo in chunk:
-            writer.note(photo.key, photo.prompt)
+            put_latents("latents", rows, pixels)
+        for each in chunk:
+            writer.note(each.key, each.prompt)
 
-    writer.phase(role, total, batch)
+    writer.phase(role, writer.groups.values(), batch)
 
 
-def write_prompts(writer: CacheWriter, backbone: Backbone, dtype: Any, storage: PromptStorage) -> dict[str, Any]:
-    """`prompt_index`, `prompt_embeds` (in 8 bits where wanted) and `pooled_prompt_embeds`, each prompt once.
+def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> dict[str, Any]:
+    """`prompt_index` and, unless there are to be none, `prompt_embeds` (in 8 bits where wanted) and
+    `pooled_prompt_embeds`, each prompt once.
 
     Returns what the manifest must say to read them."""
     _, prompts, numbers = numbered_prompts(writer.folder / SAMPLES)
     writer.put("prompt_index", 0, len(numbers), np.asarray(numbers, np.int32))
+    if stored.prompts == "none":
+        return {}
     layout: Layout | None = None
     errors = writer.state.setdefault("prompt_errors", [])
 
     def batch(rows: range) -> None:
         nonlocal layout
         embeds, pooled = (t.cpu() for t in backbone.encode_prompts([prompts[row] for row in rows]))
-        if storage == "int8":
+        if stored.prompts == "int8":
             if layout is None:
                 layout = Layout(*writer.state.setdefault("prompt_layout", list(layout_of(embeds))))
             packed = pack(embeds, layout)
@@ -177,39 +270,14 @@ def write_prompts(writer: CacheWriter, backbone: Backbone, dtype: Any, storage: 
             writer.put("prompt_scales", rows.start, len(prompts), packed.scales.numpy())
             errors.append([relative_error(kept, embeds) for kept in (unpack(packed, layout), embeds.bfloat16())])
         else:
-            writer.put("prompt_embeds", rows.start, len(prompts), to_numpy(embeds, dtype))
-        writer.put("pooled_prompt_embeds", rows.start, len(prompts), to_numpy(pooled, dtype))
+            writer.put("prompt_embeds", rows.start, len(prompts), to_numpy(embeds, stored.dtype))
+        writer.put("pooled_prompt_embeds", rows.start, len(prompts), to_numpy(pooled, stored.dtype))
 
-    writer.phase("prompts", len(prompts), batch)
-    if storage != "int8":
+    writer.phase("prompts", [range(len(prompts))], batch)
+    if stored.prompts != "int8":
         return {}
     mean = np.mean(errors, 0)
     return {
         "prompt_layout": writer.state["prompt_layout"],
         "prompt_relative_error": {"int8": float(mean[0]), "bfloat16": float(mean[1])},
     }
-
-
-def write_completions(
-    writer: CacheWriter,
-    backbone: Backbone,
-    sampler: SamplerConfig,
-    dtype: torch.dtype,
-    read_prompts: Callable[[np.ndarray], torch.Tensor],
-    total: int,
-) -> None:
-    """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
-    index = writer.read("prompt_index", range(total)).long().numpy()
-
-    def batch(rows: range) -> None:
-        latents, mask = (writer.read(n, rows) for n in ("masked_latents", "masks"))
-        numbers = index[rows.start : rows.stop]
-        text, empty = (
-            (read_prompts(n), writer.read("pooled_prompt_embeds", n)) for n in (numbers, np.zeros_like(numbers))
-        )
-        noise = slot_normals(latents.shape[1:], list(rows), sampler.seed, "completion")
-        teacher = backbone.pipeline.controlnet
-        painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
-        writer.put("completions", rows.start, total, to_numpy(painted, dtype))
-
-    writer.phase("completions", total, batch)

@@ -27,7 +27,8 @@ _OUTLINE = (255, 0, 200)
 def inspect(folder: Path) -> dict[str, Any]:
     """Statistics of one role's folder, or of a build: `{"roles": {role: statistics}, "entries", "rejects"}`.
 
-    Statistics: role, samples, photos, bytes, image_size, image_format, sources, licenses, and quantiles of the
+    Statistics: role, samples, photos, bytes, image_size (with buckets also image_sizes: [H, W, samples] of each),
+    image_format, sources, licenses, and quantiles of the
     masked share (`mask_fraction`, 0 to 1) and of the words in a prompt (`prompt_words`).
     Raises InvalidInputError where there are no shards, DamagedError where they are damaged."""
     manifest = open_manifest(Path(folder))
@@ -43,6 +44,7 @@ def _role_statistics(shards: Shards) -> dict[str, Any]:
     rows = [(photo.mask.mean(), len(photo.prompt.split()), bool(photo.global_prompt)) for photo in shards]
     return {
         **{name: shards.manifest[name] for name in named},
+        **{name: shards.manifest[name] for name in ("image_sizes",) if name in shards.manifest},
         "bytes": sum(file["bytes"] for file in shards.manifest["files"].values()),
         "mask_fraction": _quantiles([row[0] for row in rows]),
         "prompt_words": _quantiles([row[1] for row in rows]),
@@ -95,12 +97,14 @@ def contact_sheet(folder: Path, path: Path, count: int = 64) -> None:
 
 
 def _tile(photo: Photo) -> Image.Image:
-    """The sample at _TILE pixels, outlined, above at most three lines of its prompt."""
-    image = Image.fromarray(photo.image).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
-    mask = np.asarray(Image.fromarray(photo.mask).resize((_TILE, _TILE), Image.Resampling.NEAREST))
+    """The sample, its longer side _TILE pixels, outlined, above at most three lines of its prompt."""
+    height, width = photo.mask.shape
+    size = (round(_TILE * width / max(photo.mask.shape)), round(_TILE * height / max(photo.mask.shape)))
+    image = Image.fromarray(photo.image).resize(size, Image.Resampling.BICUBIC)
+    mask = np.asarray(Image.fromarray(photo.mask).resize(size, Image.Resampling.NEAREST))
     pixels = np.where(outline(mask)[..., None], np.array(_OUTLINE, np.uint8), np.asarray(image))
     tile = Image.new("RGB", (_TILE + 8, _TILE + _LINES * _LINE + 10), "white")
-    tile.paste(Image.fromarray(pixels), (4, 4))
+    tile.paste(Image.fromarray(pixels), (4 + (_TILE - size[0]) // 2, 4 + (_TILE - size[1]) // 2))
     lines = textwrap.wrap(photo.prompt, 24, max_lines=_LINES, placeholder="...")
     ImageDraw.Draw(tile).multiline_text(
         (4, _TILE + 5), "\n".join(lines), "black", ImageFont.load_default(10), spacing=2

@@ -1,4 +1,4 @@
-"""Photographs with given masks and prompts -> square samples, by written rules; how files are decoded: `data.decode`.
+"""Photographs with given masks and prompts -> samples, by written rules; how files are decoded: `data.decode`.
 
 Mask: a file, grey > 127 = inpaint, or a segmentation (`data.regions`). It has the size of the photo as shown, or of
 the stored pixels, and then it turns with them. Where both sizes are the same (a square photo, or a turn by 180
@@ -9,16 +9,19 @@ Crop: the largest square (side = the photo's shorter side) placed to hold as muc
 as centred on the hole as possible. The hole of a wide photo may be wider than the square: it is cut, not
 the photo padded, because invented borders would enter the reference images of FID; at least half of the
 hole must remain. Image LANCZOS, mask area average > 0.5. The filter blends up to three pixels across the hole's
-outline, as any camera does.
+outline, as any camera does. With buckets (`data.buckets`) the same with the largest rectangle of the bucket's shape.
 """
 
-# H W pixels of the photo as shown, S = size, the side of a sample
+# H W pixels of the photo as shown, h w pixels of a sample
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from refine_control.data.buckets import Size, nearest
 from refine_control.data.decode import Header, decode, on_ground, read_header, turn
 from refine_control.data.files import exists, read_bytes
 from refine_control.data.records import MAX_PIXELS, Entry, Photo, Rejected, RejectReason
@@ -86,9 +89,21 @@ def crop_box(mask: np.ndarray) -> tuple[int, int, int]:
     """(H, W) bool, not empty -> (x, y, side) of the largest square that holds the most of the hole.
 
     Of equal places the one nearest to the hole's centre. Rejected when under half of the hole fits."""
-    height, width = mask.shape
-    side, along = min(height, width), int(width < height)
-    line = mask.sum(axis=along)  # pixels of the hole in each column of a wide photo, each row of a tall one
+    return crop_window(mask, (1, 1))[:3]
+
+
+def crop_window(mask: np.ndarray, shape: Size) -> tuple[int, int, int, int]:
+    """(H, W) bool, not empty -> (x, y, width, height) of the largest window as h : w that holds the most of the hole.
+
+    The photo's own shorter way is kept whole, the other is h : w to the nearest pixel. As `crop_box` otherwise."""
+    (height, width), (h, w) = mask.shape, shape
+    slides_along_x = width * h >= height * w
+    if slides_along_x:
+        crop_width, crop_height = min(width, max(1, (2 * height * w + h) // (2 * h))), height
+    else:
+        crop_width, crop_height = width, min(height, max(1, (2 * width * h + w) // (2 * w)))
+    line = mask.sum(axis=0 if slides_along_x else 1)  # pixels of the hole in each column, or in each row
+    side = crop_width if slides_along_x else crop_height
     total = np.concatenate([[0], np.cumsum(line)])
     held = total[side:] - total[:-side]
     occupied = np.flatnonzero(line)
@@ -96,30 +111,34 @@ def crop_box(mask: np.ndarray) -> tuple[int, int, int]:
     best = np.flatnonzero(held == held.max())
     start = int(best[np.argmin(np.abs(best - centre))])
     if held[start] < MIN_HOLE_KEPT * total[-1]:
-        share = held[start] / total[-1]
-        raise Rejected(RejectReason.MASK_DOES_NOT_FIT, f"{share:.0%} of the hole fits into a square")
-    return (start, 0, side) if along == 0 else (0, start, side)
+        share, crop = held[start] / total[-1], "a square" if h == w else f"a crop as {w} : {h}"
+        raise Rejected(RejectReason.MASK_DOES_NOT_FIT, f"{share:.0%} of the hole fits into {crop}")
+    return (start, 0, crop_width, crop_height) if slides_along_x else (0, start, crop_width, crop_height)
 
 
-def load(entry: Entry, size: int, *, enlarge: bool = False) -> Photo:
-    """Decodes, crops and resizes one entry to image (S, S, 3) uint8 and mask (S, S) bool.
+def load(entry: Entry, size: int | Sequence[Size], *, enlarge: bool = False) -> Photo:
+    """Decodes, crops and resizes one entry to image (h, w, 3) uint8 and mask (h, w) bool.
 
-    `meta` gains `photo`, `width`, `height` (as shown) and `crop` [x, y, side]. `enlarge` admits photos whose
-    shorter side is less than `size`. Raises Rejected with the reason."""
+    `size` is the side of a square, or the sizes (h, w) of which the photo gets the nearest in shape. `meta` gains
+    `photo`, `width`, `height` (as shown) and `crop`: [x, y, side] of a square, [x, y, width, height] with several
+    sizes. `enlarge` admits photos that are smaller than their sample. Raises Rejected with the reason."""
     picture, header = _picture(entry)
-    if min(picture.size) < size and not enlarge:
-        raise Rejected(RejectReason.TOO_SMALL, f"{picture.width} x {picture.height}, a sample has {size} x {size}")
+    h, w = (size, size) if isinstance(size, int) else nearest(picture.width, picture.height, size)
+    if (picture.width < w or picture.height < h) and not enlarge:
+        raise Rejected(RejectReason.TOO_SMALL, f"{picture.width} x {picture.height}, a sample has {w} x {h}")
     mask = _mask(entry, header)
     if entry.prompt is None:
         raise Rejected(RejectReason.NO_PROMPT, "no words for the hole")
-    x, y, side = crop_box(mask)
-    square = on_ground(picture.crop((x, y, x + side, y + side)), "white")
-    image = square.resize((size, size), Image.Resampling.LANCZOS)
-    hole = Image.fromarray(mask[y : y + side, x : x + side].astype(np.float32))
-    hole = np.asarray(hole.resize((size, size), Image.Resampling.BOX)) > 0.5
+    x, y, width, height = crop_window(mask, (h, w))
+    part = on_ground(picture.crop((x, y, x + width, y + height)), "white")
+    image = part.resize((w, h), Image.Resampling.LANCZOS)
+    hole = Image.fromarray(mask[y : y + height, x : x + width].astype(np.float32))
+    hole = np.asarray(hole.resize((w, h), Image.Resampling.BOX)) > 0.5
     if not hole.any():
-        raise Rejected(RejectReason.MASK_EMPTY, f"nothing of the hole is left at {size} pixels")
+        left_at = f"{w} pixels" if h == w else f"{w} x {h} pixels"
+        raise Rejected(RejectReason.MASK_EMPTY, f"nothing of the hole is left at {left_at}")
     if hole.all():
         raise Rejected(RejectReason.MASK_FULL, "nothing but the hole is left in the crop")
-    where = {"photo": entry.photo, "width": picture.width, "height": picture.height, "crop": [x, y, side]}
+    crop = [x, y, width] if isinstance(size, int) else [x, y, width, height]
+    where = {"photo": entry.photo, "width": picture.width, "height": picture.height, "crop": crop}
     return Photo(entry.key, np.asarray(image), hole, entry.prompt, entry.global_prompt, {**entry.meta, **where})

@@ -5,6 +5,8 @@ its sha256) and `manifest.json`, written last (what the samples are, and the sha
 Members of sample KEY: `KEY.json` (prompt, global_prompt, meta), `KEY.mask.png` (0 keep, 255 inpaint) and
 `KEY.webp` (lossless), `KEY.png` or `KEY.jpg` (quality 95, 4:4:4). The same samples give the same bytes.
 
+Neither writer nor reader holds the samples: of each some 60 bytes are kept while writing, less than one while reading.
+
 In the role `unlabeled` the pixels of the hole do not exist: the hole is mid-grey (HOLE_FILL) before the
 image is encoded, and is filled again after decoding, because JPEG rings.
 """
@@ -30,10 +32,11 @@ from PIL import Image
 
 from refine_control import __version__
 from refine_control.data.records import ROLES, UNLABELED, Photo
+from refine_control.data.seen import Seen
+from refine_control.data.shard_index import INDEX, Index, IndexWriter
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.storage import MANIFEST, TEMPORARY, fsync_path, sha256_file, storage_errors, write_atomic
 
-INDEX = "index.jsonl"
 HOLE_FILL = 128
 IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True, "quality": 70, "method": 4},
@@ -114,16 +117,17 @@ class ShardWriter:
             raise InvalidInputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         self.folder, self.role, self.image_format = folder, role, image_format
         self.samples_per_shard = samples_per_shard
-        self.records: list[dict[str, Any]] = []
         self._open: tarfile.TarFile | None = None
         self._pending: list[dict[str, Any]] = []
         self._shards: list[str] = []
-        self._keys: set[str] = set()
+        self._keys, self._photos, self._samples = Seen(), Seen(), 0
+        self._sources, self._licenses = Counter[str](), Counter[str]()
         self._size: tuple[int, int] | None = None
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f".shard-*{TEMPORARY}"):  # by a writer that was killed
                 left.unlink()
+        self._index = IndexWriter(folder)
 
     def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:
         """Appends a sample; all have one size. `members` are its files where another process has encoded them.
@@ -152,6 +156,7 @@ class ShardWriter:
             info.size = len(data)
             members[extension] = [self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest()]
             self._open.addfile(info, io.BytesIO(data))
+        self._open.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         told = {name: str(photo.meta.get(name) or "unknown") for name in ("source", "license")}
         photo_id = str(photo.meta.get("photo") or photo.key)
         shape = list(photo.mask.shape)
@@ -175,32 +180,40 @@ class ShardWriter:
             temporary.replace(self.folder / name)
             fsync_path(self.folder)
         self._open, self._pending = None, []
-        self._shards.append(name)
-        self.records += published
+        self._take(published)
         return published
 
     def adopt(self, records: list[dict[str, Any]]) -> None:
         """Takes over the next shard, published by an earlier run, with the records that `cut` gave for it."""
-        self._shards.append(records[0]["shard"])
-        self._keys.update(record["key"] for record in records)
         self._size = tuple(records[0]["shape"])
-        self.records += records
+        for record in records:
+            self._keys.add(record["key"])
+        self._take(records)
+
+    def _take(self, records: list[dict[str, Any]]) -> None:
+        """Counts the samples of a shard that is published and puts them into the index."""
+        self._shards.append(records[0]["shard"])
+        self._samples += len(records)
+        for record in records:
+            self._photos.add(record["photo"])
+        self._sources.update(record["source"] for record in records)
+        self._licenses.update(record["license"] for record in records)
+        self._index.write(records)
 
     def finish(self, **described: Any) -> dict[str, Any]:
         """Publishes the last shard, the index and then the manifest, which is returned."""
         self.cut()
-        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in self.records)
-        write_atomic(self.folder / INDEX, lines)
+        self._index.publish()
         facts = {
             "kind": "shards",
             "role": self.role,
-            "samples": len(self.records),
-            "photos": len({record["photo"] for record in self.records}),
+            "samples": self._samples,
+            "photos": len(self._photos),
             "image_size": list(self._size) if self._size else None,
             "image_format": self.image_format,
             "hole_fill": HOLE_FILL if self.role == UNLABELED else None,
-            "sources": dict(Counter(record["source"] for record in self.records)),
-            "licenses": dict(Counter(record["license"] for record in self.records)),
+            "sources": dict(self._sources),
+            "licenses": dict(self._licenses),
         }
         return write_manifest(self.folder, {**described, **facts}, [INDEX, *self._shards])
 
@@ -220,16 +233,18 @@ class Shards(Sequence[Photo]):
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
                 raise DamagedError(f"{path} is missing or cut; delete {folder} and build it again")
-        index = (self.folder / INDEX).read_bytes()
-        if hashlib.sha256(index).hexdigest() != self.manifest["files"][INDEX]["sha256"]:
-            raise DamagedError(f"{self.folder / INDEX} is damaged; delete {folder} and build it again")
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in index.splitlines()]
+        self.records = Index(self.folder, self.manifest["files"][INDEX]["sha256"])
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Photo:  # type: ignore[override]
-        record = self.records[index]
+        return self._photo(self.records[index])
+
+    def __iter__(self) -> Iterator[Photo]:
+        return map(self._photo, self.records)
+
+    def _photo(self, record: dict[str, Any]) -> Photo:
         data = self._read(record)
         words = json.loads(data["json"])
         mask = np.asarray(Image.open(io.BytesIO(data["mask.png"]))) > 0

@@ -7,8 +7,9 @@
 | any other folder | searched for `name.jpg|png|webp|tif...` + `name.mask.png` + `name.txt` |
 | a `.json` file | COCO's instances: see `data.coco` |
 
-Nothing is decoded here, and no more than a listing is held. A region or a prompt may be missing: an annotator can fill
-it in, `photos.load` refuses it. What cannot be used at all is an entry with a problem: nothing is lost silently.
+Nothing is decoded here; what is held are the names of one folder, the listing of one tar or JSON, and some 30 bytes
+of every entry. A region or a prompt may be missing: an annotator can fill it in, `photos.load` refuses it. What cannot
+be used at all is an entry with a problem: nothing is lost silently.
 
 A manifest's first line may be a header: an object without `image` whose `root` is the folder that the rows' paths
 start from; without it that is the manifest's own folder. The people's decisions in `decisions.jsonl` beside it hold: a
@@ -18,10 +19,11 @@ on which nobody has decided has the problem NEEDS_REVIEW.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from typing import Any
 from refine_control.data.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
 from refine_control.data.files import TAR_SUFFIXES, read_bytes
 from refine_control.data.records import Entry, Rejected, RejectReason, flat_meta, make_key, one_line
+from refine_control.data.seen import Seen
 from refine_control.errors import InvalidInputError
 
 MANIFEST_NAME = "manifest.jsonl"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 MASK_SUFFIX = ".mask.png"
+_NAMES_SORTED = 1 << 13
 _NOT_META = frozenset({"image", "mask", "segmentation", "local_prompt", "global_prompt"})
 
 
@@ -68,13 +72,16 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
 
 def _tars(folder: Path) -> list[str]:
     """Names of the tars at the top of a folder; photos beside them would be passed over, so that is refused."""
+    tars, photo = [], ""
     with os.scandir(folder) as listing:
-        names = sorted(each.name for each in listing if not each.name.startswith("."))
-    tars = [name for name in names if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file()]
-    photos = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if tars and photos:
-        raise InvalidInputError(f"{folder} holds tars ({tars[0]}) and photos ({photos[0]}); give each a folder")
-    return tars
+        for name in (each.name for each in listing if not each.name.startswith(".")):
+            if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file():
+                tars.append(name)
+            elif name.lower().endswith(SUFFIXES):
+                photo = min(photo or name, name)
+    if tars and photo:
+        raise InvalidInputError(f"{folder} holds tars ({min(tars)}) and photos ({photo}); give each a folder")
+    return sorted(tars)
 
 
 def _tar_entries(root: Path, tars: list[str]) -> Iterator[Entry]:
@@ -84,11 +91,10 @@ def _tar_entries(root: Path, tars: list[str]) -> Iterator[Entry]:
 
 
 def _unique(found: Iterator[Entry]) -> Iterator[Entry]:
-    seen: set[str] = set()
+    seen = Seen()
     for entry in found:
-        if entry.key in seen and entry.problem is None:
+        if not seen.add(entry.key) and entry.problem is None:
             entry = replace(entry, problem=(RejectReason.DUPLICATE, "an earlier entry has this image, mask and id"))
-        seen.add(entry.key)
         yield entry
 
 
@@ -174,24 +180,77 @@ def _decided(entry: Entry, decisions: dict[str, Decision], doubts: object) -> En
 
 
 def _folder_entries(root: Path) -> Iterator[Entry]:
-    def refuse(error: OSError) -> None:
-        raise InvalidInputError(f"cannot read the folder {error.filename}: {error.strerror}")
-
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(folder).relative_to(root)
-        for name in [each for each in folders if os.path.islink(os.path.join(folder, each))]:
+    waiting = [Path()]
+    while waiting:
+        here = waiting.pop()
+        folders, links, files = _listed(root / here)
+        for name in links:
             image = (here / name).as_posix()
             problem = (RejectReason.OUTSIDE_TREE, "a linked folder is not followed")
             yield Entry(make_key(image, None), root, image, None, None, problem=problem)
-        siblings = set(files)
-        for name in sorted(files):
-            low = name.lower()
-            if low.endswith(SUFFIXES) and not low.endswith(MASK_SUFFIX) and not name.startswith("."):
-                yield _folder_entry(root, here / name, siblings)
+        # a photo, its mask and its text are alike up to the first dot, and so stand together
+        for (start, _), alike in itertools.groupby(files, key=lambda name: name.partition(".")[:2]):
+            siblings = dict.fromkeys(alike if start else ())
+            for name in siblings:
+                low = name.lower()
+                if low.endswith(SUFFIXES) and not low.endswith(MASK_SUFFIX):
+                    yield _folder_entry(root, here / name, siblings)
+        waiting += [here / name for name in reversed(folders)]
 
 
-def _folder_entry(root: Path, relative: Path, siblings: set[str]) -> Entry:
+def _listed(path: Path) -> tuple[list[str], list[str], Iterator[str]]:
+    """The sorted names of the folders, the linked folders and the files in a folder, without hidden folders."""
+    folders: list[str] = []
+    links: list[str] = []
+    files = _SortedNames()
+    try:
+        with os.scandir(path) as listing:
+            for each in listing:
+                if not _is_folder(each):
+                    files.add(each.name)
+                elif not each.name.startswith("."):
+                    (links if each.is_symlink() else folders).append(each.name)
+    except OSError as error:
+        raise InvalidInputError(f"cannot read the folder {error.filename or path}: {error.strerror}") from None
+    return sorted(folders), sorted(links), iter(files)
+
+
+def _is_folder(each: os.DirEntry[str]) -> bool:
+    try:
+        return each.is_dir()
+    except OSError:  # a link to itself, for one
+        return False
+
+
+class _SortedNames:
+    """The names in a folder, iterated in their order; till then they take little more than their letters."""
+
+    def __init__(self) -> None:
+        self._new: list[str] = []
+        self._runs: list[bytes] = []
+
+    def add(self, name: str) -> None:
+        self._new.append(name)
+        if len(self._new) == _NAMES_SORTED:
+            self._close()
+
+    def _close(self) -> None:
+        self._runs.append("".join(f"{name}\0" for name in sorted(self._new)).encode("utf-8", "surrogateescape"))
+        self._new = []
+
+    def __iter__(self) -> Iterator[str]:
+        self._close()
+        return heapq.merge(*map(_names_of, self._runs))
+
+
+def _names_of(run: bytes) -> Iterator[str]:
+    start = 0
+    while (end := run.find(b"\0", start)) >= 0:
+        yield run[start:end].decode("utf-8", "surrogateescape")
+        start = end + 1
+
+
+def _folder_entry(root: Path, relative: Path, siblings: Container[str]) -> Entry:
     image, mask, text = relative.as_posix(), relative.stem + MASK_SUFFIX, relative.stem + ".txt"
     mask_name = relative.with_name(mask).as_posix() if mask in siblings else None
     entry = Entry(make_key(image, mask_name), root, image, mask_name, None)

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,9 @@ from refine_control.data.near_duplicates import SIDE, fingerprint, near_pairs
 from refine_control.data.records import LABELED, TEST, UNLABELED, Entry, Rejected
 from refine_control.data.sources import entries, photos_of
 from refine_control.data.workers import InOrder
+
+Fits = Callable[[int, int], bool]
+"""Whether a picture of (width, height) is large enough for a sample."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class _Look(NamedTuple):
 
     content: str | None
     fingerprint: int | None
-    side: int
-    """The shorter side of the picture; 0 where it cannot be decoded."""
+    size: tuple[int, int]
+    """(W, H) of the picture as shown; 0 where it cannot be decoded."""
     masks: list[str | None]
 
 
@@ -67,14 +70,14 @@ def _content(root: Path, name: str | None) -> tuple[str | None, bytes]:
 
 def _look(task: _Task) -> _Look:
     content, data = _content(task.root, task.image)
-    mark, side = None, 0
+    mark, size = None, (0, 0)
     if content is not None:
         try:
             small, header = thumbnail(data, SIDE)
-            mark, side = fingerprint(small), min(header.size)
+            mark, size = fingerprint(small), header.size
         except Rejected:
             pass  # the build will say why
-    return _Look(content, mark, side, [_content(task.root, name)[0] for name in task.masks])
+    return _Look(content, mark, size, [_content(task.root, name)[0] for name in task.masks])
 
 
 def _task(group: list[Entry]) -> _Task:
@@ -112,8 +115,8 @@ class _Photographs:
         self.parents[second] = first
 
 
-def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, least_side: int) -> Survey:
-    """Reads and hashes all that a build will read. `least_side`: smaller pictures will be refused as too small."""
+def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, fits: Fits) -> Survey:
+    """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small."""
     whole, photographs = hashlib.sha256(), _Photographs()
     own, serves = array("q"), bytearray()
     contents: dict[bytes, int] = {}
@@ -125,7 +128,7 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
             whole.update(json.dumps([*_told(entry), look.content, mask], sort_keys=True).encode() + b"\n")
             number = photographs.number(entry.photo)
             own.append(number)
-            serves.append(_serves(entry, look, mask, least_side))
+            serves.append(_serves(entry, look, mask, fits))
             if look.content is None:
                 continue
             digest = bytes.fromhex(look.content)[:16]
@@ -151,10 +154,10 @@ def _told(entry: Entry) -> list[object]:
     return [entry.key, entry.image, entry.mask, *words]
 
 
-def _serves(entry: Entry, look: _Look, mask: str | None, least_side: int) -> bool:
+def _serves(entry: Entry, look: _Look, mask: str | None, fits: Fits) -> bool:
     """Whether nothing is known yet that keeps the entry from being a sample."""
     region = mask is not None or (entry.mask is None and entry.segmentation is not None)
-    return entry.problem is None and entry.prompt is not None and region and look.side >= max(1, least_side)
+    return entry.problem is None and entry.prompt is not None and region and min(look.size) > 0 and fits(*look.size)
 
 
 def split(photographs: Iterable[str], seed: int, test_fraction: float, unlabeled_fraction: float) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine_control.config import SamplerConfig
+from refine_control.data.buckets import grouped
 from refine_control.data.records import Photo
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import metrics
@@ -50,8 +51,8 @@ class Result(NamedTuple):
     """By model, then metric: (N,) values."""
     sets: dict[str, dict[str, SetScore]]
     """By model, then metric: what has no value for each picture."""
-    images: dict[str, np.ndarray]
-    """By model: (N,H,W,3) uint8, uncomposited."""
+    images: dict[str, np.ndarray | list[np.ndarray]]
+    """By model: (N,H,W,3) uint8, uncomposited; N of (H,W,3) where there are several sizes."""
     seconds: dict[str, float]
     """By model: per image, of the whole evaluation."""
 
@@ -111,24 +112,56 @@ def compare(
     import time
 
     in_precision(sampler.precision, backbone, *controlnets.values())
-    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+    numbers = list(grouped(p.mask.shape for p in photos).values())  # pictures of one size are painted together
+    groups = [_Group(photos, each) for each in numbers]
     networks = networks or FeatureNetworks()
-    reference = see(networks, images, masks)
+    references = [see(networks, group.images, group.masks) for group in groups]
     result = Result({}, {}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
+        began, done, painted = time.perf_counter(), 0, []
+        for group in groups:
 
-        def tell(done: int, total: int, word: str, number: int = number, name: str = name) -> None:
-            if progress:
-                progress(number * total + done, len(controlnets) * total, name)
+            def tell(now: int, total: int, word: str, before: int = number * len(photos) + done) -> None:
+                if progress:
+                    progress(before + now, len(controlnets) * len(photos), name)  # noqa: B023
 
-        began = time.perf_counter()
-        painted = inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], sampler, progress=tell)
+            prompts = [p.prompt for p in group.photos]
+            painted.append(
+                inpaint(backbone, controlnet, group.images, group.masks, prompts, sampler, first=done, progress=tell)
+            )
+            done += len(group.photos)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
-        result.images[name] = painted
-        seen = see(networks, painted, masks)
-        result.scores[name] = score(photos, painted, networks, (reference, seen))
-        result.sets[name] = set_scores(reference, seen)
+        seen = [see(networks, each, group.masks) for each, group in zip(painted, groups, strict=True)]
+        scores = [
+            score(group.photos, each, networks, pair)
+            for group, each, *pair in zip(groups, painted, references, seen, strict=True)
+        ]
+        result.images[name] = painted[0] if len(groups) == 1 else _in_order(painted, numbers)
+        result.scores[name] = _joined(scores, numbers)
+        result.sets[name] = set_scores(_joined(references, numbers), _joined(seen, numbers))
     return result
+
+
+class _Group:
+    """Pictures of one size."""
+
+    def __init__(self, photos: Sequence[Photo], numbers: Sequence[int]):
+        self.photos = [photos[number] for number in numbers]
+        self.images, self.masks = np.stack([p.image for p in self.photos]), np.stack([p.mask for p in self.photos])
+
+
+def _in_order(groups: Sequence[Sequence[Any]], numbers: Sequence[Sequence[int]]) -> list[Any]:
+    """The items of all groups, each at its number."""
+    found = {n: item for own, items in zip(numbers, groups, strict=True) for n, item in zip(own, items, strict=True)}
+    return [found[number] for number in sorted(found)]
+
+
+def _joined(groups: Sequence[Mapping[str, np.ndarray]], numbers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """By name, the rows of all groups in the order of the pictures; names that every group has."""
+    if len(groups) == 1:
+        return dict(groups[0])
+    names = [name for name in groups[0] if all(name in group for group in groups)]
+    return {name: np.stack(_in_order([group[name] for group in groups], numbers)) for name in names}
 
 
 def summarise(result: Result, ours: str | None = None, baseline: str | None = None) -> dict[str, Any]:
@@ -163,7 +196,9 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
     return out
 
 
-def pictures(photos: Sequence[Photo], images: Mapping[str, np.ndarray], count: int = 12) -> PictureGrid:
+def pictures(
+    photos: Sequence[Photo], images: Mapping[str, Sequence[np.ndarray] | np.ndarray], count: int = 12
+) -> PictureGrid:
     """Original (mask outlined), masked, and every model's raw output, for the first `count` pictures."""
     rows = []
     for i, photo in enumerate(photos[:count]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,6 @@ from refine_control.evaluation.obedience import Classifier
 from refine_control.evaluation.region_clip import clip_scores, prompts_asked
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED
 
-if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection
-
 KID_SCALE = 1000.0
 SCENE, INCEPTION, CLIP = "scene", "inception", "clip"
 Seen = dict[str, NDArray[np.float32]]
@@ -52,7 +49,8 @@ class FeatureNetworks:
     classifier: Classifier | None = None
     lpips: features.Lpips | None = None
     inception: features.Inception | None = None
-    clip: CLIPVisionModelWithProjection | None = None
+    clip: Any = None
+    """CLIP's picture tower."""
     clip_text: features.ClipText | None = None
     missing: dict[str, str] = field(default_factory=dict)
     """By metric: `FID and KID not computed: needs FILE, ...`."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from refine_control.data.cache import Cache
-from refine_control.randomness import derive_seed, permutation
+from refine_control.data.prompt_memory import Encode
+from refine_control.errors import InvalidInputError
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import LabeledBatch, MixedBatch, UnlabeledBatch
+from refine_control.training.order import Order, Turn
+
+logger = logging.getLogger(__name__)
 
 
 class _Text(NamedTuple):
@@ -19,37 +24,51 @@ class _Text(NamedTuple):
 
 
 class CacheBatches:
-    """Global shuffle without replacement in each epoch; `prompt_dropout` of the slots get the empty prompt.
+    """Global shuffle (`order`) with one size in each step; `prompt_dropout` of the slots get the empty prompt.
 
     Args:
         batch_size: of one update over all processes.
         device: where batches go.
+        encode: makes the prompt embeddings that a cache without them lacks.
     """
 
-    def __init__(self, cache: Cache, batch_size: int, prompt_dropout: float = 0.1, device: str | torch.device = "cpu"):
-        self.cache, self.batch_size, self.prompt_dropout, self.device = cache, batch_size, prompt_dropout, device
-        self.epochs: dict[tuple[int, str, int], np.ndarray] = {}
+    def __init__(
+        self,
+        cache: Cache,
+        batch_size: int,
+        prompt_dropout: float = 0.1,
+        device: str | torch.device = "cpu",
+        encode: Encode | None = None,
+    ):
+        self.cache, self.prompt_dropout, self.device, self.encode = cache, prompt_dropout, device, encode
+        self.order = Order(cache.groups, batch_size)
 
-    def rows(self, draw: Draw) -> np.ndarray:
-        """(B,) which samples fill the slots of this step."""
-        out = []
-        for slot in draw.slots:
-            epoch, position = divmod(draw.step * self.batch_size + slot, len(self.cache))
-            key = (draw.seed, draw.stage, epoch)
-            if key not in self.epochs:
-                self.epochs = {k: v for k, v in self.epochs.items() if k[2] >= epoch - 1}
-                self.epochs[key] = permutation(derive_seed(draw.seed, draw.stage, "order", epoch), len(self.cache))
-            out.append(self.epochs[key][position])
-        return np.asarray(out)
+    def turn(self, draw: Draw) -> Turn:
+        """The size of this step, and which of its batches it is."""
+        return self.order.turn(draw.seed, draw.stage, draw.step)
+
+    def rows(self, draw: Draw, turn: Turn | None = None) -> np.ndarray:
+        """(B,) which samples fill the slots of this step, or of another `turn`."""
+        return self.order.rows(draw.seed, draw.stage, turn or self.turn(draw), draw.slots)
 
     def _text(self, rows: np.ndarray, draw: Draw) -> _Text:
         dropped = draw.uniforms("prompt_dropout").numpy() < self.prompt_dropout
         numbers = np.where(dropped, 0, self.cache.arrays["prompt_index"][rows])
+        if self.encode is not None:
+            embeds, pooled = self.encode([self.cache.prompts[number] for number in numbers])
+            return _Text(embeds.to(self.device, torch.float32), pooled.to(self.device, torch.float32))
         embeds, pooled = (self._take(name, numbers) for name in ("prompt_embeds", "pooled_prompt_embeds"))
         return _Text(embeds, pooled)
 
     def _take(self, name: str, rows: np.ndarray) -> torch.Tensor:
         return self.cache.take(name, rows).to(self.device, torch.float32)
+
+    def _clean(self, name: str, rows: np.ndarray, draw: Draw) -> torch.Tensor:
+        """Clean latents: the posterior's mean, or a draw of (seed, stage, step, slot) where its deviation is cached."""
+        mean = self._take(name, rows)
+        if not self.cache.has(f"{name}_std"):
+            return mean
+        return mean + self._take(f"{name}_std", rows) * draw.normals("posterior", *mean.shape[1:]).to(self.device)
 
 
 class LabeledBatches(CacheBatches):
@@ -58,8 +77,8 @@ class LabeledBatches(CacheBatches):
     def batch(self, draw: Draw) -> LabeledBatch:
         """The samples of `draw.slots` at `draw.step`."""
         rows = self.rows(draw)
-        latents, masked_latents, mask = (self._take(name, rows) for name in ("latents", "masked_latents", "masks"))
-        return LabeledBatch(latents, masked_latents, mask, *self._text(rows, draw))
+        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
+        return LabeledBatch(self._clean("latents", rows, draw), masked_latents, mask, *self._text(rows, draw))
 
 
 class UnlabeledBatches(CacheBatches):
@@ -69,23 +88,43 @@ class UnlabeledBatches(CacheBatches):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.x0 = x0
 
-    def batch(self, draw: Draw) -> UnlabeledBatch:
-        """The samples of `draw.slots` at `draw.step`."""
-        rows = self.rows(draw)
-        x0, masked_latents, mask = (self._take(name, rows) for name in (self.x0, "masked_latents", "masks"))
-        return UnlabeledBatch(x0, masked_latents, mask, *self._text(rows, draw))
+    def batch(self, draw: Draw, turn: Turn | None = None) -> UnlabeledBatch:
+        """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
+        rows = self.rows(draw, turn)
+        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
+        return UnlabeledBatch(self._clean(self.x0, rows, draw), masked_latents, mask, *self._text(rows, draw))
 
 
 class MixedBatches:
-    """Half of the slots from D_sl, half from D_ssl, each shuffled by itself; the even slots are labelled."""
+    """Half of the slots from D_sl, half from D_ssl, each shuffled by itself; the even slots are labelled.
+
+    Both halves have one size: the turns are those of D_sl, and D_ssl gives its batch of the same size and number. The
+    samples of sizes that only one of them has are left out, with a warning. Raises InvalidInputError where they have
+    no size in common."""
 
     def __init__(self, labeled: LabeledBatches, unlabeled: UnlabeledBatches):
         self.labeled, self.unlabeled = labeled, unlabeled
+        common = labeled.order.groups.keys() & unlabeled.order.groups.keys()
+        if not common:
+            raise InvalidInputError(
+                "data.labeled and data.unlabeled hold samples of different sizes, and a mixed batch has one; "
+                "build both with the same --size"
+            )
+        for half in (labeled, unlabeled):
+            alone = sum(len(rows) for size, rows in half.order.groups.items() if size not in common)
+            if alone:
+                logger.warning(
+                    "%d samples of %s have a size that the other half lacks; left out", alone, half.cache.folder
+                )
+                groups = {size: rows for size, rows in half.order.groups.items() if size in common}
+                half.order = Order(groups, half.order.batch_size)
 
     def batch(self, draw: Draw) -> MixedBatch:
         """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
-        even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == turn] for turn in (0, 1))
+        even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == half] for half in (0, 1))
+        labeled = draw._replace(slots=even, stage=f"{draw.stage} labeled")
+        unlabeled = draw._replace(slots=odd, stage=f"{draw.stage} unlabeled")
         return MixedBatch(
-            self.labeled.batch(draw._replace(slots=even, stage=f"{draw.stage} labeled")),
-            self.unlabeled.batch(draw._replace(slots=odd, stage=f"{draw.stage} unlabeled")),
+            self.labeled.batch(labeled),
+            self.unlabeled.batch(unlabeled, self.labeled.turn(labeled)),
         )

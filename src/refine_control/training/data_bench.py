@@ -4,7 +4,8 @@
   nothing else (no hashes, no shards, no checks).
 - cache: `cache` against the same encoders called on the same batches, their results thrown away.
 - batches: reading from the cache against what the training step needs.
-- memory: peak memory of a build of few and of many photos, each in a fresh process.
+- memory: peak memory of a build of few and of many photos, each in a fresh process. The kernel's count for the memory
+  image of that process alone: `ru_maxrss` would begin with that of the parent, which is larger than any build.
 """
 
 # H W pixels
@@ -14,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,13 +106,14 @@ def _encoders(shards: Shards, backbone: Any) -> None:
 
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from refine_control.data.build import build
 began = time.perf_counter()
 build(Path(sys.argv[1]), Path(sys.argv[2]), size=64)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps([time.perf_counter() - began, peak]))
+taken = time.perf_counter() - began
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(json.dumps([taken, int(status["VmHWM"].split()[0]) * 1024]))
 """
 
 
@@ -122,6 +125,11 @@ def _fresh_build(source: Path, out: Path) -> tuple[float, int]:
     return seconds, peak
 
 
+def _numbers(many: int) -> list[int]:
+    """Of how many photos time and memory are compared."""
+    return sorted({1000, many} | ({8000} if many > 8000 else set())) if many else []
+
+
 def _spread(timings: dict[str, Timing], reference: str, ours: str) -> Spread:
     return Spread(*ratio(timings[reference], timings[ours])[:3])
 
@@ -129,7 +137,8 @@ def _spread(timings: dict[str, Timing], reference: str, ours: str) -> Spread:
 def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: int = 512) -> DataBench:
     """Measures on `source` (a folder of photos with masks and prompts; else rendered scenes of `size` pixels).
 
-    `many` is the larger number of photos for time and memory, 0 leaves that out."""
+    Time and memory are those of 1,000, of 8,000 where `many` is more, and of `many` rendered scenes; 0 leaves that
+    out."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if source is None:
@@ -158,10 +167,11 @@ def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: 
         rate = count / (time.perf_counter() - began)
         seconds: dict[str, float] = {}
         memory: dict[str, int] = {}
-        for number in (1000, many) if many else ():
+        for number in _numbers(many):
             write_photos(work / f"many-{number}", number, 64)
             taken, memory[str(number)] = _fresh_build(work / f"many-{number}", work / f"built-{number}")
             seconds[str(number)] = taken / number
+            shutil.rmtree(work / f"many-{number}")
         return DataBench(
             photos=len(found),
             threads=torch.get_num_threads(),

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from refine_control.config import Recipe, fingerprint, resolved_yaml
-from refine_control.data.cache import Cache, model_mark
+from refine_control.data.cache import Cache, model_mark, refuse_sizes
+from refine_control.data.prompt_memory import PromptMemory
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
@@ -79,10 +80,16 @@ def new_student(recipe: Recipe, backbone: Backbone) -> ControlNet:
     return student
 
 
-def _cache(path: str | None, key: str, role: str, model: str) -> Cache:
+def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
+    """The cache that the recipe names for a role, of this model and of sizes that its networks have positions for."""
+    path = getattr(recipe.data, role)
     if path is None:
-        raise InvalidInputError(f"the recipe has no data.{key}; give one with --set data.{key}=CACHE_FOLDER")
-    return Cache(Path(path), model).require(role)
+        raise InvalidInputError(f"the recipe has no data.{role}; give one with --set data.{role}=CACHE_FOLDER")
+    cache = Cache(Path(path), model).require(role)
+    if recipe.data.prompts == "cached" and cache.manifest["prompts"] == "none":
+        raise InvalidInputError(f"{path} holds no prompt embeddings; encode them with --set data.prompts=encode")
+    refuse_sizes(cache.groups, networks.backbone, networks.student)
+    return cache
 
 
 def _objective_and_batches(
@@ -91,17 +98,18 @@ def _objective_and_batches(
     """The one place that turns `objective.kind` into classes."""
     objective, training = recipe.objective, recipe.training
     relative = objective.feature_normalisation == "layer"
-    common: dict[str, Any] = {"prompt_dropout": training.prompt_dropout, "device": device}
+    encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
+    common: dict[str, Any] = {"prompt_dropout": training.prompt_dropout, "device": device, "encode": encode}
     weights = objective.weights
 
     def labeled(share: int = 1) -> LabeledBatches:
-        cache = _cache(recipe.data.labeled, "labeled", LABELED, mark)
+        cache = _cache(recipe, LABELED, networks, mark)
         return LabeledBatches(cache, training.batch_size // share, **common)
 
     def unlabeled(share: int = 1) -> UnlabeledBatches:
         x0 = "masked_latents" if objective.x0_source == "masked" else "completions"
-        cache = _cache(recipe.data.unlabeled, "unlabeled", UNLABELED, mark)
-        if x0 not in cache.arrays:
+        cache = _cache(recipe, UNLABELED, networks, mark)
+        if not cache.has(x0):
             raise MissingError(
                 f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
             )
@@ -133,6 +141,9 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
         use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
     for part in (backbone.transformer, backbone.pipeline.controlnet, student):
         part.to(device)  # type: ignore[arg-type]
+    if recipe.data.prompts == "encode":
+        for encoder in backbone.text_encoders:  # in fp32 whatever the precision, as `cache` runs them
+            encoder.to(device)
     if recipe.training.gradient_checkpointing:
         student.enable_gradient_checkpointing()
         backbone.transformer.enable_gradient_checkpointing()

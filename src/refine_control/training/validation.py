@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import io
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from refine_control.config import Recipe
+from refine_control.data.buckets import sizes_of
 from refine_control.data.cache_writer import photos_as_tensors
 from refine_control.data.shards import Shards
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
@@ -23,14 +25,17 @@ from refine_control.training.objectives import Networks
 
 
 class Validation:
-    """Paints the first `num_validation_images` of the shards in `data.test` with the recipe's sampler.
+    """Paints `num_validation_images` of the shards in `data.test` with the recipe's sampler: the first of the size of
+    the first.
 
     Raises what `Shards` raises when `data.test` holds none."""
 
     def __init__(self, recipe: Recipe, networks: Networks, run_dir: Path):
         shards = Shards(Path(str(recipe.data.test)))
-        count = min(recipe.training.num_validation_images, len(shards))
-        self.photos = [shards[i] for i in range(count)]
+        size = next(sizes_of(shards))
+        alike = (number for number, each in enumerate(sizes_of(shards)) if each == size)
+        self.photos = [shards[i] for i in islice(alike, recipe.training.num_validation_images)]
+        count = len(self.photos)
         self.networks, self.sampler, self.folder = networks, recipe.sampler, run_dir / "validation"
         backbone = networks.backbone
         pixels, mask = photos_as_tensors(self.photos)
