@@ -280,5 +280,6 @@ def cache(
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     sampler = SamplerConfig(num_inference_steps=complete, guidance_scale=guidance) if complete else None
-    made = build_cache(shards, out, load_backbone(model), stored, prompts, sampler, progress_bar("cache"), posterior)
+    backbone = load_backbone(model, cpu_kernels=sampler is not None)
+    made = build_cache(shards, out, backbone, stored, prompts, sampler, progress_bar("cache"), posterior)
     show({"cache": out, "made": made}, as_json)

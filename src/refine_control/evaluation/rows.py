@@ -131,7 +131,7 @@ def prepare_data(comparison: Comparison, bar: Bar, completions: bool = False) ->
     else:
         seeds = {"seed": budget.data_seed, "test_seed": budget.test_seed}
         build_scenes(out / SHARDS, **counts, **seeds, progress=bar("scenes"))
-    backbone = load_backbone(comparison.model)
+    backbone = load_backbone(comparison.model, cpu_kernels=completions)
     for role in (LABELED, UNLABELED):
         build_cache(out / SHARDS / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
     if completions:
