@@ -63,6 +63,7 @@ def reproduce(
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
+    against: Annotated[str, typer.Option(help="The row that the others are held against.")] = "ours",
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
     results: Annotated[
         Path | None, typer.Option(help="Finished rows, read and written; results/mini or results/photos.")
@@ -87,7 +88,8 @@ def reproduce(
     folder = (results or Path("results/photos" if photos else "results/mini")) / budget
     if dry_run:
         return show(plan(target, comparison, chosen, rows, folder), as_json)
-    made = run(target, comparison, seeds=chosen, rows=rows, results=folder, bar=progress_bar, workers=workers)
+    how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}
+    made = run(target, comparison, seeds=chosen, rows=rows, against=against, **how)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
 
 

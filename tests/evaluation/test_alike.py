@@ -78,7 +78,7 @@ def test_a_table_of_known_numbers():
 def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
     here, results = Comparison(BUDGET, tmp_path / "runs"), tmp_path / "results"
     todo = plan("figure2", here, [0], (), results)["rows"]
-    assert todo == dict.fromkeys(["alike/teacher-0", "alike/fc-0", "alike/ours-0"], "to do")
+    assert todo == dict.fromkeys(["alike/teacher-0", "alike/fc-0", "alike/ours-0", "alike/inherit-0"], "to do")
     made = reproduce("figure2", here, results=results, bar=lambda label: None)
     assert set(plan("figure2", here, [0], (), results)["rows"].values()) == {"finished"}
     written = json.loads((tmp_path / "runs" / "tables.json").read_text())["figure2"]["rows"]

@@ -76,11 +76,14 @@ def test_a_table_of_known_numbers():
     }
     summary = summarise(found)
     assert summary["rows"]["ours"]["mean"]["psnr_region"]["mean"] == pytest.approx(scenes.mean() + 3)
-    minus = summary["rows"]["fc"]["minus_ours"]["both"]
+    minus = summary["rows"]["fc"]["minus"]["both"]
     assert (minus["mean"], minus["low"], minus["high"], minus["excludes_zero"]) == pytest.approx((-3, -3, -3, True))
     assert summary["gap_closed"]["ours"]["psnr_region"]["mean"] == pytest.approx(0.75)
     assert "teacher" not in summary["gap_closed"]
-    assert "minus_ours" not in summary["rows"]["ours"]
+    assert "minus" not in summary["rows"]["ours"]
+    turned = summarise(found, against="fc")["rows"]
+    assert turned["ours"]["minus"]["both"]["mean"] == pytest.approx(3)
+    assert "minus" not in turned["fc"]
 
 
 def test_a_table_holds_its_rows_and_what_they_are_held_against():
@@ -96,6 +99,7 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     ]
     assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "ours"} <= set(rows_of(TARGETS["table3"]))
     assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "ours", "wo_cf"]
+    assert set(rows_of(TARGETS["figure2"], (), "inherit")) == {"teacher", "fc", "ours", "inherit"}
     with pytest.raises(InvalidInputError, match="there is no row our"):
         rows_of(TARGETS["table1"], ["our"])
 
@@ -109,9 +113,9 @@ def test_rows_are_paired_by_the_seeds_that_both_have():
         "teacher": [result("teacher", 0, {"psnr": base + 12})],
     }
     rows = summarise(found)["rows"]
-    assert rows["layers_8"]["minus_ours"]["psnr"]["mean"] == pytest.approx(-1)
-    assert rows["teacher"]["minus_ours"]["psnr"]["mean"] == pytest.approx(2)
-    assert rows["layers_8"]["minus_ours"]["fid"]["mean"] == 0
+    assert rows["layers_8"]["minus"]["psnr"]["mean"] == pytest.approx(-1)
+    assert rows["teacher"]["minus"]["psnr"]["mean"] == pytest.approx(2)
+    assert rows["layers_8"]["minus"]["fid"]["mean"] == 0
 
 
 @pytest.mark.slow

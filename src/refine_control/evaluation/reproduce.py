@@ -80,15 +80,15 @@ class Reproduced(NamedTuple):
     folder: Path
 
 
-def rows_of(target: Target, named: Sequence[str] = ()) -> dict[str, Row]:
-    """The rows of a target, or those named alone; always with teacher, fc and ours, to hold the others against.
+def rows_of(target: Target, named: Sequence[str] = (), against: str = OURS) -> dict[str, Row]:
+    """The rows of a target, or those named alone; always with teacher, fc, ours and the row to hold them `against`.
 
     Raises InvalidInputError for a row that does not exist."""
     rows = read_rows()
-    unknown = sorted(set(named) - set(rows))
+    unknown = sorted({*named, against} - set(rows))
     if unknown:
         raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
-    wanted = {OURS, TEACHER, BASELINE, *named}
+    wanted = {OURS, TEACHER, BASELINE, against, *named}
     return {k: r for k, r in rows.items() if k in wanted or (not named and _belongs(r, target))}
 
 
@@ -115,12 +115,13 @@ def _results(results: Path, measured: str) -> Path:
     return results if measured == TABLES else results / measured
 
 
-def _rows_measured(measured: str, target: str, named: Sequence[str]) -> dict[str, Row]:
+def _rows_measured(measured: str, target: str, named: Sequence[str], against: str = OURS) -> dict[str, Row]:
     """The rows that a target measures for its tables, or for Figure 2."""
     made = TARGETS[target]
     if measured == TABLES:
-        return rows_of(made, named) if made.tables or made.studies else {}
-    return {k: r for k, r in rows_of(Target(made.title), named).items() if not r.baseline} if made.alike else {}
+        return rows_of(made, named, against) if made.tables or made.studies else {}
+    shown = rows_of(Target(made.title, studies=("figure2",)), named, against) if made.alike else {}
+    return {key: row for key, row in shown.items() if not row.baseline}
 
 
 def _absent(rows: Mapping[str, Row], comparison: Comparison, seeds: Sequence[int], folder: Path) -> dict[str, str]:
@@ -169,7 +170,7 @@ def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
 def _alike_grid(budget: Budget, out: Path) -> PictureGrid | None:
     """Figure 2's pictures, of the rows that ran in `out`."""
     painted = {}
-    for key in (TEACHER, OURS, BASELINE):
+    for key in (TEACHER, OURS, "inherit", BASELINE):
         paths = {kind: out / f"{key}-0" / f"alike_{kind}.npy" for kind in PROMPTS}
         if all(path.is_file() for path in paths.values()):
             painted[key] = {kind: np.load(path) for kind, path in paths.items()}
@@ -182,14 +183,16 @@ def reproduce(
     *,
     seeds: Sequence[int] | None = None,
     rows: Sequence[str] = (),
+    against: str = OURS,
     results: Path,
     bar: Bar,
     workers: int = 1,
 ) -> Reproduced:
     """Makes what is missing of a target's rows, then `tables.md`, `tables.tex`, `tables.json`, `report.html`.
 
-    `target` is one of TARGETS; `seeds` are the budget's own by default; finished rows are files under `results`.
-    Raises InvalidInputError for a target that photographs cannot have, and what the verbs raise."""
+    `target` is one of TARGETS; `seeds` are the budget's own by default; differences are to the row `against`; finished
+    rows are files under `results`. Raises InvalidInputError for a target that photographs cannot have, and what the
+    verbs raise."""
     numbers, out = comparison.budget, comparison.out
     chosen = seeds or numbers.train_seeds
     if comparison.photos and TARGETS[target].alike:
@@ -203,17 +206,17 @@ def reproduce(
     grids: dict[str, PictureGrid | None] = {}
     curves: list[Curve] = []
     with only_writer(out):
-        if table_rows := _rows_measured(TABLES, target, rows):
+        if table_rows := _rows_measured(TABLES, target, rows, against):
             absent = _absent(table_rows, comparison, chosen, _results(results, TABLES))
             table_rows = {key: row for key, row in table_rows.items() if key not in absent}
             told += absent.values()
             found = collect(table_rows, comparison, chosen, _results(results, TABLES), bar, workers=workers)
-            summary |= summarise(found)
+            summary |= summarise(found, against)
             made += tables_of(summary, table_rows, numbers, TARGETS[target].title)
             told += findings(summary, table_rows)
             curves += cost_curves(summary, table_rows)
             grids["figure3.png"] = _pictures(found, out)
-        if alike_rows := _rows_measured(MARK, target, rows):
+        if alike_rows := _rows_measured(MARK, target, rows, against):
             how: dict[str, Any] = {"workers": workers, "measure": run_alike, "measured": MARK}
             found = collect(alike_rows, comparison, chosen, _results(results, MARK), bar, **how)
             summary["figure2"] = summarise_alike(found)

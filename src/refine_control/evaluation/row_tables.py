@@ -19,7 +19,6 @@ from refine_control.evaluation.signatures import signatures, stage_signature
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
 from refine_control.evaluation.tables import HEADINGS, cell, digits
 
-DIFFERENCES = "Row minus ours"
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step")
 OURS, TEACHER, BASELINE = "ours", "teacher", "fc"
 _GAP = ("psnr_region", "both")
@@ -42,14 +41,14 @@ def _common_seeds(
     return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
 
 
-def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
-    """Means, differences to ours, and the share of the gap between fc and the teacher that ours closes."""
+def summarise(found: Mapping[str, Sequence[RowResult]], against: str = OURS) -> dict[str, Any]:
+    """Means, differences to the row `against`, and the share of the gap between fc and the teacher that ours closes."""
     made = [r for results in found.values() for r in results]
     metrics = [m for m in _SHOWN if all(m in r.scores for r in made)]
     of_sets = [m for m in SET_METRICS if all(m in r.sets for r in made)]
     values = {key: {m: _stacked(results, m) for m in metrics} for key, results in found.items()}
     sets = {key: {m: [r.sets[m] for r in results] for m in of_sets} for key, results in found.items()}
-    out: dict[str, Any] = {"metrics": [*metrics, *of_sets], "rows": {}, "gap_closed": {}}
+    out: dict[str, Any] = {"metrics": [*metrics, *of_sets], "against": against, "rows": {}, "gap_closed": {}}
     for key, results in found.items():
         row = {
             "seeds": [r.seed for r in results],
@@ -57,9 +56,9 @@ def summarise(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
             "mean": {m: two_level(np.atleast_2d(values[key][m]), BOOTSTRAP_SEED).as_json() for m in metrics}
             | {m: set_interval(sets[key][m], BOOTSTRAP_SEED).as_json() for m in of_sets},
         }
-        if key != OURS and OURS in found:
-            own, ours = _common_seeds(results, found[OURS])
-            row["minus_ours"] = {
+        if key != against and against in found:
+            own, ours = _common_seeds(results, found[against])
+            row["minus"] = {
                 m: paired_difference(_stacked(own, m), _stacked(ours, m), BOOTSTRAP_SEED).as_json() for m in metrics
             } | {
                 m: set_difference([r.sets[m] for r in own], [r.sets[m] for r in ours], BOOTSTRAP_SEED).as_json()
@@ -108,15 +107,16 @@ def _cost_cells(facts: Mapping[str, Any]) -> list[str]:
 
 
 def differences(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
-    """Each row minus ours, paired by scene and seed."""
+    """Each row minus the one that all are held against, paired by scene and seed."""
     metrics = summary["metrics"]
     lines = [
-        [rows[key].title, *(cell(row["minus_ours"][m], digits(m)) for m in metrics)]
+        [rows[key].title, *(cell(row["minus"][m], digits(m)) for m in metrics)]
         for key, row in summary["rows"].items()
-        if "minus_ours" in row
+        if "minus" in row
     ]
     note = "Paired by scene and seed. An interval with zero inside is no evidence of a difference."
-    return Table(DIFFERENCES, ["row", *(HEADINGS[m] for m in metrics)], lines, [note])
+    title = f"Row minus {rows[summary['against']].title}"
+    return Table(title, ["row", *(HEADINGS[m] for m in metrics)], lines, [note])
 
 
 def cost_curves(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Curve]:
@@ -163,7 +163,7 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
         for key, row in found.items():
             if "teacher_minus" in row:
                 out += signatures(rows[key].title, row["teacher_minus"])
-    return out + (stage_signature(found["sl"]["minus_ours"]) if "sl" in found else [])
+    return out + (stage_signature(found["sl"]["minus"]) if "sl" in found and summary["against"] == OURS else [])
 
 
 def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], budget: Budget, names: str) -> list[Table]:
