@@ -241,6 +241,7 @@ def reproduce(
         for name, grid in drawn.items():
             write_atomic(out / name, picture_grid(grid))
         command = f"refine-control reproduce {target} --budget {results.name} --seeds {len(chosen)}"
+        command += "".join(f" --row {row}" for row in rows) + (f" --against {against}" if against != OURS else "")
         facts = {"budget": results.name, "results": str(results), "command": command}
         title = TARGETS[target].title + (" on small photographs" if comparison.photos else " on the mini model")
         write_report(out / "report.html", ReportData(title, told, facts, made, list(drawn.values()), curves))
