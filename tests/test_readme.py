@@ -13,18 +13,20 @@ from refine_control import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^\$ (refine-control .*)$", README, flags=re.MULTILINE)
+SHOWN = re.compile(r"^\$ (refine-control .*)$", flags=re.MULTILINE)
+COMMANDS = SHOWN.findall(README)
+DATA_COMMANDS = SHOWN.findall((ROOT / "docs" / "data.md").read_text())
 
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
     """A folder that has what the commands name: folders, a photograph, a mask."""
     monkeypatch.chdir(tmp_path)
-    for command in COMMANDS:
+    for command in [*COMMANDS, *DATA_COMMANDS]:
         for word in shlex.split(command)[1:]:
             path = Path(word.partition("=")[2] or word) if "runs/" in word else Path(word)
-            if path.suffix in (".jpg", ".png") and not str(path).startswith("runs/"):
-                path.write_bytes(b"")
+            if path.suffix in (".jpg", ".png", ".parquet", ".tsv000") and not str(path).startswith("runs/"):
+                path.write_bytes(b"photo_id\tphoto_image_url\n")  # as a list of addresses begins
             elif (word == "PHOTOS" or "runs/" in word) and not path.suffix:
                 path.mkdir(parents=True, exist_ok=True)
     return tmp_path
@@ -37,7 +39,7 @@ def test_the_readme_shows_the_main_job():
     )
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if " inspect " not in c])
+@pytest.mark.parametrize("command", [c for c in [*COMMANDS, *DATA_COMMANDS] if " inspect " not in c])
 def test_every_command_is_one_that_we_have(command, somewhere, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--dry-run"])
     try:
