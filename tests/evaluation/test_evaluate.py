@@ -97,6 +97,12 @@ def test_without_a_gap_no_share_is_told(result):
     assert summarise(result._replace(scores=told), "ours", "fc")["gap_closed"] == {}
 
 
+def test_a_teacher_that_is_worse_leaves_no_gap_to_close(result):
+    means = {"teacher": 0.0, "fc": 4.0, "ours": 1.0}
+    told = {n: {m: v + means[n] for m, v in result.scores["fc"].items() if m == "psnr_region"} for n in means}
+    assert summarise(result._replace(scores=told, sets={}), "ours", "fc")["gap_closed"] == {}
+
+
 def refuse(word):
     raise AssertionError(f"{word} is no JSON")
 

@@ -440,6 +440,8 @@ def test_metrics_whose_weights_are_not_here_are_named_and_left_out(no_cache):
     assert set(networks.missing) == {"LPIPS", "FID and KID", "CMMD", "CLIP score"}
     for sentence, file in ((networks.missing["FID and KID"], "pt_inception"), (networks.missing["LPIPS"], "alexnet")):
         assert f"not computed: needs {file}" in sentence
+    assert len(set(networks.missing.values())) == 4
+    assert all(sentence.startswith(metric) for metric, sentence in networks.missing.items())
     pictures, masks = np.zeros((2, 64, 64, 3), np.uint8), np.ones((2, 64, 64), bool)
     assert see(networks, pictures, masks) == {}
     assert pair_scores(networks, [], pictures, ({}, {})) == {}

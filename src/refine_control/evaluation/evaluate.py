@@ -189,7 +189,7 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
     if ours in names and baseline in names and TEACHER in names:
         out["gap_closed"] = {}
         for m in ("psnr_region", "both"):
-            if m in known and result.scores[TEACHER][m].mean() != result.scores[baseline][m].mean():
+            if m in known and result.scores[TEACHER][m].mean() > result.scores[baseline][m].mean():
                 share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=BOOTSTRAP_SEED)
                 if np.isfinite(share.low):  # else the gap is not told from zero, and a share of it means nothing
                     out["gap_closed"][m] = share.as_json()

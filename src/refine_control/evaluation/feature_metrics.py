@@ -96,7 +96,7 @@ def load_networks(weights: Path | None = None, classifier: Classifier | None = N
         try:
             found[name] = load()
         except MissingError as error:
-            missing[metric] = str(error)
+            missing[metric] = f"{metric} not computed: {str(error).partition('not computed: ')[2]}"
     return FeatureNetworks(classifier, missing=missing, **found)
 
 
