@@ -242,7 +242,9 @@ def bench_data(
         Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones else.")
     ] = None,
     photos: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
-    many: Annotated[int, typer.Option(min=0, help="Photos of the memory measurement beside 1,000; 0: none.")] = 0,
+    many: Annotated[
+        int, typer.Option(min=0, help="Photos of the memory measurement beside 1,000 and 8,000; 0: none.")
+    ] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
     as_json: Json = False,
 ) -> None:

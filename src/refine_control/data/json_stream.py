@@ -83,7 +83,7 @@ class JsonStream:
                     break
         text = self._window[self._at : end]
         if not text.isascii():
-            value = json.loads(text.encode("latin-1").decode("utf-8"))
+            value = _parse(text.encode("latin-1"))
         start, self._at = self._base + self._at, end
         return Span(value, start, self._base + end)
 
@@ -130,4 +130,8 @@ class JsonStream:
 
 def read_value(file: BinaryIO, start: int, end: int) -> Any:
     """The value between two bytes of a file, wherever the file stands. Raises ValueError where there is none now."""
-    return json.loads(os.pread(file.fileno(), end - start, start).decode("utf-8"))
+    return _parse(os.pread(file.fileno(), end - start, start))
+
+
+def _parse(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8", "surrogatepass"))  # as json.loads decodes bytes, but never UTF-16

@@ -133,8 +133,8 @@ def compare(
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
         seen = [see(networks, each, group.masks) for each, group in zip(painted, groups, strict=True)]
         scores = [
-            score(group.photos, each, networks, pair)
-            for group, each, *pair in zip(groups, painted, references, seen, strict=True)
+            score(group.photos, each, networks, (before, after))
+            for group, each, before, after in zip(groups, painted, references, seen, strict=True)
         ]
         result.images[name] = painted[0] if len(groups) == 1 else _in_order(painted, numbers)
         result.scores[name] = _joined(scores, numbers)
@@ -150,7 +150,7 @@ class _Group:
         self.images, self.masks = np.stack([p.image for p in self.photos]), np.stack([p.mask for p in self.photos])
 
 
-def _in_order(groups: Sequence[Sequence[Any]], numbers: Sequence[Sequence[int]]) -> list[Any]:
+def _in_order(groups: Sequence[Any], numbers: Sequence[Sequence[int]]) -> list[Any]:
     """The items of all groups, each at its number."""
     found = {n: item for own, items in zip(numbers, groups, strict=True) for n, item in zip(own, items, strict=True)}
     return [found[number] for number in sorted(found)]

@@ -239,4 +239,5 @@ class PhotoBatches:
         mirrored = (draw.uniforms("mirror") < 0.5).numpy()
         index = torch.from_numpy(rows + mirrored * len(self.photos.keys)).to(self.encoded.latents.device)
         prompts = [self.photos.prompts[row] for row in rows]
-        return SceneBatch(*(part[index] for part in self.encoded), prompts, prompts)
+        latents, masked_latents, mask = (part[index] for part in self.encoded)
+        return SceneBatch(latents, masked_latents, mask, prompts, prompts)
