@@ -205,8 +205,15 @@ def test_scenes_travel_as_photos(rendered):
     np.testing.assert_array_equal(photos[1].image, rendered.images[4].numpy())
     np.testing.assert_array_equal(photos[1].mask, rendered.masks[4].numpy())
     assert (photos[1].prompt, photos[1].global_prompt) == (rendered.local_prompts[4], rendered.global_prompts[4])
+    objects = rendered.objects
+    others = [
+        [objects.colour[4, n], objects.shape[4, n]]
+        for n in np.flatnonzero(objects.present[4])
+        if n != rendered.target[4]
+    ]
     assert photos[1].meta == {
         "colour": rendered.colour[4],
         "shape": rendered.shape[4],
+        "others": others,
         "alike": bool(rendered.alike[4]),
     }
