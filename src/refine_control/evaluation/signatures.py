@@ -38,8 +38,8 @@ def signatures(name: str, teacher_minus_student: Difference) -> list[str]:
         )
     if disobeys:
         out.append(
-            f"{name} obeys {lacks['both']:.0f} points less than the teacher. Look first at where it starts (init: "
-            "teacher), then at the steps of stage 1, then at what stage 2 noises (x0_source: teacher)."
+            f"{name} obeys {lacks['both']:.0f} points less than the teacher. Try more steps, and look at "
+            "where it starts (init: teacher) and at what stage 2 noises (x0_source: teacher)."
         )
     if lacks.get("ssim", 0.0) > SEEN_SSIM and not disobeys:
         out.append(
