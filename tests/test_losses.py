@@ -144,3 +144,13 @@ def test_a_weight_of_zero_leaves_the_term_out_but_logs_it():
 def test_a_loss_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         combine(task=None, output=None, features=None)
+
+
+def test_eq_4_may_weigh_the_hole_as_eq_3_does():
+    teacher, student = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    mask = torch.zeros(2, 1, 6, 6)
+    mask[:, :, 2:4] = 1
+    weight = mask_weight(mask, 0.9)
+    expected = (0.9**2 * mask + 0.1**2 * (1 - mask)) * (teacher - student).square()
+    torch.testing.assert_close(output_loss(teacher, student, weight), expected.mean())
+    torch.testing.assert_close(output_loss(teacher, student), (teacher - student).square().mean())
