@@ -1,5 +1,7 @@
 """A baseline's row stands beside the others with its own pictures, scores, costs and words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,12 @@ def test_a_name_that_is_taken_is_refused(folder, quick):
     result = Result({"teacher": {}}, {}, {}, {})
     with pytest.raises(InvalidInputError, match="teacher is given twice"):
         add_baselines(result, {"teacher": str(folder)}, PHOTOS, SAMPLER)
+
+
+def test_samples_of_several_sizes_are_refused(folder):
+    narrow = replace(PHOTOS[0], image=PHOTOS[0].image[:, :48], mask=PHOTOS[0].mask[:, :48])
+    with pytest.raises(InvalidInputError, match="of one size"):
+        add_baselines(Result({}, {}, {}, {}), {"sd2": str(folder)}, [narrow, PHOTOS[1]], SAMPLER)
 
 
 def test_a_row_of_reproduce_is_written_and_read(folder, quick, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.evaluation import region_clip as module
-from refine_control.evaluation.features import ClipText, clip_text, load_clip_text, text_features, weights
+from refine_control.evaluation.features import ClipText, clip_text, load_clip_text, text_features
 from refine_control.evaluation.region_clip import clip_scores, mask_square, prompts_asked, region_pictures
 from refine_control.models.mini import write_tokenizer
 
@@ -108,4 +108,3 @@ def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_text, "find_weights", lambda published, given: tmp_path / "pytorch_model.bin")
     with pytest.raises(MissingError, match=r"CLIP score not computed: needs vocab\.json"):
         load_clip_text()
-    assert weights.CLIP.repository in str(clip_text.CLIP.repository)

@@ -104,6 +104,13 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
         rows_of(TARGETS["table1"], ["our"])
 
 
+def test_where_the_teacher_is_no_better_there_is_no_gap_to_close():
+    scenes = np.arange(40.0)
+    up = {"teacher": 0.0, "ours": 3.0, "fc": 4.0}
+    found = {key: [result(key, 0, {"psnr_region": scenes + up[key]})] for key in up}
+    assert summarise(found)["gap_closed"] == {"ours": {}}
+
+
 def test_rows_are_paired_by_the_seeds_that_both_have():
     base = np.arange(10.0)
     ours = [result("ours", s, {"psnr": base + 10 * s}) for s in range(3)]
@@ -116,6 +123,8 @@ def test_rows_are_paired_by_the_seeds_that_both_have():
     assert rows["layers_8"]["minus"]["psnr"]["mean"] == pytest.approx(-1)
     assert rows["teacher"]["minus"]["psnr"]["mean"] == pytest.approx(2)
     assert rows["layers_8"]["minus"]["fid"]["mean"] == 0
+    turned = summarise(found, against="layers_8")["rows"]
+    assert turned["ours"]["minus"]["psnr"]["mean"] == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -86,6 +86,19 @@ def test_eq_1_is_made_of_its_terms(networks, caches):
     assert len(losses.feature_losses) == 3
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "from_scratch"])
+def test_the_output_may_be_weighted_as_the_task_is(networks, caches, kind):
+    objective, batches = objective_and_batches(kind, networks, caches)
+    batch = batches.batch(DRAW)
+    plain = objective.losses(batch, DRAW).output_loss
+    objective.weights = WEIGHTS.model_copy(update={"output_alpha": 0.5})
+    torch.testing.assert_close(objective.losses(batch, DRAW).output_loss, plain / 4)  # w = J / 2, inside the square
+    objective.weights = WEIGHTS.model_copy(update={"output_alpha": 0.99})
+    hole = objective.losses(batch, DRAW).output_loss
+    objective.weights = WEIGHTS.model_copy(update={"output_alpha": 0.9})
+    assert 0 < objective.losses(batch, DRAW).output_loss < hole < plain
+
+
 def test_eq_6_has_no_task(networks, caches):
     objective, batches = objective_and_batches("self_supervised", networks, caches)
     losses = objective.losses(batches.batch(DRAW), DRAW)

@@ -46,9 +46,11 @@ def add_baselines(
 
     `named`: name in the tables -> a short name of KNOWN, a folder or a hub id. Each samples with its own steps and
     scales; seed and precision are the sampler's. One baseline is in memory at a time. Raises what `load_baseline`
-    raises, and InvalidInputError for a name that `result` has already."""
+    raises, and InvalidInputError for a name that `result` has already and for photos of several sizes."""
     if taken := sorted(set(named) & set(result.scores)):
         raise InvalidInputError(f"the name {taken[0]} is given twice; write --baseline NAME=FOLDER with another name")
+    if len({p.mask.shape for p in photos}) > 1:
+        raise InvalidInputError("baselines paint samples of one size; build the test shards without --buckets")
     networks = networks or FeatureNetworks()
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     reference = see(networks, images, masks)
