@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import math
 from pathlib import Path
@@ -232,6 +233,8 @@ def test_the_fingerprint_is_of_values_not_of_writing(write):
     assert fingerprint(one) == fingerprint(two)
     assert fingerprint(one) != fingerprint(load_recipe(write("name: a")))
     assert fingerprint(load_recipe(write("name: a"))) == fingerprint(load_recipe(write("name: a\nmodel: mini")))
+    # a setting that is added later, at its default, changes no fingerprint
+    assert fingerprint(load_recipe(write("name: a\nmodel: mini"))) == hashlib.sha256(b'{"name":"a"}').hexdigest()
     assert len(fingerprint(one)) == 64
 
 
