@@ -60,10 +60,10 @@ def reproduce(
         Literal["table1", "table2", "table3", "figure2", "layers", "split", "init", "losses", "all"],
         typer.Argument(help="A table or figure of the paper, an ablation, or all: both tables and Figure 2."),
     ],
-    budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "long",
+    budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo, tables or long.")] = "tables",
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher, fc and ours.")] = None,
-    against: Annotated[str, typer.Option(help="The row that the others are held against.")] = "ours",
+    row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher and fc.")] = None,
+    against: Annotated[str, typer.Option(help="The row that the others are held against.")] = "inherit",
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
     results: Annotated[
         Path | None, typer.Option(help="Finished rows, read and written; results/mini or results/photos.")

@@ -33,7 +33,7 @@ from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.row_tables import (
     BASELINE,
-    OURS,
+    REFERENCE,
     TEACHER,
     cost_curves,
     findings,
@@ -80,15 +80,15 @@ class Reproduced(NamedTuple):
     folder: Path
 
 
-def rows_of(target: Target, named: Sequence[str] = (), against: str = OURS) -> dict[str, Row]:
-    """The rows of a target, or those named alone; always with teacher, fc, ours and the row to hold them `against`.
+def rows_of(target: Target, named: Sequence[str] = (), against: str = REFERENCE) -> dict[str, Row]:
+    """The rows of a target, or those named alone; always with teacher, fc and the row to hold them `against`.
 
     Raises InvalidInputError for a row that does not exist."""
     rows = read_rows()
     unknown = sorted({*named, against} - set(rows))
     if unknown:
         raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
-    wanted = {OURS, TEACHER, BASELINE, against, *named}
+    wanted = {TEACHER, BASELINE, against, *named}
     return {k: r for k, r in rows.items() if k in wanted or (not named and _belongs(r, target))}
 
 
@@ -115,7 +115,7 @@ def _results(results: Path, measured: str) -> Path:
     return results if measured == TABLES else results / measured
 
 
-def _rows_measured(measured: str, target: str, named: Sequence[str], against: str = OURS) -> dict[str, Row]:
+def _rows_measured(measured: str, target: str, named: Sequence[str], against: str = REFERENCE) -> dict[str, Row]:
     """The rows that a target measures for its tables, or for Figure 2."""
     made = TARGETS[target]
     if measured == TABLES:
@@ -170,7 +170,7 @@ def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
 def _alike_grid(budget: Budget, out: Path) -> PictureGrid | None:
     """Figure 2's pictures, of the rows that ran in `out`."""
     painted = {}
-    for key in (TEACHER, OURS, "inherit", BASELINE):
+    for key in (TEACHER, REFERENCE, "ours", BASELINE):
         paths = {kind: out / f"{key}-0" / f"alike_{kind}.npy" for kind in PROMPTS}
         if all(path.is_file() for path in paths.values()):
             painted[key] = {kind: np.load(path) for kind, path in paths.items()}
@@ -183,7 +183,7 @@ def reproduce(
     *,
     seeds: Sequence[int] | None = None,
     rows: Sequence[str] = (),
-    against: str = OURS,
+    against: str = REFERENCE,
     results: Path,
     bar: Bar,
     workers: int = 1,
@@ -241,7 +241,7 @@ def reproduce(
         for name, grid in drawn.items():
             write_atomic(out / name, picture_grid(grid))
         command = f"refine-control reproduce {target} --budget {results.name} --seeds {len(chosen)}"
-        command += "".join(f" --row {row}" for row in rows) + (f" --against {against}" if against != OURS else "")
+        command += "".join(f" --row {row}" for row in rows) + (f" --against {against}" if against != REFERENCE else "")
         facts = {"budget": results.name, "results": str(results), "command": command}
         title = TARGETS[target].title + (" on small photographs" if comparison.photos else " on the mini model")
         write_report(out / "report.html", ReportData(title, told, facts, made, list(drawn.values()), curves))

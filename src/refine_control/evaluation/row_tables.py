@@ -20,7 +20,9 @@ from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, pai
 from refine_control.evaluation.tables import HEADINGS, cell, digits
 
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step")
-OURS, TEACHER, BASELINE = "ours", "teacher", "fc"
+TEACHER, BASELINE = "teacher", "fc"
+REFERENCE = "inherit"
+"""Held against all others unless told otherwise: ours from the teacher's layers; `ours` is the paper's recipe."""
 _GAP = ("psnr_region", "both")
 _SHOWN = ("psnr_region", "psnr", "ssim", "lpips", "colour", "shape", "both", "scene_perceptual")
 
@@ -41,7 +43,7 @@ def _common_seeds(
     return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
 
 
-def summarise(found: Mapping[str, Sequence[RowResult]], against: str = OURS) -> dict[str, Any]:
+def summarise(found: Mapping[str, Sequence[RowResult]], against: str = REFERENCE) -> dict[str, Any]:
     """Means, differences to the row `against`, and the share of the gap between fc and the teacher that ours closes."""
     made = [r for results in found.values() for r in results]
     metrics = [m for m in _SHOWN if all(m in r.scores for r in made)]
@@ -121,7 +123,7 @@ def differences(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
 
 def cost_curves(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Curve]:
     """Quality against cost: ours and the same with other counts of layers, and the teacher."""
-    chosen = [key for key, row in rows.items() if key == OURS or "layers" in row.studies]
+    chosen = [key for key, row in rows.items() if "layers" in row.studies]
     if len(chosen) < 3:
         return []
     by_cost = sorted(chosen, key=lambda key: summary["rows"][key]["facts"][0]["gflops_step"])
@@ -163,7 +165,7 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
         for key, row in found.items():
             if "teacher_minus" in row:
                 out += signatures(rows[key].title, row["teacher_minus"])
-    return out + (stage_signature(found["sl"]["minus"]) if "sl" in found and summary["against"] == OURS else [])
+    return out + (stage_signature(found["sl"]["minus"]) if "sl" in found and summary["against"] == REFERENCE else [])
 
 
 def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], budget: Budget, names: str) -> list[Table]:
