@@ -4,39 +4,66 @@ import json
 
 import pytest
 
-from refine_control.comparison import read_budget, read_rows, row_recipes, stage_steps
+from refine_control.comparison import read_budget, read_rows, reference_of, row_recipes, stage_steps
 from refine_control.config import load_recipe
 from refine_control.errors import InvalidInputError
 
-ROWS, BUDGET = read_rows(), read_budget("long")
+SCALES = ("mini", "sd3")
+ROWS = {(scale, key): row for scale in SCALES for key, row in read_rows(scale).items()}
+BUDGETS = {"mini": read_budget("long"), "sd3": read_budget("paper", scale="sd3")}
 TRAINED = [key for key, row in ROWS.items() if row.stages]
 
 
-def what_differs(key: str) -> str:
+def what_differs(scale: str, key: str) -> str:
     """Everything of a row that training can feel; names and the paper's numbers it cannot."""
-    row = ROWS[key]
-    recipes = row_recipes(row, BUDGET, {}, 0).values()
+    row = ROWS[scale, key]
+    recipes = row_recipes(row, BUDGETS[scale], {}, 0).values()
     told = [r.model_dump(mode="json", exclude={"name", "paper"}) for r in recipes]
-    return json.dumps([told, row.injection, row.baseline], sort_keys=True)
+    return json.dumps([told, row.injection, row.baseline, row.data.model_dump()], sort_keys=True)
 
 
-def test_no_two_rows_are_the_same_run():
-    assert len({what_differs(key) for key in ROWS}) == len(ROWS) >= 12
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_two_rows_are_the_same_run(scale):
+    keys = [key for of, key in ROWS if of == scale]
+    assert len({what_differs(scale, key) for key in keys}) == len(keys) >= 12
 
 
-@pytest.mark.parametrize("key", TRAINED)
-def test_rows_share_everything_but_what_they_are_about(key):
-    recipes = list(row_recipes(ROWS[key], BUDGET, {}, 3).values())
-    reference = next(iter(row_recipes(ROWS["ours"], BUDGET, {}, 3).values()))
-    assert sum(r.training.steps for r in recipes) == BUDGET.steps
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_of_the_paper_is_there_and_one_is_the_reference(scale):
+    rows = read_rows(scale)
+    assert {
+        "teacher",
+        "fc",
+        "ssd",
+        "ours",
+        "wo_mask",
+        "one_stage",
+        "sl",
+        "wo_cf",
+        "dreamshaper8",
+        "sd2",
+        "flux",
+    } <= set(rows)
+    assert [key for key, row in rows.items() if row.reference] == [reference_of(rows)]
+    assert reference_of(rows) == {"mini": "inherit", "sd3": "ours"}[scale]
+
+
+@pytest.mark.parametrize("which", TRAINED)
+def test_rows_share_everything_but_what_they_are_about(which):
+    scale, key = which
+    row, budget = ROWS[which], BUDGETS[scale]
+    recipes = list(row_recipes(row, budget, {}, 3).values())
+    reference = next(iter(row_recipes(ROWS[scale, "ours"], budget, {}, 3).values()))
+    assert sum(r.training.steps for r in recipes) == budget.steps
     for recipe in recipes:
-        assert (recipe.training.batch_size, recipe.training.seed) == (BUDGET.batch_size, 3)
+        assert (recipe.training.batch_size, recipe.training.seed) == (budget.batch_size, 3)
+        assert (recipe.model, recipe.teacher) == (reference.model, reference.teacher)
         assert recipe.optimizer == reference.optimizer
         assert recipe.sigmas == reference.sigmas
-        if "student.num_layers" not in ROWS[key].settings:
+        if "student.num_layers" not in row.settings:
             assert recipe.student.num_layers == reference.student.num_layers
         assert recipe.training.prompt_dropout == reference.training.prompt_dropout
-        assert recipe.training.precision == BUDGET.precision
+        assert recipe.training.precision == budget.precision
 
 
 def test_a_row_changes_the_student_and_its_loss_and_no_more():
@@ -48,6 +75,7 @@ def test_a_row_changes_the_student_and_its_loss_and_no_more():
 @pytest.mark.parametrize("steps", [2, 3, 101])
 def test_shares_of_steps_add_up(steps):
     for row in ROWS.values():
+        steps = max(steps, len(row.stages))
         shares = stage_steps(row, steps)
         assert sum(shares.values()) == (steps if row.stages else 0)
         assert all(n >= 1 for n in shares.values())

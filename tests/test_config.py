@@ -200,7 +200,8 @@ def test_the_packaged_recipes_are_these():
         "wo_mask",
     )
     named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched")]
-    assert recipe_names() == sorted([*RECORD, *named, "sd3/inherit_stage1", "sd3/inherit_stage2"])
+    same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched") if name != "ours_completed_stage2"]
+    assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", *same])
 
 
 @pytest.mark.parametrize("name", RECORD)

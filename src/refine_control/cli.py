@@ -57,35 +57,62 @@ def demo(
 @app.command()
 def reproduce(
     target: Annotated[
-        Literal["table1", "table2", "table3", "figure2", "layers", "split", "init", "losses", "all"],
-        typer.Argument(help="A table or figure of the paper, an ablation, or all: both tables and Figure 2."),
+        Literal[
+            "table1",
+            "table2",
+            "table3",
+            "figure2",
+            "figure3",
+            "layers",
+            "split",
+            "init",
+            "losses",
+            "data",
+            "prompts",
+            "all",
+        ],
+        typer.Argument(help="A table or figure of the paper, an ablation, or all: Tables 1 and 3 and Figure 2."),
     ],
-    budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo, tables or long.")] = "tables",
+    scale: Annotated[
+        Literal["mini", "sd3"], typer.Option(help="Whose recipes and rows: of the mini model, or of SD3.")
+    ] = "mini",
+    budget: Annotated[
+        str | None, typer.Option(help="A row of the scale's budgets.yaml: demo, tables or long; paper or short.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher and fc.")] = None,
-    against: Annotated[str, typer.Option(help="The row that the others are held against.")] = "inherit",
+    against: Annotated[
+        str | None, typer.Option(help="The row that the others are held against; the scale's own else.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
     results: Annotated[
-        Path | None, typer.Option(help="Finished rows, read and written; results/mini or results/photos.")
+        Path | None, typer.Option(help="Finished rows, read and written; results/mini, results/sd3 and so on.")
     ] = None,
-    model: Annotated[str, typer.Option(help="mini, or the bundle of photographs.")] = "mini",
+    model: Annotated[
+        str | None, typer.Option(help="Another model: the bundle of photographs, a folder or a hub id.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder or a hub id.")] = None,
     photos: SmallPhotos = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of `data build` in place of rendered scenes; sd3 needs one.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
     weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train and measure what is missing of a table or figure on the mini model, and write it with intervals."""
+    """Train and measure what is missing of a table or figure, and write it with intervals."""
     from refine_control.comparison import read_budget
+    from refine_control.evaluation.materials import Comparison
     from refine_control.evaluation.reproduce import plan
     from refine_control.evaluation.reproduce import reproduce as run
-    from refine_control.evaluation.rows import Comparison
 
-    if (model == "mini") != (photos is None):
-        raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`, and --model --photos")
-    comparison = Comparison(read_budget(budget), out, model, photos, weights)
+    name = budget or {"mini": "tables", "sd3": "paper"}[scale]
+    material = {"model": model, "teacher": teacher, "photos": photos, "data": data, "weights": weights}
+    comparison = Comparison(read_budget(name, scale=scale), out, scale, **material)
+    comparison.check()
     rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
-    folder = (results or Path("results/photos" if photos else "results/mini")) / budget
+    folder = (results or Path("results") / comparison.results_name) / name
     if dry_run:
         return show(plan(target, comparison, chosen, rows, folder), as_json)
     how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}

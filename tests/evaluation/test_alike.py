@@ -12,7 +12,8 @@ from refine_control.evaluation import collect as collecting
 from refine_control.evaluation.alike import alike_photos, alike_scores, summarise_alike
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.reproduce import plan, reproduce
-from refine_control.evaluation.rows import Comparison, RowResult
+from refine_control.evaluation.materials import Comparison
+from refine_control.evaluation.rows import RowResult
 from refine_control.models.mini import BUNDLE
 
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 3, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -91,6 +92,6 @@ def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
 
 
 def test_photographs_have_no_figure_2(tmp_path):
-    here = Comparison(BUDGET, tmp_path, "bundle", tmp_path)
+    here = Comparison(BUDGET, tmp_path, model="bundle", photos=tmp_path)
     with pytest.raises(InvalidInputError, match="the oracle, which reads rendered scenes alone"):
         reproduce("figure2", here, results=tmp_path, bar=lambda label: None)

@@ -11,8 +11,11 @@ from refine_control.comparison import read_budget, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import collect as collecting
 from refine_control.evaluation.distances import SetScore
-from refine_control.evaluation.reproduce import TARGETS, plan, reproduce, rows_of, summarise
-from refine_control.evaluation.rows import Comparison, RowResult, read_row, row_mark, write_row
+from refine_control.evaluation.materials import Comparison
+from refine_control.evaluation.reproduce import plan, reproduce
+from refine_control.evaluation.row_tables import summarise
+from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
+from refine_control.evaluation.targets import TARGETS, measured_rows, rows_of
 
 ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -99,7 +102,9 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     ]
     assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "inherit"} <= set(rows_of(TARGETS["table3"]))
     assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "inherit", "wo_cf"]
-    assert set(rows_of(TARGETS["figure2"])) == {"teacher", "fc", "inherit"}
+    assert set(measured_rows("alike", TARGETS["figure2"])) == {"teacher", "fc", "ours", "inherit"}
+    assert set(measured_rows("figure3", TARGETS["figure3"])) == {"teacher", "fc", "ours", "inherit", "fc_inherit"}
+    assert not measured_rows("figure3", TARGETS["table1"])
     with pytest.raises(InvalidInputError, match="there is no row our"):
         rows_of(TARGETS["table1"], ["our"])
 
@@ -108,7 +113,7 @@ def test_where_the_teacher_is_no_better_there_is_no_gap_to_close():
     scenes = np.arange(40.0)
     up = {"teacher": 0.0, "ours": 3.0, "fc": 4.0}
     found = {key: [result(key, 0, {"psnr_region": scenes + up[key]})] for key in up}
-    assert summarise(found)["gap_closed"] == {"ours": {}}
+    assert summarise(found, "ours")["gap_closed"] == {"ours": {}}
 
 
 def test_rows_are_paired_by_the_seeds_that_both_have():

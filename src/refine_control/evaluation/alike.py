@@ -17,12 +17,11 @@ import numpy as np
 from refine_control.comparison import Budget, Row
 from refine_control.data.records import Photo
 from refine_control.data.scene_shards import scene_photos
+from refine_control.evaluation.materials import Bar, Comparison
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.pictures import PictureGrid
 from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import (
-    Bar,
-    Comparison,
     RowResult,
     facts_of,
     row_mark,
@@ -47,7 +46,7 @@ def alike_photos(budget: Budget) -> list[Photo]:
     return [
         photo
         for kind in KINDS
-        for photo in scene_photos(derive_seed(budget.test_seed, "figure 2", kind), 0, budget.alike, kind)
+        for photo in scene_photos(derive_seed(budget.test_seed or 0, "figure 2", kind), 0, budget.alike or 0, kind)
     ]
 
 
@@ -109,7 +108,8 @@ def alike_table(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Bud
     columns = ["row", "seeds", *(f"{kind}: {text}" for kind in PROMPTS for text in MEASURES.values())]
     columns += [f"global - local: {text}" for text in MEASURES.values()]
     notes = [
-        f"{2 * budget.alike} scenes, half with another object of the target's shape, half with one of its colour. "
+        f"{2 * (budget.alike or 0)} scenes, half with another object of the target's shape, half with one of its "
+        "colour. "
         "Obeyed: the oracle reads the target's colour and shape in the hole. Another object's: it reads those of "
         "another object of the picture. Mean and 95 % two-level bootstrap interval; differences paired by scene."
     ]

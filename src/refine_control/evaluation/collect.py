@@ -12,18 +12,8 @@ from typing import NamedTuple
 
 from refine_control.comparison import Row
 from refine_control.data.workers import workers as worker_processes
-from refine_control.evaluation.rows import (
-    TABLES,
-    Bar,
-    Comparison,
-    RowResult,
-    prepare_data,
-    read_row,
-    reads_completions,
-    row_mark,
-    run_row,
-    write_row,
-)
+from refine_control.evaluation.materials import Bar, Comparison, prepare_data
+from refine_control.evaluation.rows import TABLES, RowResult, read_row, row_mark, run_row, write_row
 
 Measure = Callable[[str, Row, Comparison, int, Bar], RowResult]
 """`rows.run_row`, `alike.run_alike` or another that can be pickled."""
@@ -76,7 +66,7 @@ def collect(
     marks = {(key, seed): row_mark(rows[key], comparison, seed, measured) for key, seed in wanted}
     missing = [each for each in wanted if read_row(paths[each], marks[each]) is None]
     if missing:
-        prepare_data(comparison, bar, reads_completions(rows.values(), comparison.budget))
+        prepare_data(comparison, [rows[key] for key, _ in missing], bar)
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
         tasks = [Task(key, rows[key], seed, comparison, paths[key, seed], threads, measure) for key, seed in missing]
         tell = bar("rows")

@@ -16,16 +16,16 @@ from refine_control.comparison import read_budget, read_rows
 from refine_control.evaluation.evaluate import (
     TEACHER,
     compare,
-    read_test,
     sampler_facts,
     summarise,
     write_results,
 )
 from refine_control.evaluation.feature_metrics import FeatureNetworks
+from refine_control.evaluation.materials import Comparison, prepare_data
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.report import Curve, read_metrics_jsonl
-from refine_control.evaluation.rows import Comparison, prepare_data, reads_completions, sampler_of, train_row
+from refine_control.evaluation.rows import sampler_of, train_row
 from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.loading import load_backbone, load_controlnet
@@ -98,10 +98,10 @@ def run_demo(
     tell = bar or (lambda label: None)
     with only_writer(out):
         comparison = Comparison(numbers, out)
-        prepare_data(comparison, tell, reads_completions(rows.values(), numbers))
+        prepare_data(comparison, rows.values(), tell)
         trained = {name: train_row(name, row, comparison, seed, tell) for name, row in rows.items()}
         seconds = {key: each.seconds for key, each in trained.items()}
-        photos = read_test(out / "scenes" / "test")
+        photos = comparison.test_photos()
         sampler = sampler_of(numbers)
         students = {key: trained[key].student for key in ("ours", "fc")}
         backbone = load_backbone("mini")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from refine_control.comparison import Budget, Row
+from refine_control.comparison import Row
 from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.distances import set_difference, set_interval
 from refine_control.evaluation.feature_metrics import SET_METRICS, metric_notes
+from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import RowResult, sampler_of
 from refine_control.evaluation.signatures import signatures, stage_signature
@@ -21,8 +22,6 @@ from refine_control.evaluation.tables import HEADINGS, cell, digits
 
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step")
 TEACHER, BASELINE = "teacher", "fc"
-REFERENCE = "inherit"
-"""Held against all others unless told otherwise: ours from the teacher's layers; `ours` is the paper's recipe."""
 _GAP = ("psnr_region", "both")
 _SHOWN = ("psnr_region", "psnr", "ssim", "lpips", "colour", "shape", "both", "scene_perceptual")
 
@@ -43,7 +42,7 @@ def _common_seeds(
     return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
 
 
-def summarise(found: Mapping[str, Sequence[RowResult]], against: str = REFERENCE) -> dict[str, Any]:
+def summarise(found: Mapping[str, Sequence[RowResult]], against: str) -> dict[str, Any]:
     """Means, differences to the row `against`, and the share of the gap between fc and the teacher that ours closes."""
     made = [r for results in found.values() for r in results]
     metrics = [m for m in _SHOWN if all(m in r.scores for r in made)]
@@ -52,12 +51,15 @@ def summarise(found: Mapping[str, Sequence[RowResult]], against: str = REFERENCE
     sets = {key: {m: [r.sets[m] for r in results] for m in of_sets} for key, results in found.items()}
     out: dict[str, Any] = {"metrics": [*metrics, *of_sets], "against": against, "rows": {}, "gap_closed": {}}
     for key, results in found.items():
-        row = {
+        row: dict[str, Any] = {
             "seeds": [r.seed for r in results],
+            "samples": max((len(v) for v in results[0].scores.values()), default=0),
             "facts": [r.facts for r in results],
             "mean": {m: two_level(np.atleast_2d(values[key][m]), BOOTSTRAP_SEED).as_json() for m in metrics}
             | {m: set_interval(sets[key][m], BOOTSTRAP_SEED).as_json() for m in of_sets},
         }
+        if len(results) > 1:
+            row["spread"] = {m: float(values[key][m].mean(1).std(ddof=1)) for m in metrics}
         if key != against and against in found:
             own, ours = _common_seeds(results, found[against])
             row["minus"] = {
@@ -151,6 +153,18 @@ def gap_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
     return Table("Share of the gap closed, %", ["row", *(HEADINGS[m] for m in _GAP)], lines, notes)
 
 
+def spread_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
+    """How far apart the seeds of a row are: the stability of its training."""
+    lines = [
+        [rows[key].title, str(len(row["seeds"])), *(f"{row['spread'][m]:.{digits(m)}f}" for m in row["spread"])]
+        for key, row in summary["rows"].items()
+        if "spread" in row
+    ]
+    metrics = next(row["spread"] for row in summary["rows"].values() if "spread" in row)
+    note = "Standard deviation of the seeds' means: training alone, the test samples being the same."
+    return Table("Spread between training seeds", ["row", "seeds", *(HEADINGS[m] for m in metrics)], lines, [note])
+
+
 def _share_cell(share: Mapping[str, float] | None) -> str:
     if share is None or share["low"] is None:
         return ""
@@ -165,19 +179,22 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
         for key, row in found.items():
             if "teacher_minus" in row:
                 out += signatures(rows[key].title, row["teacher_minus"])
-    return out + (stage_signature(found["sl"]["minus"]) if "sl" in found and summary["against"] == REFERENCE else [])
+    staged = "sl" in found and rows[summary["against"]].reference
+    return out + (stage_signature(found["sl"]["minus"]) if staged else [])
 
 
-def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], budget: Budget, names: str) -> list[Table]:
-    """Quality and differences, with how they were measured."""
-    sampler = sampler_of(budget)
+def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], comparison: Comparison, names: str) -> list[Table]:
+    """Quality, differences, shares of the gap and the spread between seeds, with how they were measured."""
+    budget, sampler = comparison.budget, sampler_of(comparison.budget)
+    labeled, unlabeled, test = (count or "all" for count in (budget.labeled, budget.unlabeled, budget.test))
     note = (
-        f"{budget.test} test scenes; {budget.steps} steps of {budget.batch_size} samples for every student; "
-        f"|D_sl| {budget.labeled}, |D_ssl| {budget.unlabeled}; Euler, {sampler.num_inference_steps} steps, "
+        f"{test} test samples; {budget.steps} steps of {budget.batch_size} samples for every student; "
+        f"|D_sl| {labeled}, |D_ssl| {unlabeled}; Euler, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, {sampler.precision}. Mean and 95 % two-level bootstrap interval "
         "(seeds, then scenes); PSNR and SSIM on 8-bit RGB, raw pipeline output unless composited; region: inside "
-        "the mask. The paper's numbers are of SD3 on photographs and stand beside ours, not against them."
+        "the mask. The paper's numbers are of its own test photographs and stand beside ours, not against them."
     )
-    told = metric_notes(summary["metrics"], budget.test)
-    shares = [gap_table(summary, rows)] if summary["gap_closed"] else []
-    return [quality(summary, rows, f"{names}, mini model", [note, *told]), differences(summary, rows), *shares]
+    told = metric_notes(summary["metrics"], next(iter(summary["rows"].values()))["samples"])
+    out = [quality(summary, rows, f"{names}, {comparison.world}", [note, *told]), differences(summary, rows)]
+    out += [gap_table(summary, rows)] if summary["gap_closed"] else []
+    return out + ([spread_table(summary, rows)] if any("spread" in row for row in summary["rows"].values()) else [])

@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,28 +19,24 @@ import numpy as np
 
 from refine_control.comparison import Budget, Row, row_recipes
 from refine_control.config import Recipe, SamplerConfig, fingerprint
-from refine_control.data.cache import build_cache
 from refine_control.data.records import LABELED, UNLABELED
-from refine_control.data.scene_shards import build_scenes
-from refine_control.data.small_photos import build_small_photos
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.distances import SetScore
-from refine_control.evaluation.evaluate import Scores, compare, in_precision, read_test
+from refine_control.evaluation.evaluate import Scores, compare, in_precision
 from refine_control.evaluation.feature_metrics import load_networks
+from refine_control.evaluation.materials import Bar, Comparison, cache_folder
 from refine_control.evaluation.model_cost import counted_cost
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet
-from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.loading import load_controlnet
 from refine_control.models.mini import BUNDLE
-from refine_control.storage import MANIFEST, write_atomic
+from refine_control.storage import write_atomic
 from refine_control.training.run import train
 
 FORMAT = 2
 """Raised when equal recipes no longer give equal numbers."""
 _DIGITS = 5
-Bar = Callable[[str], Callable[[int, int, str], None] | None]
-"""`bar(label)` -> progress callback."""
 
 
 class RowResult(NamedTuple):
@@ -60,25 +54,8 @@ class RowResult(NamedTuple):
     """Steps, seconds, machine: what tables print and no number depends on."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What all rows stand on, and where they are made."""
-
-    budget: Budget
-    out: Path
-    model: str = "mini"
-    """mini, or the folder of a bundle that `mini train` made."""
-    photos: Path | None = None
-    """Folder of small photographs in place of rendered scenes (`data.small_photos`)."""
-    weights: Path | None = None
-    """Folder with the networks of FID, LPIPS and CMMD."""
-
-
-def bundle_mark(model: str = "mini") -> str:
-    """What a bundle is: hash of its files' hashes."""
-    files = json.loads(((BUNDLE if model == "mini" else Path(model)) / MANIFEST).read_text())["files"]
-    weights = {name: file["sha256"] for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
-    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+TABLES = "tables"
+"""What a row is measured for: the tables, or `alike.MARK`."""
 
 
 def sampler_of(budget: Budget, row: Row | None = None) -> SamplerConfig:
@@ -86,14 +63,10 @@ def sampler_of(budget: Budget, row: Row | None = None) -> SamplerConfig:
     return SamplerConfig(
         num_inference_steps=budget.num_inference_steps,
         guidance_scale=budget.guidance_scale,
-        conditioning_scale=1.0,
+        conditioning_scale=budget.conditioning_scale,
         precision=budget.precision,
         injection=row.injection if row else "exact",
     )
-
-
-TABLES = "tables"
-"""What a row is measured for: the tables, or `alike.MARK`."""
 
 
 def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES) -> str:
@@ -101,42 +74,12 @@ def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES
     budget = comparison.budget
     recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, {}, seed).values()]
     shared = budget.model_dump(mode="json", exclude={"train_seeds"}, exclude_defaults=True)
-    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, bundle_mark(comparison.model), measured]
-    told += ["photographs"] if comparison.photos else []
+    model, *material = comparison.mark()
+    told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, model, measured, *material]
     told += [row.baseline] if row.baseline else []
+    changed = row.data.model_dump(exclude_defaults=True)
+    told += [changed] if changed else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-COMPLETED = "unlabeled_completed"
-"""The unlabelled cache with the teacher's completions, made where a recipe reads them."""
-COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, conditioning_scale=1.0)
-"""Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
-
-
-def reads_completions(rows: Iterable[Row], budget: Budget) -> bool:
-    """Does any stage of the rows start from the teacher's completions?"""
-    recipes = (r for row in rows for r in row_recipes(row, budget, {}, 0).values())
-    return any(recipe.objective.x0_source == "teacher" for recipe in recipes)
-
-
-SHARDS = "scenes"
-
-
-def prepare_data(comparison: Comparison, bar: Bar, completions: bool = False) -> None:
-    """Shards of the budget under `out/scenes` (of photographs, too), caches of the training roles under `out/cache`."""
-    budget, out = comparison.budget, comparison.out
-    counts = {"labeled": budget.labeled, "unlabeled": budget.unlabeled, "test": budget.test}
-    if comparison.photos:
-        build_small_photos(comparison.photos, out / SHARDS, **counts, progress=bar("photographs"))
-    else:
-        seeds = {"seed": budget.data_seed, "test_seed": budget.test_seed}
-        build_scenes(out / SHARDS, **counts, **seeds, progress=bar("scenes"))
-    backbone = load_backbone(comparison.model, cpu_kernels=completions)
-    for role in (LABELED, UNLABELED):
-        build_cache(out / SHARDS / role, out / "cache" / role, backbone, progress=bar(f"cache {role}"))
-    if completions:
-        completed, told = out / "cache" / COMPLETED, bar("completions")
-        build_cache(out / SHARDS / UNLABELED, completed, backbone, completions=COMPLETIONS, progress=told)
 
 
 class TrainedRow(NamedTuple):
@@ -152,16 +95,20 @@ class TrainedRow(NamedTuple):
 def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> TrainedRow:
     """Trains the stages of a row one after the other under `out/KEY-SEED`; finished stages are left as they are."""
     out = comparison.out
-    paths = {f"data.{role}": str(out / "cache" / role) for role in (LABELED, UNLABELED)}
+    model, teacher = comparison.names
     stages: dict[str, Path] = {}
     student, seconds = None, 0.0
-    for name, recipe in row_recipes(row, comparison.budget, paths, seed).items():
+    for name, recipe in row_recipes(row, comparison.budget, {}, seed).items():
         stage = name.rpartition("/")[2]
         run_dir = out / f"{key}-{seed}" / stage
-        changed: dict[str, Any] = {"model": comparison.model}
+        completed = recipe.objective.x0_source == "teacher"
+        caches = {
+            LABELED: cache_folder(comparison, row, LABELED, False),
+            UNLABELED: cache_folder(comparison, row, UNLABELED, completed),
+        }
+        changed: dict[str, Any] = {"model": model, "teacher": teacher}
+        changed |= {"data": recipe.data.model_dump() | {role: str(folder) for role, folder in caches.items()}}
         changed |= {"init_from": str(list(stages.values())[-1])} if stages else {}
-        if recipe.objective.x0_source == "teacher":
-            changed["data"] = {**recipe.data.model_dump(), UNLABELED: str(out / "cache" / COMPLETED)}
         recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
         trained = train(recipe, run_dir, bar(f"train {key}: {stage}"))
         stages[stage], student, seconds = run_dir, trained.student, seconds + trained.seconds
@@ -170,7 +117,7 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
 
 def row_model(trained: TrainedRow, comparison: Comparison) -> tuple[Backbone, ControlNet]:
     """The backbone and the row's ControlNet (the teacher where it trains none), in the budget's precision."""
-    backbone = load_backbone(comparison.model)
+    backbone = comparison.backbone()
     controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
     in_precision(comparison.budget.precision, backbone, controlnet)
     return backbone, controlnet
@@ -193,9 +140,9 @@ def facts_of(
 def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
     """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
     budget, out = comparison.budget, comparison.out
-    photos, mark = read_test(out / SHARDS / "test"), row_mark(row, comparison, seed)
+    photos, mark = comparison.test_photos(), row_mark(row, comparison, seed)
     sampler = sampler_of(budget, row)
-    networks = load_networks(comparison.weights, None if comparison.photos else load_classifier(BUNDLE))
+    networks = load_networks(comparison.weights, load_classifier(BUNDLE) if comparison.rendered else None)
     if row.baseline:
         from refine_control.evaluation.baseline_rows import run_baseline
 

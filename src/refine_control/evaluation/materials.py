@@ -1,0 +1,190 @@
+"""What a comparison's rows learn from and are tested on: rendered scenes, small photographs, or built data.
+
+Shards of the three roles become caches under `out/cache`; a row that learns from less or other than the budget's data
+(`Row.data`) has caches of its own, and a row whose second stage noises the teacher's completions has one with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from refine_control.comparison import Budget, Row, Scale, row_recipes
+from refine_control.config import SamplerConfig, load_recipe
+from refine_control.data.cache import build_cache
+from refine_control.data.records import LABELED, TEST, UNLABELED, Photo
+from refine_control.data.scene_shards import build_scenes
+from refine_control.data.shards import open_manifest
+from refine_control.data.small_photos import build_small_photos
+from refine_control.data.variants import Variant, build_variant
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation.evaluate import read_test
+from refine_control.models.backbone import Backbone
+from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.mini import BUNDLE
+from refine_control.storage import MANIFEST, sha256_file
+
+Bar = Callable[[str], Callable[[int, int, str], None] | None]
+"""`bar(label)` -> progress callback."""
+SHARDS = "scenes"
+COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, conditioning_scale=1.0)
+"""Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows stand on, and where they are made."""
+
+    budget: Budget
+    out: Path
+    scale: Scale = "mini"
+    """Whose recipes, rows and budgets."""
+    model: str | None = None
+    """Another model than the recipes': a bundle that `mini train` made, a folder or a hub id."""
+    teacher: str | None = None
+    """Another teacher than the recipes'."""
+    photos: Path | None = None
+    """Folder of small photographs in place of rendered scenes (`data.small_photos`)."""
+    data: Path | None = None
+    """Folder of `data build` in place of rendered scenes: shards of all three roles."""
+    weights: Path | None = None
+    """Folder with the networks of FID, LPIPS and CMMD."""
+
+    def check(self) -> None:
+        """Raises InvalidInputError for parts that do not belong together."""
+        if self.photos and self.data:
+            raise InvalidInputError("--photos and --data are two kinds of data; give one")
+        if self.photos and not self.model:
+            raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`")
+        if not self.rendered:
+            return
+        if self.scale == "sd3":
+            raise InvalidInputError("the scale sd3 needs --data, a folder of `data build` with all three roles")
+        if self.model:
+            raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
+
+    @property
+    def results_name(self) -> str:
+        """The folder of its results: mini, photos, sd3, or that with the name of the data."""
+        return f"{self.scale}-{self.data.name}" if self.data else "photos" if self.photos else self.scale
+
+    @property
+    def rendered(self) -> bool:
+        """Rendered scenes, which the oracle can read."""
+        return self.photos is None and self.data is None
+
+    @property
+    def world(self) -> str:
+        """What reports call it: `the mini model, rendered scenes`."""
+        seen = "rendered scenes" if self.rendered else "small photographs" if self.photos else str(self.data)
+        return f"{'SD3' if self.scale == 'sd3' else 'the mini model'}, {seen}"
+
+    @property
+    def shards(self) -> Path:
+        """The folder with the shards of the three roles."""
+        return self.data or self.out / SHARDS
+
+    @property
+    def names(self) -> tuple[str, str | None]:
+        """Model and teacher as recipes name them."""
+        recipe = load_recipe(f"{self.scale}/ours_stage1")
+        return self.model or recipe.model, self.teacher or (None if self.model else recipe.teacher)
+
+    def backbone(self, cpu_kernels: bool = False) -> Backbone:
+        """The model with its teacher."""
+        model, teacher = self.names
+        return load_backbone(model, load_controlnet(teacher) if teacher else None, cpu_kernels)
+
+    def mark(self) -> list[str]:
+        """What of model and data results depend on, beside the budget: hashes and names."""
+        told = [_model_mark(*self.names)]
+        told += ["photographs"] if self.photos else []
+        if self.data:
+            told += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
+        return told
+
+    def test_photos(self) -> list[Photo]:
+        """The test samples, as many as the budget says."""
+        return read_test(self.shards / TEST)[: self.budget.test]
+
+
+def _model_mark(model: str, teacher: str | None) -> str:
+    """The hash of a bundle's files' hashes; the names of what has none."""
+    manifest = (BUNDLE if model == "mini" else Path(model)) / MANIFEST
+    if not manifest.is_file():
+        return f"{model} {teacher}"
+    files = json.loads(manifest.read_text())["files"]
+    weights = {name: file["sha256"] for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
+    mark = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    return f"{mark} {teacher}" if teacher else mark
+
+
+def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
+    """For each stage the training roles that it reads, and whether it reads the teacher's completions."""
+    for recipe in row_recipes(row, budget, {}, 0).values():
+        kind = recipe.objective.kind
+        if kind in ("self_supervised", "mixed"):
+            yield UNLABELED, recipe.objective.x0_source == "teacher"
+        if kind != "self_supervised":
+            yield LABELED, False
+
+
+def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:
+    """What a row learns from of a training role: its own choice, of as many samples as the budget says."""
+    variant = row.data.variant(role)
+    most = {LABELED: comparison.budget.labeled, UNLABELED: comparison.budget.unlabeled}[role]
+    if comparison.data and most:
+        samples = open_manifest(comparison.data / role)["samples"]
+        variant = variant._replace(share=min(1.0, variant.share * most / samples))
+    return variant
+
+
+def cache_folder(comparison: Comparison, row: Row, role: str, completed: bool) -> Path:
+    """Where the cache lies that a row reads: `cache/labeled_10%`, `cache/unlabeled_completed`."""
+    words = [role, variant_of(comparison, row, role).name, "completed" if completed else ""]
+    return comparison.out / "cache" / "_".join(word for word in words if word)
+
+
+def _build_shards(comparison: Comparison, bar: Bar) -> None:
+    budget, out = comparison.budget, comparison.shards
+    counts = {LABELED: budget.labeled, UNLABELED: budget.unlabeled, TEST: budget.test}
+    if comparison.data:
+        for role, count in counts.items():
+            had = open_manifest(out / role)["samples"]
+            if had < (count or 2):
+                raise InvalidInputError(f"{out / role} holds {had} samples; the budget asks for {count or 2}")
+        return
+    if not budget.renders():
+        raise InvalidInputError("this budget is for data of your own; give the folder of `data build` with --data")
+    known = {role: count for role, count in counts.items() if count}
+    if comparison.photos:
+        build_small_photos(comparison.photos, out, **known, progress=bar("photographs"))
+    else:
+        seeds = {"seed": budget.data_seed or 0, "test_seed": budget.test_seed or 0}
+        build_scenes(out, **known, **seeds, progress=bar("scenes"))
+
+
+def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
+    """Shards of the budget, and the caches that these rows read. What is there already stays.
+
+    Raises InvalidInputError where the data do not hold what the budget or a row asks for."""
+    _build_shards(comparison, bar)
+    wanted = {
+        cache_folder(comparison, row, role, completed): (role, variant_of(comparison, row, role), completed)
+        for row in rows
+        for role, completed in _stages_read(row, comparison.budget)
+    }
+    if not wanted:
+        return
+    backbone = comparison.backbone(cpu_kernels=True)
+    for folder, (role, variant, completed) in wanted.items():
+        source = comparison.shards / role
+        if variant != Variant():
+            changed = comparison.out / "variants" / folder.name.removesuffix("_completed")
+            build_variant(source, changed, variant, bar(f"samples {changed.name}"))
+            source = changed
+        completions = COMPLETIONS if completed else None
+        build_cache(source, folder, backbone, completions=completions, progress=bar(f"cache {folder.name}"))
