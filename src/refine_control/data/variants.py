@@ -1,27 +1,26 @@
 """Shards of one role made again with fewer samples, other prompts or blurred pictures: what ablations learn from.
 
-`prompts` are the words of the samples:
-- given: their own local prompts.
-- template: the least that names the object, `a circle`, from the sample's shape or category.
-- shuffled: those of other samples of the same shards.
-- global: those of the whole photographs.
+The prompts are those of `data.reword`: given, template (`a circle`, from a scene's shape or a photograph's category),
+shuffled between photographs, or global.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from refine_control.data.records import Photo, with_article
+from refine_control.data.records import Photo
+from refine_control.data.reword import Worded
+from refine_control.data.reword import variant as reworded
 from refine_control.data.shards import Shards, ShardWriter, open_manifest
 from refine_control.data.vocabulary import SHAPES
 from refine_control.errors import InvalidInputError
-from refine_control.randomness import derive_seed, permutation
+from refine_control.randomness import derive_seed
 from refine_control.storage import MANIFEST, only_writer, sha256_file
 
 Prompts = Literal["given", "template", "shuffled", "global"]
@@ -50,7 +49,7 @@ def build_variant(
 ) -> bool:
     """Writes `out`, shards of the role of `source`; False where they are there already.
 
-    Raises InvalidInputError when a prompt that is asked for is not there, or `out` holds something else."""
+    Raises InvalidInputError as `data.reword.variant` does, and when `out` holds something else."""
     shards, role = Shards(source), open_manifest(source)["role"]
     described = {"variant_of": sha256_file(source / MANIFEST), "variant": list(variant)}
     with only_writer(out):
@@ -60,7 +59,8 @@ def build_variant(
                 raise InvalidInputError(f"{out} holds other samples; choose another folder")
             return False
         count = max(1, math.ceil(variant.share * len(shards)))
-        words = _prompts(shards, count, variant.prompts)
+        samples = [_worded(shards[number]) for number in range(count)]
+        words = reworded(samples, variant.prompts, derive_seed("variants", variant.prompts))
         writer = ShardWriter(out, role)
         for number in range(count):
             photo = shards[number]
@@ -72,28 +72,9 @@ def build_variant(
     return True
 
 
-def _prompts(shards: Sequence[Photo], count: int, kind: Prompts) -> list[str]:
-    """The prompts of the first `count` samples."""
-
-    def worded(photo: Photo) -> str:
-        if kind == "global":
-            return photo.global_prompt
-        return _template(photo) if kind == "template" else photo.prompt
-
-    words = [worded(shards[number]) for number in range(count)]
-    if "" in words:
-        lacks = "global prompt" if kind == "global" else "shape or category in its meta"
-        key = shards[words.index("")].key
-        raise InvalidInputError(f"the sample {key} has no {lacks}; the {kind} prompts need one")
-    if kind == "shuffled":
-        return [words[number] for number in permutation(derive_seed("variants", "shuffled"), count)]
-    return words
-
-
-def _template(photo: Photo) -> str:
-    if "shape" in photo.meta:
-        return f"a {SHAPES[photo.meta['shape']]}"
-    return with_article(str(photo.meta["category"])) if photo.meta.get("category") else ""
+def _worded(photo: Photo) -> Worded:
+    category = SHAPES[photo.meta["shape"]] if "shape" in photo.meta else str(photo.meta.get("category") or "")
+    return Worded(str(photo.meta.get("photo") or photo.key), photo.prompt, category, photo.global_prompt)
 
 
 def _blurred(image: np.ndarray) -> np.ndarray:
