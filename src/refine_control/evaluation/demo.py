@@ -21,10 +21,10 @@ from refine_control.evaluation.evaluate import (
     write_results,
 )
 from refine_control.evaluation.feature_metrics import FeatureNetworks
+from refine_control.evaluation.loss_curves import layer_curves, term_curves
 from refine_control.evaluation.materials import Comparison, prepare_data
 from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
-from refine_control.evaluation.report import Curve, read_metrics_jsonl
 from refine_control.evaluation.rows import sampler_of, train_row
 from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
@@ -38,7 +38,6 @@ Progress = Callable[[int, int, str], None]
 
 SHOWN = {"fc": "fc_inherit", "ours": "inherit"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
-_STAGES = ("inherit_stage1", "inherit_stage2")
 
 
 class Demonstrated(NamedTuple):
@@ -47,19 +46,6 @@ class Demonstrated(NamedTuple):
     report: Path
     text: str
     summary: dict[str, Any]
-
-
-def _curves(stages: dict[str, Path]) -> list[Curve]:
-    """Loss curves: the task loss of fc and stage 1; output and feature losses of both stages, ours."""
-    logs = {name: read_metrics_jsonl(folder / "metrics.jsonl") for name, folder in stages.items()}
-    curves = [
-        Curve("Task loss, Eq. 3", {n: logs[n]["task_loss"] for n in ("fc_inherit", _STAGES[0])}, log_y=True),
-    ]
-    for term, title in (("output_loss", "Output loss, Eq. 4"), ("feature_loss", "Feature loss, Eq. 5")):
-        curves.append(Curve(title, {n: logs[n][term] for n in _STAGES}, log_y=True))
-    layers = {k.split("/")[1]: v for k, v in logs[_STAGES[0]].items() if k.startswith("feature_losses/")}
-    curves.append(Curve("Feature loss by student layer, stage 1", layers, log_y=True))
-    return curves
 
 
 def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> list[str]:
@@ -136,7 +122,7 @@ def run_demo(
             facts,
             networks=networks,
             sentences=sentences,
-            curves=_curves(stages),
+            curves=[*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))],
         )
     shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
     head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"

@@ -31,6 +31,7 @@ from refine_control.evaluation.alike import (
 from refine_control.evaluation.collect import collect, seeds_of
 from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.evaluate import compare
+from refine_control.evaluation.loss_curves import layer_curves, seed_curves, term_curves
 from refine_control.evaluation.materials import Bar, Comparison, prepare_data
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
@@ -173,8 +174,25 @@ def _make_tables(
     made.tables += tables_of(made.summary, rows, comparison, title)
     made.absent += absent.values()
     made.told += [*absent.values(), *findings(made.summary, rows)]
-    made.curves += cost_curves(made.summary, rows)
+    made.curves += [*cost_curves(made.summary, rows), *_loss_curves(rows, against, comparison, how["seeds"])]
     made.draw("figure3.png", _figure3(list(found), comparison, how["seeds"][0]))
+
+
+def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, seeds: Sequence[int]) -> list[Curve]:
+    """Of the rows that were trained in `out`: every term, and of the row `against` layers and seeds."""
+
+    def run(key: str, stage: str, seed: int) -> Path:
+        return comparison.out / f"{key}-{seed}" / stage.rpartition("/")[2]
+
+    shown = {
+        f"{key} {stage.rpartition('/')[2]}": run(key, stage, seeds[0]) for key in rows for stage in rows[key].stages
+    }
+    out = term_curves(shown)
+    for stage in rows[against].stages:
+        name = f"{against} {stage.rpartition('/')[2]}"
+        out += layer_curves(name, run(against, stage, seeds[0]))
+        out += seed_curves(f"Loss of {name} by seed", {f"seed {n}": run(against, stage, n) for n in seeds})
+    return out
 
 
 def _make_figure2(made: _Made, rows: Mapping[str, Row], comparison: Comparison, how: Mapping[str, Any]) -> None:
@@ -231,6 +249,9 @@ def reproduce(
             _make_alignment(made, table_rows, comparison)
         command = f"refine-control reproduce {target} --scale {scale} --budget {results.name} --seeds {len(chosen)}"
         command += "".join(f" --row {row}" for row in rows) + (f" --against {against}" if against else "")
+        parts = {"model": comparison.model, "teacher": comparison.teacher, "photos": comparison.photos}
+        parts |= {"data": comparison.data, "weights": comparison.weights}
+        command += "".join(f" --{name} {value}" for name, value in parts.items() if value)
         facts = {"budget": results.name, "results": str(results), "command": command}
         return _write(made, f"{wanted.title} on {comparison.world}", comparison.out, facts)
 
