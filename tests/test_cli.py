@@ -84,6 +84,7 @@ VERBS = {
         *(
             "--against",
             "--budget",
+            "--data",
             DRY,
             JSON,
             "--model",
@@ -91,7 +92,9 @@ VERBS = {
             "--photos",
             "--results",
             "--row",
+            "--scale",
             "--seeds",
+            "--teacher",
             "--weights",
         ),
         *("--workers", "target"),
