@@ -32,7 +32,10 @@ ANNOTATING = [
 VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
-    "cache": ["--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "out", "shards"],
+    "cache": [
+        *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "--teacher"),
+        *("out", "shards"),
+    ],
     "cost": ["--controlnet", JSON, "--model"],
     "data annotate": [
         *(

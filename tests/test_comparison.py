@@ -50,7 +50,7 @@ def test_every_row_of_the_paper_is_there_and_one_is_the_reference(scale):
 
 @pytest.mark.parametrize("which", TRAINED)
 def test_rows_share_everything_but_what_they_are_about(which):
-    scale, key = which
+    scale = which[0]
     row, budget = ROWS[which], BUDGETS[scale]
     recipes = list(row_recipes(row, budget, {}, 3).values())
     reference = next(iter(row_recipes(ROWS[scale, "ours"], budget, {}, 3).values()))

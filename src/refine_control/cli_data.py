@@ -258,6 +258,9 @@ def cache(
         Literal["full", "int8", "none"],
         typer.Option(help="Embeddings in --dtype, in 8 bits with scales, or none: train by data.prompts=encode."),
     ] = "full",
+    teacher: Annotated[
+        str | None, typer.Option(help="ControlNet folder or hub id, which --complete paints with; the model's else.")
+    ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],
         typer.Option(help="Of the VAE: the mean; mean_std keeps the deviation too, and training draws its x0."),
@@ -269,17 +272,20 @@ def cache(
 ) -> None:
     """Encode SHARDS once: latents and prompt embeddings under OUT (and, with --complete, the teacher's pictures)."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
-    options |= {"guidance": guidance, "posterior": posterior}
+    options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     import torch
 
     from refine_control.config import SamplerConfig
     from refine_control.data.cache import build_cache
-    from refine_control.models.loading import load_backbone
+    from refine_control.models.devices import best_device
+    from refine_control.models.loading import load_backbone, load_controlnet
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     sampler = SamplerConfig(num_inference_steps=complete, guidance_scale=guidance) if complete else None
-    backbone = load_backbone(model, cpu_kernels=sampler is not None)
+    painting = sampler is not None
+    controlnet = load_controlnet(teacher) if teacher else None
+    backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
     made = build_cache(shards, out, backbone, stored, prompts, sampler, progress_bar("cache"), posterior)
     show({"cache": out, "made": made}, as_json)

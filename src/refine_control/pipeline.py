@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,10 +17,12 @@ from PIL import Image
 
 from refine_control import flow
 from refine_control.config import SamplerConfig
+from refine_control.data.prompt_memory import Encode, PromptMemory
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, masked_pixels, predict_velocity
 from refine_control.models.controlnet import SD3ControlNetModel, control_cond, control_residuals, injected
+from refine_control.models.devices import best_device, pictures_at_once
 from refine_control.randomness import slot_normals
 
 Progress = Callable[[int, int, str], None]
@@ -77,7 +80,8 @@ def make_pipeline(
     injection: Injection = "exact",
     latents_mode: Literal["mean", "sample"] = "mean",
 ) -> InpaintingPipeline:
-    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters."""
+    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters, on the backbone's device."""
+    controlnet.to(backbone.device)  # type: ignore[arg-type]
     components = {**backbone.pipeline.components, "controlnet": injected(controlnet, backbone.num_blocks, injection)}
     pipeline = InpaintingPipeline(**components)
     pipeline.latents_mode = latents_mode
@@ -101,8 +105,13 @@ def run_pipeline(
         *(side // pipeline.vae_scale_factor for side in (height, width)),
     )
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
+    dtype = pipeline.transformer.dtype
+    text: dict[str, torch.Tensor] = {}  # by itself the pipeline would encode where the transformer is
+    for kind, said in {"": prompt, "negative_": ""}.items():
+        embeds, pooled = backbone.encode_prompts([said])
+        text |= {f"{kind}prompt_embeds": embeds.to(dtype), f"{kind}pooled_prompt_embeds": pooled.to(dtype)}
     result = cast(Any, pipeline)(
-        prompt=backbone.readable([prompt]),
+        **text,
         control_image=torch.tensor(image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1,
         control_mask=torch.from_numpy(mask)[None, None].float(),
         height=height,
@@ -110,7 +119,7 @@ def run_pipeline(
         num_inference_steps=sampler.num_inference_steps,
         guidance_scale=sampler.guidance_scale,
         controlnet_conditioning_scale=sampler.conditioning_scale,
-        latents=noise.to(pipeline.transformer.device, pipeline.transformer.dtype),
+        latents=noise,
         max_sequence_length=backbone.max_sequence_length,
         output_type="pt",
     ).images[0]
@@ -134,34 +143,48 @@ def inpaint(
 
     The pictures of `InpaintingPipeline` but for rounding; the transformer and the ControlNet may be in bf16, the VAE
     and the steps stay in fp32. The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any
-    two models, batch sizes and subsets are compared on the same noise. Raises InvalidInputError for `sample`."""
+    two models, batch sizes and subsets are compared on the same noise. The ControlNet is moved to the backbone's
+    device, in place; a GPU takes smaller batches of large pictures. Raises InvalidInputError for `sample`."""
     if sampler.latents != "mean":
         raise InvalidInputError(
             "sampler.latents is sample; batches are encoded by the posterior's mean, set it to mean"
         )
-    device = backbone.transformer.device
-    out = []
-    for a in range(0, len(images), batch_size):
-        b = min(a + batch_size, len(images))
+    controlnet.to(backbone.device)  # type: ignore[arg-type]
+    encode, guided = _encoder(backbone), sampler.guidance_scale > 1
+    height, width = masks.shape[1:]
+    count, out = pictures_at_once(backbone.device, height, width, batch_size), []
+    for a in range(0, len(images), count):
+        b = min(a + count, len(images))
         pixels = torch.from_numpy(images[a:b]).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = torch.from_numpy(masks[a:b])[:, None].float()
-        masked_latents = backbone.encode_images(masked_pixels(pixels, mask).to(device)).float()
+        masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
         noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
         latents = complete_latents(
             backbone,
             controlnet,
             masked_latents,
-            mask.to(device),
-            backbone.encode_prompts(prompts[a:b]),
-            backbone.encode_prompts([""] * (b - a)),
+            mask,
+            encode(prompts[a:b]),
+            encode([""] * (b - a)) if guided else None,
             sampler,
-            noise.to(device),
+            noise,
         )
         decoded = (backbone.decode_latents(latents).float().cpu() / 2 + 0.5).clamp(0, 1)
         out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
         if progress:
             progress(b, len(images), "inpaint")
     return np.concatenate(out)
+
+
+def _encoder(backbone: Backbone) -> Encode:
+    """`Backbone.encode_prompts` that does not encode twice: on a GPU each distinct prompt once.
+
+    On the CPU a batch stays one, for alone the last digits of a prompt are others; the last two batches are
+    remembered, and with them the empty prompts."""
+    if backbone.device.type != "cpu":
+        return PromptMemory(backbone.encode_prompts)
+    remembered = lru_cache(maxsize=2)(backbone.encode_prompts)
+    return lambda prompts: remembered(tuple(prompts))
 
 
 @torch.no_grad()
@@ -171,18 +194,22 @@ def complete_latents(
     masked_latents: torch.Tensor,
     mask: torch.Tensor,
     text: tuple[torch.Tensor, torch.Tensor],
-    empty: tuple[torch.Tensor, torch.Tensor],
+    empty: tuple[torch.Tensor, torch.Tensor] | None,
     sampler: SamplerConfig,
     noise: torch.Tensor,
 ) -> torch.Tensor:
     """What a ControlNet paints, in latents: the x0 of stage 2 where there is no ground truth.
 
     masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint; `text` and `empty` are (prompt_embeds,
-    pooled_prompt_embeds) of B samples -> latents (B,16,h,w), by Euler steps on the scheduler's own sigmas."""
+    pooled_prompt_embeds) of B samples, `empty` None where there is no guidance -> latents (B,16,h,w), by Euler steps
+    on the scheduler's own sigmas. What is given may lie on any device; the result is on the backbone's."""
+    device = backbone.device
     scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
-    scheduler.set_timesteps(sampler.num_inference_steps, device=noise.device)
-    cond = control_cond(masked_latents, mask)
-    latents, guided = noise, sampler.guidance_scale > 1
+    scheduler.set_timesteps(sampler.num_inference_steps, device=device)
+    cond = control_cond(masked_latents.to(device), mask.to(device))
+    latents, guided = noise.to(device), sampler.guidance_scale > 1
+    assert empty is not None or not guided
+    said, unsaid = ([part.to(device) for part in pair or ()] for pair in (text, empty))
 
     def answer(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         sigmas = sigma.expand(len(at))
@@ -193,9 +220,9 @@ def complete_latents(
         return v.float()
 
     for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
-        v = answer(latents, sigma, *text)
+        v = answer(latents, sigma, *said)
         if guided:
-            v_empty = answer(latents, sigma, *empty)
+            v_empty = answer(latents, sigma, *unsaid)
             v = v_empty + sampler.guidance_scale * (v - v_empty)
         latents = flow.euler_step(latents, v, sigma[None], following[None])
     return latents
@@ -245,7 +272,7 @@ def inpaint_file(
         raise InvalidInputError("the prompt is empty; say what belongs in the hole")
     warn_unknown_words(model, [prompt])
     loaded = load_controlnet(controlnet) if controlnet else None
-    backbone = load_backbone(model, loaded)
+    backbone = load_backbone(model, loaded, device=best_device())
     transformer = backbone.transformer
     side: int = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
     root = Path(image.resolve().anchor)  # whoever names two files by hand may have them anywhere

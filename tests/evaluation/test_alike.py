@@ -10,9 +10,9 @@ from refine_control.data.vocabulary import COLOURS, SHAPES
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import collect as collecting
 from refine_control.evaluation.alike import alike_photos, alike_scores, summarise_alike
+from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.reproduce import plan, reproduce
-from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.rows import RowResult
 from refine_control.models.mini import BUNDLE
 

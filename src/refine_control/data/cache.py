@@ -41,6 +41,7 @@ from refine_control.data.records import LABELED, ROLES, UNLABELED, Photo
 from refine_control.data.shards import Shards
 from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone
+from refine_control.models.devices import pictures_at_once
 from refine_control.pipeline import complete_latents
 from refine_control.randomness import slot_normals
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file
@@ -147,19 +148,24 @@ def write_completions(
     """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row).
 
     `layout` is that of prompt embeddings in 8 bits."""
-    sampler = stored.completions or SamplerConfig()
-    read_text = _text_reader(writer, backbone, stored, layout)
+    sampler, teacher = stored.completions or SamplerConfig(), backbone.pipeline.controlnet
+    read_text, factor = _text_reader(writer, backbone, stored, layout), backbone.pipeline.vae_scale_factor
     total = sum(map(len, writer.groups.values()))
     index = writer.read("prompt_index", range(total)).long().numpy()
 
-    def batch(rows: range) -> None:
+    def painted(rows: range) -> torch.Tensor:
         latents, mask = (writer.read_sized(n, rows) for n in ("masked_latents", "masks"))
         numbers = index[rows.start : rows.stop]
         text, empty = read_text(numbers), read_text(np.zeros_like(numbers))
         noise = slot_normals(latents.shape[1:], list(rows), sampler.seed, "completion")
-        teacher = backbone.pipeline.controlnet
-        painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
-        writer.put_sized("completions", rows, to_numpy(painted, stored.dtype))
+        return complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
+
+    def batch(rows: range) -> None:
+        height, width = (factor * side for side in writer.size_of(rows))
+        count = pictures_at_once(backbone.device, height, width, len(rows))
+        for first in range(0, len(rows), count):
+            part = rows[first : first + count]
+            writer.put_sized("completions", part, to_numpy(painted(part), stored.dtype))
 
     writer.phase("completions", writer.groups.values(), batch)
 

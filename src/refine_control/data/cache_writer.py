@@ -28,7 +28,7 @@ from refine_control.data.buckets import Size, grouped
 from refine_control.data.compact import Layout, layout_of, pack, relative_error, unpack
 from refine_control.data.records import UNLABELED, Photo
 from refine_control.errors import InvalidInputError
-from refine_control.models.backbone import Backbone, masked_pixels
+from refine_control.models.backbone import Backbone, by_parts, masked_pixels
 from refine_control.models.controlnet import mask_at_latents
 from refine_control.storage import finish_folder, fsync_path, storage_errors, write_json
 
@@ -143,9 +143,14 @@ class CacheWriter:
         stored, first, _ = self._place(name, rows)
         return self.read(stored, range(first, first + len(rows)))
 
+    def size_of(self, rows: range) -> Size:
+        """The latent size (h, w) of `rows`, which is one."""
+        return next(size for size, group in self.groups.items() if rows.start in group)
+
     def _place(self, name: str, rows: range) -> tuple[str, int, int]:
         """The array that holds `rows`, the first of them in it, and how many it has."""
-        size, group = next((size, group) for size, group in self.groups.items() if rows.start in group)
+        size = self.size_of(rows)
+        group = self.groups[size]
         stored = name if len(self.groups) == 1 else stored_name(name, size)
         return stored, rows.start - group.start, len(group)
 
@@ -213,9 +218,14 @@ def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor
     """(B,3,H,W) in [-1, 1] -> mean and standard deviation of the latents (B,16,h,w), shifted and scaled.
 
     The mean is that of `Backbone.encode_images`, bit for bit."""
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    factor = vae.config["scaling_factor"]
-    return (posterior.mean - vae.config["shift_factor"]) * factor, posterior.std * factor
+
+    def both(pixels: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        factor = vae.config["scaling_factor"]
+        return torch.cat([(posterior.mean - vae.config["shift_factor"]) * factor, posterior.std * factor], 1)
+
+    mean, std = by_parts(vae, both, pixel_values).chunk(2, 1)
+    return mean, std
 
 
 def write_pictures(

@@ -46,7 +46,9 @@ def teacher_alignment(
 ) -> Alignment:
     """Measures a teacher (its parameters' dtype) at one training-like sigma and noise for each photo.
 
-    Sigmas are logit-normal, shifted as the scheduler says. Raises ValueError for a count of layers not in 1..sites."""
+    The teacher is moved to the backbone's device, in place. Sigmas are logit-normal, shifted as the scheduler says.
+    Raises ValueError for a count of layers not in 1..sites."""
+    controlnet.to(backbone.device)
     sites = backbone.num_blocks - 1
     feeds = layer_of_site(len(controlnet.controlnet_blocks), sites)
     count, power, cosine = 0, np.zeros(sites), np.zeros(sites - 1)
@@ -89,11 +91,11 @@ def _residuals(
     backbone: Backbone, controlnet: Any, photos: Sequence[Photo], seed: int, first: int
 ) -> list[torch.Tensor]:
     """(n, tokens, width) of each layer, on the CPU."""
-    device = backbone.transformer.device
+    device = backbone.device
     pixels = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
     mask = torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
-    latents = backbone.encode_images(pixels.to(device)).float()
-    masked = backbone.encode_images(masked_pixels(pixels, mask).to(device)).float()
+    latents = backbone.encode_images(pixels).to(device).float()
+    masked = backbone.encode_images(masked_pixels(pixels, mask)).to(device).float()
     slots = range(first, first + len(photos))
     noise = slot_normals(latents.shape[1:], slots, seed, "alignment noise").to(device)
     levels = slot_normals((), slots, seed, "alignment sigmas")

@@ -34,6 +34,7 @@ from refine_control.evaluation.statistics import BOOTSTRAP_SEED, bootstrap_mean,
 from refine_control.evaluation.tables import HEADINGS, OBEYED, cost_table, difference_table, quality_table
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.devices import best_device, device_name
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.pipeline import inpaint, warn_unknown_words
@@ -87,14 +88,14 @@ def score(
 
 
 def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
-    """Casts transformer and ControlNets in place; bf16 on a CPU gets its own kernels."""
+    """Casts transformer and ControlNets in place, all where the backbone is; bf16 on a CPU gets its own kernels."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if dtype == torch.bfloat16 and backbone.transformer.device.type == "cpu":
+    if dtype == torch.bfloat16 and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, *controlnets)
     for network in (backbone.transformer, *controlnets):
-        network.to(dtype)
+        network.to(backbone.device, dtype)
 
 
 def compare(
@@ -108,7 +109,8 @@ def compare(
     """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
 
     With `networks` also the metrics that need one; distances of sets only from two pictures on.
-    Transformer and ControlNets are cast to `sampler.precision` in place: measure costs before."""
+    Transformer and ControlNets are cast to `sampler.precision` and put on the backbone's device in place: measure costs
+    before."""
     import time
 
     in_precision(sampler.precision, backbone, *controlnets.values())
@@ -282,12 +284,15 @@ def evaluate(
 
     `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
     `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
+    All runs on the GPU where there is one, the scene's oracle apart.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     photos = read_test(test)
     warn_unknown_words(model, [p.prompt for p in photos])
     with only_writer(out):
-        backbone = load_backbone(model, load_controlnet(teacher) if teacher else None)
+        backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
         controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+        for controlnet in controlnets.values():
+            controlnet.to(backbone.device)
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
@@ -302,6 +307,7 @@ def evaluate(
             tables = [baseline_table(others)]
         summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
+        facts["device"] = device_name(backbone.device)
         title = f"Evaluation on {test.name}"
         told = [s for n in students for s in signatures(n, summary["paired_differences"][f"{TEACHER} - {n}"])]
         report = write_results(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from refine_control.data.records import Photo
@@ -35,6 +36,7 @@ from refine_control.evaluation.metrics import Images, Mask, PerImage
 from refine_control.evaluation.obedience import Classifier
 from refine_control.evaluation.region_clip import clip_scores, prompts_asked
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED
+from refine_control.models.devices import best_device
 
 KID_SCALE = 1000.0
 SCENE, INCEPTION, CLIP = "scene", "inception", "clip"
@@ -76,19 +78,23 @@ SET_METRICS: Mapping[str, SetMetric] = {
 }
 
 
-def load_networks(weights: Path | None = None, classifier: Classifier | None = None) -> FeatureNetworks:
+def load_networks(
+    weights: Path | None = None, classifier: Classifier | None = None, device: torch.device | str | None = None
+) -> FeatureNetworks:
     """Every network whose weights are in the folder `weights` or else where `features.weights` looks.
 
+    On `device`, the best of this machine by default; the classifier stays where it is.
     Raises DamagedError for a file that is not the published one: a wrong network is worse than none."""
     trunk, heads, inception, clip = (
         folder_with(known, weights)
         for known in (published.ALEXNET, published.LPIPS_HEADS, published.INCEPTION, published.CLIP)
     )
+    device = device or best_device()
     loaders: dict[str, tuple[str, Callable[[], Any]]] = {
-        "lpips": ("LPIPS", lambda: features.load_lpips(trunk, heads)),
-        "inception": ("FID and KID", lambda: features.load_inception(inception)),
-        "clip": ("CMMD", lambda: features.load_clip(clip)),
-        "clip_text": ("CLIP score", lambda: features.load_clip_text(clip)),
+        "lpips": ("LPIPS", lambda: features.load_lpips(trunk, heads, device)),
+        "inception": ("FID and KID", lambda: features.load_inception(inception, device)),
+        "clip": ("CMMD", lambda: features.load_clip(clip, device)),
+        "clip_text": ("CLIP score", lambda: features.load_clip_text(clip, device)),
     }
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}

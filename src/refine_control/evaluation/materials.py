@@ -26,6 +26,7 @@ from refine_control.data.variants import Variant, build_variant
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.evaluate import read_test
 from refine_control.models.backbone import Backbone
+from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import MANIFEST, sha256_file
@@ -96,10 +97,11 @@ class Comparison:
         recipe = load_recipe(f"{self.scale}/ours_stage1")
         return self.model or recipe.model, self.teacher or (None if self.model else recipe.teacher)
 
-    def backbone(self, cpu_kernels: bool = False) -> Backbone:
-        """The model with its teacher."""
+    def backbone(self, cpu_kernels: bool = False, painting: bool = True) -> Backbone:
+        """The model with its teacher, on the best device; where nothing is painted, its VAE and encoders alone."""
         model, teacher = self.names
-        return load_backbone(model, load_controlnet(teacher) if teacher else None, cpu_kernels)
+        controlnet = load_controlnet(teacher) if teacher else None
+        return load_backbone(model, controlnet, cpu_kernels, best_device(), painting)
 
     def mark(self) -> list[str]:
         """What of model and data results depend on, beside the budget: hashes and names."""
@@ -182,7 +184,7 @@ def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
     }
     if not wanted:
         return
-    backbone = comparison.backbone(cpu_kernels=True)
+    backbone = comparison.backbone(cpu_kernels=True, painting=any(completed for *_, completed in wanted.values()))
     for folder, (role, variant, completed) in wanted.items():
         source = comparison.shards / role
         if variant != Variant():

@@ -29,6 +29,7 @@ from refine_control.evaluation.model_cost import counted_cost
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet
+from refine_control.models.devices import device_name
 from refine_control.models.loading import load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import write_atomic
@@ -133,7 +134,8 @@ def facts_of(
         **counted_cost(backbone, controlnet)._asdict(),
         "steps": budget.steps if row.stages else 0,
         "training_seconds": round(trained.seconds, 1),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{device_name(backbone.device)}",
     }
 
 

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,24 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintin
 
 from refine_control.data.vocabulary import only_known
 from refine_control.injection import Injection, expand_residuals
+from refine_control.models.devices import (
+    ENCODED_PIXELS,
+    USABLE,
+    exact_convolutions,
+    free_bytes,
+    missing_bytes,
+    pictures_at_once,
+)
+
+logger = logging.getLogger(__name__)
+_NO_ROOM = "%s has %.1f GB for weights, and %s need %.1f: they stay where they are"
 
 
 class Backbone:
     """A stock inpainting pipeline seen as the functions that training needs.
 
-    Everything in it is frozen; `velocity` stays in the graph for gradients to residuals."""
+    Everything in it is frozen; `velocity` stays in the graph for gradients to residuals. What it is given may lie on
+    any device; each network runs where it is."""
 
     def __init__(
         self,
@@ -39,6 +52,31 @@ class Backbone:
         return [e for e in (p.text_encoder, p.text_encoder_2, p.text_encoder_3) if e is not None]
 
     @property
+    def device(self) -> torch.device:
+        """The transformer's."""
+        return self.transformer.device
+
+    def to(self, device: torch.device | str, painting: bool = True) -> Backbone:
+        """Moves the networks in their types, in place; without `painting` only the VAE and the text encoders.
+
+        Text encoders that a GPU's free memory does not hold beside the rest (T5 has 19 GB in fp32) stay and encode
+        where they are. Where not even the rest fits nothing is moved. A warning says so."""
+        device, encoders = torch.device(device), self.text_encoders
+        painters = [self.transformer, self.pipeline.controlnet] if painting else []
+        first = [part for part in (self.vae, *painters) if part is not None]
+        room = USABLE * free_bytes(device)
+        needed, text = missing_bytes(device, first), missing_bytes(device, encoders)
+        if needed > room:
+            logger.warning(_NO_ROOM, device, room / 1e9, "the networks", needed / 1e9)
+            return self
+        if needed + text > room:
+            logger.warning(_NO_ROOM, device, (room - needed) / 1e9, "the text encoders", text / 1e9)
+            encoders = []
+        for part in (*first, *encoders):
+            part.to(device)
+        return self
+
+    @property
     def num_blocks(self) -> int:
         return len(self.transformer.transformer_blocks)
 
@@ -54,37 +92,62 @@ class Backbone:
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, shifted and scaled (PAPER trap 3)."""
-        return encode_images(self.vae, pixel_values)
+        return by_parts(self.vae, lambda part: encode_images(self.vae, part), pixel_values)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B,16,h,w) -> pixels (B,3,H,W), about [-1, 1]."""
-        config = self.vae.config
-        return self.vae.decode(latents.to(self.vae.dtype) / config["scaling_factor"] + config["shift_factor"]).sample
+        vae, scale, shift = self.vae, self.vae.config["scaling_factor"], self.vae.config["shift_factor"]
+        side = self.pipeline.vae_scale_factor
+        return by_parts(
+            vae, lambda part: vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample, latents, side
+        )
 
     def readable(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
         return [only_known(p) for p in prompts] if self.closed_vocabulary else list(prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code."""
+        """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code.
+
+        On the transformer's device, wherever the text encoders are."""
         with torch.no_grad():
-            return encode_prompts(self.pipeline, self.readable(prompts), self.max_sequence_length)
+            embeds, pooled = encode_prompts(self.pipeline, self.readable(prompts), self.max_sequence_length)
+        return embeds.to(self.device), pooled.to(self.device)
+
+
+def by_parts(
+    vae: Any, apply: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor, side: int = 1
+) -> torch.Tensor:
+    """`apply` to as many pictures (B,C,H,W) at a time as a GPU takes, without TF32; `side` pixels a side of each place.
+
+    On the CPU to all of them."""
+    height, width = (side * n for n in pictures.shape[-2:])
+    count = pictures_at_once(vae.device, height, width, max(1, len(pictures)), ENCODED_PIXELS)
+    with exact_convolutions():
+        return torch.cat([apply(part) for part in pictures.split(count)])
 
 
 def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w)."""
-    mean = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mean
+    """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w), on the VAE's device."""
+    mean = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mean
     return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
 def encode_prompts(
     pipeline: Any, prompts: Sequence[str], max_sequence_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pipeline's `encode_prompt` without guidance: (B,T,D_text), (B,D_pooled); differentiable."""
+    """The pipeline's `encode_prompt` without guidance: (B,T,D_text), (B,D_pooled); differentiable.
+
+    On the device of the text encoders: by itself the pipeline would look for them where the transformer is."""
     texts = list(prompts)
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        texts,
+        texts,
+        texts,
+        device=pipeline.text_encoder.device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
     )
     return embeds, pooled
 

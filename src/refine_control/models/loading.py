@@ -129,7 +129,7 @@ def load_pipeline(
     if controlnet is None:
         if "controlnet" not in index:
             raise InvalidInputError(
-                f"{path} holds no ControlNet; name one with --controlnet or `teacher:` in the recipe"
+                f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
             )
         controlnet = load_controlnet(path / "controlnet")
     given: dict[str, Any] = {"controlnet": controlnet}
@@ -148,9 +148,15 @@ def _card(model: str | Path) -> dict[str, Any]:
 
 
 def load_backbone(
-    model: str | Path, controlnet: SD3ControlNetModel | None = None, cpu_kernels: bool = False
+    model: str | Path,
+    controlnet: SD3ControlNetModel | None = None,
+    cpu_kernels: bool = False,
+    device: torch.device | str = "cpu",
+    painting: bool = True,
 ) -> Backbone:
-    """The frozen parts of a model. `cpu_kernels` takes the operators that are fast on a CPU.
+    """The frozen parts of a model, put on `device` as `Backbone.to` does.
+
+    `cpu_kernels` takes the operators that are fast on a CPU, where the model runs there.
 
     Raises what `load_pipeline` raises, and InvalidInputError for a VAE that does not say how SD3 scales its latents."""
     pipeline = load_pipeline(model, controlnet)
@@ -159,11 +165,12 @@ def load_backbone(
         raise InvalidInputError(
             f"the VAE of {model} has no {unsaid[0]} in its config.json; SD3's have one: write it there"
         )
-    if cpu_kernels:
-        use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
     card = _card(model)
-    return Backbone(
+    backbone = Backbone(
         pipeline,
         card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH),
         closed_vocabulary=card.get("closed_vocabulary", False),
-    )
+    ).to(device, painting)
+    if cpu_kernels and backbone.device.type == "cpu":
+        use_cpu_kernels(backbone.transformer, pipeline.controlnet)
+    return backbone

@@ -15,6 +15,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.evaluation.metrics import psnr
 from refine_control.evaluation.obedience import load_classifier, obedience, read_regions
 from refine_control.models.backbone import Backbone
+from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
 from refine_control.models.mini import BUNDLE
 from refine_control.pipeline import inpaint
@@ -64,7 +65,7 @@ CHECK_SAMPLER = SamplerConfig(num_inference_steps=20, guidance_scale=3.0, condit
 def _kept(backbone: Backbone, images: np.ndarray) -> np.ndarray:
     """(N,H,W,3) uint8 -> what the autoencoder makes of them, the same."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = [backbone.decode_latents(backbone.encode_images(part)) for part in pixels.split(128)]
+    decoded = [backbone.decode_latents(backbone.encode_images(part)).cpu() for part in pixels.split(128)]
     return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -97,8 +98,8 @@ def check_bundle(
 ) -> dict[str, Any]:
     """`mini check`: the shipped weights measured again on `count` unseen scenes: VAE, oracle, teacher.
 
-    With `photos` also the VAE on a crop of every JPEG in a folder."""
-    backbone = load_backbone(bundle or "mini", cpu_kernels=True)
+    On the GPU where there is one. With `photos` also the VAE on a crop of every JPEG in a folder."""
+    backbone = load_backbone(bundle or "mini", cpu_kernels=True, device=best_device())
     for part in (backbone.transformer, backbone.pipeline.controlnet):
         part.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     classifier = load_classifier(bundle or BUNDLE)

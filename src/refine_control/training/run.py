@@ -18,6 +18,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet
 from refine_control.storage import MANIFEST, only_writer, read_manifest, write_atomic
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
@@ -45,17 +46,17 @@ def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
 
 
 def training_device() -> torch.device:
-    """The process's GPU where there is one, else the CPU."""
+    """The best device as accelerate shares it out: each process has a GPU of its own."""
     from accelerate import PartialState
 
-    return torch.device(PartialState(cpu=not torch.cuda.is_available()).device or "cpu")
+    return torch.device(PartialState(cpu=best_device().type == "cpu").device or "cpu")
 
 
 def is_main_process() -> bool:
     """The one process of a run that writes files (accelerate starts several)."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    return PartialState(cpu=best_device().type == "cpu").is_main_process
 
 
 def student_folder(path: str | Path) -> Path:
@@ -141,6 +142,8 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
         use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
     for part in (backbone.transformer, backbone.pipeline.controlnet, student):
         part.to(device)  # type: ignore[arg-type]
+    if recipe.training.validate_every:
+        backbone.vae.to(device)
     if recipe.data.prompts == "encode":
         for encoder in backbone.text_encoders:  # in fp32 whatever the precision, as `cache` runs them
             encoder.to(device)

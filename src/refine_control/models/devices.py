@@ -1,0 +1,57 @@
+"""Where networks run: the best device of this machine, and how much it takes at once.
+
+The CPU is asked for nothing here: there everything fits, and batches are what the caller says."""
+
+# H W pixels
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+
+USABLE = 0.9
+"""Of a GPU's free memory, for weights; the rest is to work in."""
+PAINTED_PIXELS = 2**22
+"""Painted together on a GPU: 4 pictures of 1024 x 1024, 16 of 512 x 512; their residuals have 2.3 GB in SD3, fp32."""
+ENCODED_PIXELS = 2**20
+"""Through the VAE together on a GPU: SD3's works on one picture of 1024 x 1024 in about 4 GB."""
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU. Training asks accelerate, which gives each process its own."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls a GPU, else the device's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that a GPU has left, what torch holds in reserve included; of other devices nothing is known."""
+    if device.type != "cuda":
+        return math.inf
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def missing_bytes(device: torch.device, modules: Iterable[torch.nn.Module]) -> int:
+    """What the weights of `modules` that are not there yet will take on `device`."""
+    weights = (weight for module in modules for weight in chain(module.parameters(), module.buffers()))
+    return sum(weight.nbytes for weight in weights if weight.device.type != device.type)
+
+
+def pictures_at_once(device: torch.device, height: int, width: int, most: int, pixels: int = PAINTED_PIXELS) -> int:
+    """How many pictures (H, W) of a batch of `most` go through together: all on the CPU, else as `pixels` says."""
+    return most if device.type == "cpu" else max(1, min(most, pixels // (height * width)))
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """fp32 convolutions on a GPU as on the CPU: cuDNN would round what goes in to TF32's ten bits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
