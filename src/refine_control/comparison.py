@@ -12,8 +12,6 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from refine_control.config import RECIPES, Recipe, Section, Seed, load_recipe
-from refine_control.data.records import LABELED
-from refine_control.data.variants import Variant
 from refine_control.errors import InvalidInputError
 from refine_control.strict_yaml import read_yaml
 
@@ -52,12 +50,6 @@ class RowData(Section):
         default="given", description="words of D_ssl: its own, `a SHAPE`, those of other samples, of whole pictures"
     )
     blurred: bool = Field(default=False, description="the pictures of D_ssl out of focus")
-
-    def variant(self, role: str) -> Variant:
-        """What is changed of the shards of a training role."""
-        if role == LABELED:
-            return Variant(self.labeled)
-        return Variant(self.unlabeled, self.prompts, self.blurred)
 
 
 class Row(Section):

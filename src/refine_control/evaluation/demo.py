@@ -28,10 +28,11 @@ from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.rows import sampler_of, train_row
 from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
+from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
 from refine_control.storage import only_writer
-from refine_control.training.run import fast_precision, training_device
+from refine_control.training.run import fast_precision
 
 Progress = Callable[[int, int, str], None]
 
@@ -78,7 +79,7 @@ def run_demo(
 
     `bar(label)` gives a progress callback for each part. The same call continues what was interrupted.
     Raises what the verbs raise."""
-    precision = fast_precision(training_device())
+    precision = fast_precision(best_device())
     numbers = read_budget(budget, steps).model_copy(update={"precision": precision})
     rows = {name: read_rows()[key] for name, key in SHOWN.items()}
     tell = bar or (lambda label: None)
@@ -90,7 +91,7 @@ def run_demo(
         photos = comparison.test_photos()
         sampler = sampler_of(numbers)
         students = {key: trained[key].student for key in ("ours", "fc")}
-        backbone = load_backbone("mini")
+        backbone = load_backbone("mini", device=best_device())
         controlnets = {
             TEACHER: backbone.pipeline.controlnet,
             **{n: load_controlnet(str(f)) for n, f in students.items()},

@@ -139,7 +139,8 @@ def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
 
 def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:
     """What a row learns from of a training role: its own choice, of as many samples as the budget says."""
-    variant = row.data.variant(role)
+    data = row.data
+    variant = Variant(data.labeled) if role == LABELED else Variant(data.unlabeled, data.prompts, data.blurred)
     most = {LABELED: comparison.budget.labeled, UNLABELED: comparison.budget.unlabeled}[role]
     if comparison.data and most:
         samples = open_manifest(comparison.data / role)["samples"]

@@ -14,6 +14,7 @@ from refine_control.config import SamplerConfig
 from refine_control.evaluation.cost import count_flops, count_parameters, interleaved, peak_memory
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals
+from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 
 
@@ -51,6 +52,7 @@ def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
     size, channels = transformer.config["sample_size"], transformer.config["in_channels"]
     embeds, pooled = backbone.encode_prompts(["a red circle"])
     device, dtype = transformer.device, transformer.dtype
+    controlnet.to(device)
     noisy = torch.zeros(1, channels, size, size, device=device, dtype=dtype)
     extra = controlnet.config["extra_conditioning_channels"]
     cond = torch.zeros(1, channels + extra, size, size, device=device, dtype=dtype)
@@ -104,7 +106,7 @@ def model_costs(
 
 def compare(model: str, folders: Mapping[str, Path]) -> dict[str, ModelCost]:
     """`refine-control cost`: the model's own ControlNet (`teacher`) and those in `folders`."""
-    backbone = load_backbone(model)
+    backbone = load_backbone(model, device=best_device())
     controlnets = {"teacher": backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in folders.items()}}
     sources = {"teacher": None, **{n: str(f) for n, f in folders.items()}}
     return model_costs(backbone, controlnets, model, sources)
@@ -118,13 +120,13 @@ def _main(model: str, folder: str) -> None:
 
     torch.set_num_threads(1)
     loaded = load_controlnet(folder) if folder else None
-    backbone = load_backbone(model, loaded)
+    backbone = load_backbone(model, loaded, device=best_device())
     side = backbone.transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
     image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
     pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
     run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
-    print(peak_memory())
+    print(peak_memory(backbone.device.type))
 
 
 if __name__ == "__main__":
