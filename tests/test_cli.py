@@ -31,6 +31,7 @@ ANNOTATING = [
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
+    "bench features": ["--clip-pictures", JSON, "--pictures", "--repeats", "--resamples", "--set-size", "--size"],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
     "cache": [
         *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "--teacher"),

@@ -166,3 +166,20 @@ def bench_step(
     from refine_control.training.bench import bench_step as run
 
     show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)
+
+
+@bench_app.command("features")
+def bench_features(
+    pictures: Annotated[int, typer.Option(min=1, help="How many, of random noise.")] = 64,
+    size: Annotated[int, typer.Option(min=31, help="Pixels of a side.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    clip_pictures: Annotated[int, typer.Option(min=0, help="Pictures for CLIP, seconds each on a CPU; 0: none.")] = 0,
+    set_size: Annotated[int, typer.Option(min=0, help="Distances at this N, 2 N and 4 N (2 or more); 0: none.")] = 500,
+    resamples: Annotated[int, typer.Option(min=2, help="Drawn sets.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Time the networks of FID, LPIPS and CMMD against the bare networks, and the distances of sets as N grows."""
+    from refine_control.evaluation.feature_bench import bench_features as run
+
+    made = run(pictures, size, repeats, clip_pictures=clip_pictures, set_size=set_size, resamples=resamples)
+    show(made._asdict(), as_json)

@@ -1,13 +1,13 @@
 """Distances of sets against closed forms, plain double loops and torch-fidelity; the laws of their intervals."""
 
-import importlib.util
-from pathlib import Path
+from functools import partial
 
+import golden_make as make
 import numpy as np
 import pytest
 
 from refine_control.errors import InvalidInputError
-from refine_control.evaluation import distances
+from refine_control.evaluation import distances, drawn_sets, kernels
 from refine_control.evaluation.distances import (
     SetScore,
     bias_note,
@@ -19,12 +19,14 @@ from refine_control.evaluation.distances import (
     set_difference,
     set_interval,
 )
+from refine_control.evaluation.drawn_sets import (
+    cmmd_of_draws,
+    frechet_of_draws,
+    gaussian_mmd_of_draws,
+    kid_of_draws,
+)
 
-FOLDER = Path(__file__).with_name("golden")
-_spec = importlib.util.spec_from_file_location("golden_make", FOLDER / "make.py")
-make = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make)
-GOLDEN = np.load(FOLDER / "features.npz")
+GOLDEN = make.answers()
 
 
 def normal(seed, count=200, width=6, mean=0.0, spread=1.0):
@@ -171,7 +173,7 @@ def test_cmmd_tells_sets_apart_that_float32_means_of_kernels_do_not():
 def test_kernels_are_summed_in_chunks(monkeypatch, distance):
     left, right = normal(1, 45), normal(2, 31, mean=0.2)
     whole = distance(left, right)
-    monkeypatch.setattr(distances, "_CHUNK_VALUES", 100)
+    monkeypatch.setattr(kernels, "_CHUNK_VALUES", 100)
     assert distance(left, right) == pytest.approx(whole, rel=1e-9)
 
 
@@ -247,6 +249,72 @@ def test_a_seed_gives_the_same_interval_whatever_else_is_measured():
     assert (alone.drawn != apart.drawn).any()
     assert told[0] == (1, 20)
     assert told[-1] == (20, 20)
+
+
+OF_DRAWS = {
+    "frechet": (frechet_distance, frechet_of_draws),
+    "kid": (kid_value, kid_of_draws),
+    "kid in blocks": (lambda a, b: kid(a, b, 16, 3).mean, partial(kid_of_draws, block_size=16, seed=3)),
+    "cmmd": (cmmd, cmmd_of_draws),
+    "mmd": (lambda a, b: gaussian_mmd(a, b, 1.5), partial(gaussian_mmd_of_draws, sigma=1.5)),
+}
+
+
+@pytest.mark.parametrize("name", OF_DRAWS)
+@pytest.mark.parametrize(("count", "width"), [(2, 6), (53, 6), (40, 90)])
+def test_drawn_sets_at_once_are_the_sets_one_by_one(monkeypatch, name, count, width):
+    """With fewer pictures than features and with more; through kernels that are cut into chunks."""
+    monkeypatch.setattr(kernels, "_CHUNK_VALUES", 300)
+    distance, of_draws = OF_DRAWS[name]
+    left = normal(1, count, width, mean=2.0)
+    right = left + normal(2, count, width, mean=0.2, spread=0.5)
+    alone = drawn_distance(distance, left, right, seed=4, resamples=12)
+    told = []
+    at_once = drawn_distance(distance, left, right, 4, 12, lambda *done: told.append(done), of_draws)
+    assert at_once.value == alone.value
+    np.testing.assert_allclose(at_once.drawn, alone.drawn, rtol=1e-9, atol=1e-12)
+    assert len(set(alone.drawn.round(9))) > (10 if count > 2 else 1)
+    assert told[-1] == (12, 12)
+
+
+def test_kid_of_more_draws_than_fit_in_memory_is_taken_one_by_one(monkeypatch):
+    left, right = normal(1, 60), normal(2, 60)
+    rows = np.random.default_rng(0).integers(60, size=(5, 60))
+    at_once = kid_of_draws(left, right, rows, block_size=20)
+    monkeypatch.setattr(drawn_sets, "_counts", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(drawn_sets, "_COUNT_VALUES", 2 * 3 * 5 * 60 - 1)
+    np.testing.assert_allclose(kid_of_draws(left, right, rows, block_size=20), at_once, rtol=1e-9)
+
+
+def test_a_drawn_picture_that_weighs_double_is_that_picture_twice():
+    """The oracle of the weights: covariances by numpy, and the trace of the root by the eigenvalues of the product."""
+    left, right = normal(1, 30, 4), normal(2, 30, 4, mean=0.4, spread=2.0)
+    rows = np.random.default_rng(3).integers(30, size=(4, 30))
+    expected = []
+    for a, b in ((left[drawn], right[drawn]) for drawn in rows):
+        one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = np.sqrt(np.linalg.eigvals(one @ two).real).sum()
+        expected.append(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(one) + np.trace(two) - 2 * root)
+    np.testing.assert_allclose(frechet_of_draws(left, right, rows), expected, rtol=1e-9)
+
+
+def test_drawn_sets_take_each_kernel_once(monkeypatch):
+    """However many sets are drawn."""
+    asked = []
+    plain = drawn_sets.gaussian_kernel(10.0)
+    monkeypatch.setattr(drawn_sets, "gaussian_kernel", lambda _: lambda a, b: asked.append(len(a)) or plain(a, b))
+    for draws in (2, 50):
+        asked.clear()
+        cmmd_of_draws(unit(1), unit(2), np.random.default_rng(0).integers(80, size=(draws, 80)))
+        assert sum(asked) == 3 * 80
+
+
+def test_draws_from_equal_sets_are_at_zero():
+    rows = np.random.default_rng(0).integers(40, size=(6, 40))
+    for width in (8, 90):
+        features = unit(1, 40, width)
+        np.testing.assert_allclose(frechet_of_draws(features, features, rows), 0, atol=1e-12)
+        np.testing.assert_allclose(cmmd_of_draws(features, features, rows), 0, atol=1e-11)
 
 
 BAD = normal(1, 5, 3)

@@ -1,11 +1,10 @@
 """The metric networks against the reference implementations' answers; files that are absent, wrong or not whole."""
 
 import hashlib
-import importlib.util
 import re
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 
+import golden_make as make
 import numpy as np
 import pytest
 import torch
@@ -14,8 +13,8 @@ from PIL import Image
 from refine_control.data import scenes
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.evaluation import scene_features as scene
-from refine_control.evaluation.distances import cmmd
-from refine_control.evaluation.feature_metrics import load_networks, metric_notes, pair_scores, see
+from refine_control.evaluation.distances import cmmd, drawn_distance
+from refine_control.evaluation.feature_metrics import SET_METRICS, load_networks, metric_notes, pair_scores, see
 from refine_control.evaluation.features import (
     FOLDER_VARIABLE,
     Inception,
@@ -33,11 +32,7 @@ from refine_control.evaluation.features import (
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.mini import BUNDLE
 
-FOLDER = Path(__file__).with_name("golden")
-_spec = importlib.util.spec_from_file_location("golden_make", FOLDER / "make.py")
-make = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make)
-GOLDEN = np.load(FOLDER / "features.npz")
+GOLDEN = make.answers()
 
 HEADS = {f"lin{j}.model.1.weight": (1, c, 1, 1) for j, c in enumerate((64, 192, 384, 256, 256))}
 CLASSIFIER = {
@@ -116,6 +111,25 @@ def test_the_resize_is_tensorflow_s():
     torch.testing.assert_close(inception.resize_as_tensorflow(picture, 3), picture[:, :, ::2, ::3])  # no antialias
 
 
+@pytest.mark.parametrize(("height", "width"), [(40, 64), (330, 310), (700, 500)])
+def test_the_resize_is_two_interpolations_one_after_the_other(height, width):
+    """In float64 by numpy, along each side for itself; bytes and the same numbers in fp32 give the same bits."""
+
+    def along(values, axis):
+        size = values.shape[axis]
+        places = np.arange(299) * size / 299
+        beyond = np.concatenate([values, values.take([-1], axis)], axis)
+        first = np.floor(places).astype(int)
+        share = (places - first).reshape([-1 if d == axis else 1 for d in range(4)])
+        return beyond.take(first, axis) * (1 - share) + beyond.take(first + 1, axis) * share
+
+    images = make.fixed_images(1, 2, height, width).transpose(0, 3, 1, 2)
+    found = inception.resize_as_tensorflow(torch.from_numpy(images), 299)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, along(along(images.astype(np.float64), 2), 3), atol=0.02)
+    assert torch.equal(found, inception.resize_as_tensorflow(torch.from_numpy(images).float(), 299))
+
+
 class Means(torch.nn.Module):
     """Stands in for a network."""
 
@@ -124,7 +138,7 @@ class Means(torch.nn.Module):
         self.one = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, pixels):
-        return pixels.mean((2, 3)) * self.one
+        return pixels.float().mean((2, 3)) * self.one
 
 
 def test_batches_change_nothing_and_tell_how_far_they_are():
@@ -455,3 +469,11 @@ def test_a_folder_is_looked_into_before_the_caches_and_a_wrong_file_in_it_is_ref
     assert weights.folder_with(weights.INCEPTION, no_cache) == no_cache
     with pytest.raises(DamagedError, match="not the published file"):
         load_networks(no_cache)
+
+
+@pytest.mark.parametrize("name", SET_METRICS)
+def test_drawn_sets_of_every_metric_are_those_one_by_one(name):
+    left = np.random.default_rng(1).normal(size=(40, 64))
+    right, metric = left + 0.3 * np.random.default_rng(2).normal(size=(40, 64)), SET_METRICS[name]
+    at_once = drawn_distance(metric.distance, left, right, 3, 8, of_draws=metric.of_draws)
+    np.testing.assert_allclose(at_once.drawn, drawn_distance(metric.distance, left, right, 3, 8).drawn, rtol=1e-8)

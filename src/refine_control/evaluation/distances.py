@@ -1,31 +1,45 @@
 """Frechet distance, KID and CMMD between two sets of pictures; pure functions of features, reference before generated.
 
 # N reference pictures, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
+# R drawn sets of N pictures each; rows (R, N) say which were drawn
 
 All sums are float64. A distance of sets has no value for each picture, so `metrics` and `statistics` cannot
 hold it; `drawn_distance` and `set_interval` give its intervals by drawing pictures, the same ones for every model.
+
+In N the Frechet distance is linear from D pictures on and KID from two blocks on; CMMD, as published, is a mean over
+all pairs of pictures. `drawn_sets` has the same distances of many drawn sets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.kernels import (
+    Features,
+    cubic_kernel,
+    cubic_of_itself,
+    gaussian_kernel,
+    kernel_sum,
+)
 from refine_control.evaluation.statistics import Interval
 
-Features = NDArray[np.float64]
+Rows = NDArray[np.integer]
 Distance = Callable[[Features, Features], float]
 Progress = Callable[[int, int], None]
+"""Told how many of the drawn sets are done, and of how many."""
+OfDraws = Callable[[Features, Features, Rows, Progress | None], NDArray[np.float64]]
+"""A distance of each pair of sets (R,) that `rows` (R, N) draw from both sides."""
 
 INCEPTION_WIDTH = 2048
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0
 
-_CHUNK_VALUES = 1 << 21  # kernel values held at a time: 16 MB
 _QR_ROWS = 4096
 
 
@@ -50,15 +64,12 @@ def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
     """|m_r - m_g|^2 + tr C_r + tr C_g - 2 tr (C_r C_g)^(1/2), of means and covariances (over N - 1).
 
     FID when the features are Inception's. With C = R^T R the last trace is the sum of the singular values of
-    R_r R_g^T, and QR gives R from the centred features: no covariance is ever formed and no root of a noisy
-    eigenvalue taken, so that N < D, where C is singular, loses no digits. Equal sets give 0 up to rounding,
-    in any order. Raises InvalidInputError for features that are not (N, D), differ in D, hold fewer than two
-    pictures or are not finite."""
+    R_r R_g^T. The centred features are such an R, and QR makes one of D rows where N > D: no covariance is ever
+    formed and no root of a noisy eigenvalue taken, so that N < D, where C is singular, loses no digits. Equal sets
+    give 0 up to rounding, in any order. Raises InvalidInputError for features that are not (N, D), differ in D, hold
+    fewer than two pictures or are not finite."""
     left, right = check_features(reference, generated, minimum=2)
-    root_l, root_r = _covariance_root(left), _covariance_root(right)
-    cross = np.linalg.svd(root_l @ root_r.T, compute_uv=False).sum()
-    traces = np.square(root_l).sum() + np.square(root_r).sum()
-    return max(0.0, float(np.square(left.mean(0) - right.mean(0)).sum() + traces - 2.0 * cross))
+    return weighted_frechet(left, np.ones(len(left)), right, np.ones(len(right)))
 
 
 def kid(reference: ArrayLike, generated: ArrayLike, block_size: int = 1000, seed: int = 0) -> BlockEstimate:
@@ -70,18 +81,10 @@ def kid(reference: ArrayLike, generated: ArrayLike, block_size: int = 1000, seed
     belong in pairs are shuffled apart, but in a single block they still pull it down, in the order of 1/N.
     Raises InvalidInputError as `frechet_distance` does, and for block_size < 2 or seed < 0."""
     left, right = check_features(reference, generated, minimum=2)
-    if block_size < 2:
-        raise InvalidInputError(f"block_size is {block_size}; give at least 2")
-    shuffle = _generator(seed)
-    blocks = max(1, min(len(left), len(right)) // block_size)
-    pairs = zip(
-        np.array_split(shuffle.permutation(left), blocks),
-        np.array_split(shuffle.permutation(right), blocks),
-        strict=True,
-    )
-    values = np.array([_unbiased_mmd(a, b) for a, b in pairs])
-    error = float(values.std(ddof=1) / np.sqrt(blocks)) if blocks > 1 else None
-    return BlockEstimate(float(values.mean()), error, blocks)
+    blocks = kid_blocks(len(left), len(right), block_size, seed)
+    values = np.array([_unbiased_mmd(left[a], right[b]) for a, b in blocks])
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return BlockEstimate(float(values.mean()), error, len(values))
 
 
 def cmmd(reference: ArrayLike, generated: ArrayLike) -> float:
@@ -99,16 +102,9 @@ def gaussian_mmd(reference: ArrayLike, generated: ArrayLike, sigma: float) -> fl
 
     Raises InvalidInputError as `cmmd` does, and for sigma <= 0."""
     left, right = check_features(reference, generated, minimum=1)
-    if not sigma > 0:
-        raise InvalidInputError(f"sigma is {sigma}; give a width above 0")
-
-    def kernel(rows: Features, columns: Features) -> Features:
-        squares = np.square(rows).sum(1)[:, None] + np.square(columns).sum(1) - 2.0 * rows @ columns.T
-        # less 1, which all three means share: what is left is not the small difference of numbers near 1
-        return np.expm1(np.maximum(squares, 0.0) / (-2.0 * sigma**2))
-
-    within = _kernel_sum(left, left, kernel) / len(left) ** 2 + _kernel_sum(right, right, kernel) / len(right) ** 2
-    return max(0.0, within - 2.0 * _kernel_sum(left, right, kernel) / (len(left) * len(right)))
+    kernel = gaussian_kernel(sigma)
+    within = kernel_sum(left, left, kernel) / len(left) ** 2 + kernel_sum(right, right, kernel) / len(right) ** 2
+    return max(0.0, within - 2.0 * kernel_sum(left, right, kernel) / (len(left) * len(right)))
 
 
 def drawn_distance(
@@ -118,12 +114,14 @@ def drawn_distance(
     seed: int,
     resamples: int = 200,
     progress: Progress | None = None,
+    of_draws: OfDraws | None = None,
 ) -> SetScore:
     """A distance of two sets in pairs, and the same of `resamples` sets drawn from them.
 
     Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`: models measured apart,
     in other runs or on other machines, were measured on the same drawn pictures, and what pictures share drops out of
-    their differences. Each draw costs one `distance`: FID's takes seconds at D = 2048.
+    their differences. `of_draws` is the same distance of drawn sets, which need not cost one `distance` for each: see
+    `drawn_sets`.
     Raises InvalidInputError as `distance` does, for another number of pictures than the reference's, seed < 0 and
     resamples < 2."""
     if resamples < 2:
@@ -135,13 +133,9 @@ def drawn_distance(
             f"{len(right)} pictures are held against a reference of {len(left)}; pictures are drawn in pairs, so "
             "give as many of each, in one order"
         )
-    value, drawn = distance(left, right), np.empty(resamples)
-    for number in range(resamples):
-        rows = draws.integers(len(left), size=len(left))
-        drawn[number] = distance(left[rows], right[rows])
-        if progress:
-            progress(number + 1, resamples)
-    return SetScore(value, drawn)
+    rows = np.stack([draws.integers(len(left), size=len(left)) for _ in range(resamples)])
+    draw = of_draws or partial(one_by_one, distance)
+    return SetScore(distance(left, right), draw(left, right, rows, progress))
 
 
 def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
@@ -211,31 +205,61 @@ def check_features(reference: ArrayLike, generated: ArrayLike, minimum: int = 1)
     return left, right
 
 
-def _covariance_root(features: Features) -> Features:
-    """(N, D) -> R (min(N, D), D) with R^T R their covariance; rows are taken in one chunk after another."""
-    centre = features.mean(0)
-    root = np.empty((0, features.shape[1]))
+def one_by_one(
+    distance: Distance, left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """`distance` of each drawn pair of sets, (R,)."""
+    out = np.empty(len(rows))
+    for number, drawn in enumerate(rows):
+        out[number] = distance(left[drawn], right[drawn])
+        if progress:
+            progress(number + 1, len(rows))
+    return out
+
+
+def weighted_frechet(left: Features, left_counts: NDArray, right: Features, right_counts: NDArray) -> float:
+    """`frechet_distance` of sets that hold row i `counts[i]` times; such a row costs as much as one."""
+    mean_l, root_l = _mean_and_root(left, left_counts)
+    mean_r, root_r = _mean_and_root(right, right_counts)
+    cross = np.linalg.svd(root_l @ root_r.T, compute_uv=False).sum()
+    traces = np.square(root_l).sum() + np.square(root_r).sum()
+    return max(0.0, float(np.square(mean_l - mean_r).sum() + traces - 2.0 * cross))
+
+
+def _mean_and_root(features: Features, counts: NDArray) -> tuple[Features, Features]:
+    """The mean (D,) and R (at most D rows) with R^T R the covariance, of a set that holds row i `counts[i]` times.
+
+    More than D rows are taken in one chunk after another."""
+    pictures, width = counts.sum(), features.shape[1]
+    mean = counts @ features / pictures
+    weights, scale = np.sqrt(counts)[:, None], np.sqrt(pictures - 1)
+    if len(features) <= width:
+        return mean, (features - mean) * weights / scale
+    root = np.empty((0, width))
     for start in range(0, len(features), _QR_ROWS):
-        root = np.linalg.qr(np.concatenate([root, features[start : start + _QR_ROWS] - centre]), mode="r")
-    return root / np.sqrt(len(features) - 1)
+        part = slice(start, start + _QR_ROWS)
+        root = np.linalg.qr(np.concatenate([root, (features[part] - mean) * weights[part]]), mode="r")
+    return mean, root / scale
 
 
-def _kernel_sum(rows: Features, columns: Features, kernel: Callable[[Features, Features], Features]) -> float:
-    step = max(1, _CHUNK_VALUES // len(columns))
-    return float(sum(kernel(rows[a : a + step], columns).sum() for a in range(0, len(rows), step)))
+def kid_blocks(left: int, right: int, block_size: int, seed: int) -> list[tuple[Rows, Rows]]:
+    """Places of the pictures of each block on both sides, disjoint and shuffled apart; none is left out."""
+    if block_size < 2:
+        raise InvalidInputError(f"block_size is {block_size}; give at least 2")
+    shuffle = _generator(seed)
+    blocks = max(1, min(left, right) // block_size)
+    sides = [np.array_split(shuffle.permutation(count), blocks) for count in (left, right)]
+    return list(zip(*sides, strict=True))
 
 
 def _unbiased_mmd(left: Features, right: Features) -> float:
-    width = left.shape[1]
-
-    def kernel(rows: Features, columns: Features) -> Features:
-        return (rows @ columns.T / width + 1.0) ** 3
+    kernel = cubic_kernel(left.shape[1])
 
     def within(features: Features) -> float:
-        itself = ((np.square(features).sum(1) / width + 1.0) ** 3).sum()
-        return (_kernel_sum(features, features, kernel) - itself) / (len(features) * (len(features) - 1))
+        itself = cubic_of_itself(features).sum()
+        return (kernel_sum(features, features, kernel) - itself) / (len(features) * (len(features) - 1))
 
-    across = _kernel_sum(left, right, kernel) / (len(left) * len(right))
+    across = kernel_sum(left, right, kernel) / (len(left) * len(right))
     return float(within(left) + within(right) - 2.0 * across)
 
 

@@ -23,6 +23,9 @@ from refine_control.evaluation import features, scene_features
 from refine_control.evaluation.distances import (
     Distance,
     Features,
+    OfDraws,
+    Progress,
+    Rows,
     SetScore,
     bias_note,
     cmmd,
@@ -30,6 +33,7 @@ from refine_control.evaluation.distances import (
     frechet_distance,
     kid,
 )
+from refine_control.evaluation.drawn_sets import cmmd_of_draws, frechet_of_draws, kid_of_draws
 from refine_control.evaluation.features import weights as published
 from refine_control.evaluation.features.weights import folder_with
 from refine_control.evaluation.metrics import Images, Mask, PerImage
@@ -59,22 +63,29 @@ class FeatureNetworks:
 
 
 class SetMetric(NamedTuple):
-    """A distance of whole sets, and the network whose features it compares."""
+    """A distance of whole sets, the same of sets drawn from them, and the network whose features it compares."""
 
     network: str
     distance: Distance
+    of_draws: OfDraws
 
 
 def _scaled_kid(reference: Features, generated: Features) -> float:
     return KID_SCALE * kid(reference, generated).mean
 
 
+def _scaled_kid_of_draws(
+    left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    return KID_SCALE * kid_of_draws(left, right, rows, progress)
+
+
 SET_METRICS: Mapping[str, SetMetric] = {
-    "fid": SetMetric(INCEPTION, frechet_distance),
-    "kid": SetMetric(INCEPTION, _scaled_kid),
-    "cmmd": SetMetric(CLIP, cmmd),
-    "scene_frechet": SetMetric(SCENE, scene_features.scene_frechet),
-    "scene_mmd": SetMetric(SCENE, scene_features.scene_mmd),
+    "fid": SetMetric(INCEPTION, frechet_distance, frechet_of_draws),
+    "kid": SetMetric(INCEPTION, _scaled_kid, _scaled_kid_of_draws),
+    "cmmd": SetMetric(CLIP, cmmd, cmmd_of_draws),
+    "scene_frechet": SetMetric(SCENE, scene_features.scene_frechet, frechet_of_draws),
+    "scene_mmd": SetMetric(SCENE, scene_features.scene_mmd, scene_features.scene_mmd_of_draws),
 }
 
 
@@ -138,7 +149,13 @@ def pair_scores(
 def set_scores(reference: Seen, painted: Seen) -> dict[str, SetScore]:
     """Every distance of sets whose network has seen both."""
     return {
-        name: drawn_distance(metric.distance, reference[metric.network], painted[metric.network], BOOTSTRAP_SEED)
+        name: drawn_distance(
+            metric.distance,
+            reference[metric.network],
+            painted[metric.network],
+            BOOTSTRAP_SEED,
+            of_draws=metric.of_draws,
+        )
         for name, metric in SET_METRICS.items()
         if metric.network in reference
     }

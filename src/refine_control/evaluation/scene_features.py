@@ -4,7 +4,7 @@ Names begin with `scene_` because none of them is FID, CMMD or LPIPS, nor compar
 rendered shapes alone. It looks at the square around each mask, so that what was kept hardly counts.
 """
 
-# N scenes, H W pixels; features (N, 64)
+# N scenes, H W pixels, R drawn sets; features (N, 64)
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
-from refine_control.evaluation.distances import Features, check_features, frechet_distance, gaussian_mmd
+from refine_control.evaluation.distances import (
+    Features,
+    Progress,
+    Rows,
+    check_features,
+    frechet_distance,
+    gaussian_mmd,
+)
+from refine_control.evaluation.drawn_sets import gaussian_mmd_of_draws
 from refine_control.evaluation.metrics import Images, Mask, PerImage, check_mask
 from refine_control.evaluation.obedience import Classifier, region_crops
 
@@ -49,6 +57,13 @@ def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:
     Raises as `distances.cmmd` does."""
     left, right = check_features(reference, generated)
     return SCENE_SCALE * gaussian_mmd(_unit(left), _unit(right), SCENE_SIGMA)
+
+
+def scene_mmd_of_draws(
+    left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """`scene_mmd` of each drawn pair of sets, (R,)."""
+    return SCENE_SCALE * gaussian_mmd_of_draws(_unit(left), _unit(right), rows, progress, sigma=SCENE_SIGMA)
 
 
 def scene_perceptual(reference: ArrayLike, generated: ArrayLike) -> PerImage:

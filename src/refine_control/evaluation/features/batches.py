@@ -35,10 +35,15 @@ def slices(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
 
 
+def beside(network: nn.Module, images: Images) -> torch.Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) uint8 on the network's device; the channels stay last in memory."""
+    device = next(network.parameters()).device
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+
+
 def to_pixels(images: Images, network: nn.Module) -> torch.Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 255], on the network's device."""
-    device = next(network.parameters()).device
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+    return beside(network, images).float()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +46,13 @@ def load_clip(weights: Path | None = None, device: str | torch.device = "cpu") -
     network = assemble(CLIPVisionConfig(**LARGE_336), read_weights(CLIP, weights))
     torch.nn.Module.to(network, device)  # transformers' own `to` is annotated as taking no device
     return network
+
+
+def untrained(settings: Mapping[str, Any] = LARGE_336) -> CLIPVisionModelWithProjection:
+    """The network of that size, frozen, with weights drawn by torch's generator: it answers nothing, at full cost."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).eval().requires_grad_(False)
 
 
 def assemble(config: CLIPVisionConfig, tensors: Mapping[str, torch.Tensor]) -> CLIPVisionModelWithProjection:

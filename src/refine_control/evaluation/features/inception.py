@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from refine_control.evaluation.features.batches import Progress, features_of, to_pixels
+from refine_control.evaluation.features.batches import Progress, beside, features_of
 from refine_control.evaluation.features.weights import INCEPTION, load_strictly, read_weights
 from refine_control.evaluation.metrics import Images
 
@@ -166,7 +166,7 @@ def _block_8(width: int, pool: Pool) -> Block:
 
 
 class Inception(nn.Module):
-    """Pixels (n,3,H,W) float in [0,255] -> pool3 (n,2048). `fc` is in the file and is not used here."""
+    """Pixels (n,3,H,W) uint8, or float in [0,255] -> pool3 (n,2048). `fc` is in the file and is not used here."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,10 @@ class Inception(nn.Module):
         self.fc = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        maps = (resize_as_tensorflow(pixels, SIDE) - 128.0) / 128.0
+        return self.pool3(resize_as_tensorflow(pixels, SIDE).sub_(128.0).div_(128.0))
+
+    def pool3(self, maps: torch.Tensor) -> torch.Tensor:
+        """The bare network: (n,3,299,299) in [-1,1] -> (n,2048)."""
         maps = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(maps)))
         maps = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_halved(maps)))
         maps = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_halved(maps))))
@@ -198,8 +201,11 @@ class Inception(nn.Module):
 
 
 def resize_as_tensorflow(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """Bilinear (n,3,H,W) -> (n,3,side,side) as TensorFlow 1's `resize_bilinear`: no antialias, and pixel i of the
-    result is taken at i * H / side (corners, not centres, lie on each other)."""
+    """Bilinear (n,3,H,W) -> (n,3,side,side) fp32 as TensorFlow 1's `resize_bilinear`: no antialias, and pixel i of
+    the result is taken at i * H / side (corners, not centres, lie on each other).
+
+    Neighbours are gathered before anything is computed: bytes stay bytes until then, and what a large picture has
+    besides is never touched."""
 
     def between(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale = torch.tensor(size / side, dtype=torch.float32, device=pixels.device)
@@ -209,10 +215,14 @@ def resize_as_tensorflow(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
     top, bottom, down = between(pixels.shape[2])
     left, right, along = between(pixels.shape[3])
-    start, end = pixels.index_select(3, left), pixels.index_select(3, right)
-    rows = start + (end - start) * along
-    upper, lower = rows.index_select(2, top), rows.index_select(2, bottom)
-    return upper + (lower - upper) * down[:, None]
+
+    def lines(rows: torch.Tensor) -> torch.Tensor:
+        maps = pixels.index_select(2, rows).contiguous()
+        start, end = (maps.gather(3, columns.expand(*maps.shape[:3], side)).float() for columns in (left, right))
+        return end.sub_(start).mul_(along).add_(start)
+
+    upper, lower = lines(top), lines(bottom)
+    return lower.sub_(upper).mul_(down[:, None]).add_(upper)
 
 
 def load_inception(weights: Path | None = None, device: str | torch.device = "cpu") -> Inception:
@@ -222,7 +232,15 @@ def load_inception(weights: Path | None = None, device: str | torch.device = "cp
     tensors = read_weights(INCEPTION, weights)
     network = Inception()
     load_strictly(network, tensors, "Inception")
-    return network.to(device)
+    return placed(network, device)
+
+
+def placed(network: Inception, device: str | torch.device) -> Inception:
+    """`network` on `device`, its weights laid out for the convolutions there: on a CPU those with channels last are
+    faster by a third."""
+    on_cpu = torch.device(device).type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def inception_features(
@@ -231,4 +249,4 @@ def inception_features(
     """(N, H, W, 3) uint8 -> (N, 2048) for `distances.frechet_distance` and `distances.kid`.
 
     Raises InvalidInputError for images of another form and for batch_size < 1."""
-    return features_of(lambda part: network(to_pixels(part, network)), images, batch_size, progress)
+    return features_of(lambda part: network(beside(network, part)), images, batch_size, progress)
