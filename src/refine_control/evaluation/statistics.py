@@ -10,6 +10,8 @@ percentile intervals. With S seeds the spread between seeds comes out sqrt((S - 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from refine_control.errors import InvalidInputError
 
 BOOTSTRAP_SEED = 20250922
 """Of every interval that a verb writes: equal numbers have equal intervals."""
+_REMEMBERED_VALUES = 1 << 24  # 32 MB of counts
 _CHUNK_VALUES = 1 << 21  # drawn indices held at a time; a fixed number, since the draws depend on it
 
 
@@ -136,17 +139,31 @@ def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int, lev
     if not 0.0 < level < 1.0:
         raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
     quantities, seeds, scenes = values.shape
+    draw = _remembered_draws if resamples * scenes <= _REMEMBERED_VALUES else _draws
+    parts = [
+        ((counts @ values.transpose(0, 2, 1)) * drawn_seeds).sum(-1) / scenes
+        for drawn_seeds, counts in draw(seed, seeds, scenes, resamples, max(1, _CHUNK_VALUES // (quantities * scenes)))
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def _draws(
+    seed: int, seeds: int, scenes: int, resamples: int, step: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint16]]]:
+    """At most `step` resamples at a time: the weight of each seed (r, S), and how often each scene is drawn (r, N)."""
     generator = np.random.default_rng(seed)
-    means = np.empty((quantities, resamples))
-    step = max(1, _CHUNK_VALUES // (quantities * scenes))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=size) / seeds
-        drawn_scenes = generator.integers(scenes, size=(size, scenes))
-        for quantity in range(quantities):
-            rows = drawn_seeds @ values[quantity]  # (size, N): each scene's mean over the drawn seeds
-            means[quantity, start : start + size] = np.take_along_axis(rows, drawn_scenes, axis=1).mean(axis=1)
-    return means
+        drawn_scenes = generator.integers(scenes, size=(size, scenes)) + scenes * np.arange(size)[:, None]
+        counts = np.bincount(drawn_scenes.ravel(), minlength=size * scenes)
+        yield drawn_seeds, counts.reshape(size, scenes).astype(np.uint16)
+
+
+@lru_cache(maxsize=4)
+def _remembered_draws(*asked: int) -> tuple[tuple[NDArray[np.float64], NDArray[np.uint16]], ...]:
+    """`_draws`, the same for all metrics of a table."""
+    return tuple(_draws(*asked))
 
 
 def _interval(mean: float, means: NDArray[np.float64], level: float) -> Interval:
