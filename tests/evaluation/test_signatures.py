@@ -2,7 +2,7 @@
 
 import pytest
 
-from refine_control.evaluation.signatures import prompt_signature, signatures, stage_signature
+from refine_control.evaluation.signatures import advised_once, prompt_signature, signatures, stage_signature
 
 
 def behind(excludes: bool = True, **means: float):
@@ -41,3 +41,15 @@ def test_a_second_stage_that_harms_and_a_global_prompt_that_confuses():
     assert stage_signature(behind(psnr_region=-0.7)) == []
     assert "22 points more often" in prompt_signature("the teacher", behind(interference=22.0))[0]
     assert prompt_signature("the teacher", behind(interference=4.0)) == []
+
+
+def test_the_same_advice_is_given_once():
+    told = [s for name in ("fc", "ours") for s in signatures(name, behind(both=35.0, psnr=5.0, psnr_region=1.0))]
+    kept, obeyed = advised_once(told)
+    assert len(told) == 4
+    assert kept.startswith("fc is 5.0 dB")
+    assert "; ours is 5.0 dB" in kept
+    assert obeyed.startswith(
+        "fc obeys 35 points less than the teacher; ours obeys 35 points less than the teacher. Try"
+    )
+    assert advised_once([]) == []

@@ -16,7 +16,7 @@ from refine_control.evaluation.feature_metrics import SET_METRICS, metric_notes
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import RowResult, sampler_of
-from refine_control.evaluation.signatures import signatures, stage_signature
+from refine_control.evaluation.signatures import advised_once, signatures, stage_signature
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
 from refine_control.evaluation.tables import HEADINGS, cell, digits
 
@@ -180,7 +180,7 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
             if "teacher_minus" in row:
                 out += signatures(rows[key].title, row["teacher_minus"])
     staged = "sl" in found and rows[summary["against"]].reference
-    return out + (stage_signature(found["sl"]["minus"]) if staged else [])
+    return advised_once(out) + (stage_signature(found["sl"]["minus"]) if staged else [])
 
 
 def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], comparison: Comparison, names: str) -> list[Table]:

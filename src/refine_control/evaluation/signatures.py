@@ -6,7 +6,7 @@ difference; they are declared here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 SEEN_DB = 1.0
@@ -47,6 +47,15 @@ def signatures(name: str, teacher_minus_student: Difference) -> list[str]:
             "features are not aligned; try more steps, or feature_normalisation: layer."
         )
     return out
+
+
+def advised_once(sentences: Iterable[str]) -> list[str]:
+    """Failures with the same advice as one paragraph: what each model lacks, then the advice."""
+    lacking: dict[str, list[str]] = {}
+    for sentence in sentences:
+        failure, _, advice = sentence.partition(". ")
+        lacking.setdefault(advice, []).append(failure)
+    return [f"{'; '.join(failures)}. {advice}".rstrip() for advice, failures in lacking.items()]
 
 
 def stage_signature(one_stage_minus_ours: Difference) -> list[str]:
