@@ -80,6 +80,8 @@ def test_a_folder_gives_as_many_samples_as_the_budget_says(data, tmp_path):
         ({"scale": "sd3"}, "needs --data"),
         ({"photos": Path("p")}, "needs --model"),
         ({"photos": Path("p"), "data": Path("d"), "model": "m"}, "give one"),
+        ({"data": Path("nowhere")}, "nowhere has no shards in labeled"),
+        ({"scale": "sd3", "data": Path("nowhere")}, "has no shards in labeled"),
         ({"model": "m"}, "reads no rendered scenes"),
     ],
 )
@@ -88,9 +90,10 @@ def test_parts_that_do_not_belong_together_are_refused(parts, told):
         Comparison(BUDGET, Path("a"), **parts).check()
 
 
-@pytest.mark.parametrize("parts", [{}, {"scale": "sd3", "data": Path("d")}, {"photos": Path("p"), "model": "m"}])
-def test_parts_that_belong_together_are_taken(parts):
+@pytest.mark.parametrize("parts", [{}, {"photos": Path("p"), "model": "m"}])
+def test_parts_that_belong_together_are_taken(parts, data):
     Comparison(BUDGET, Path("a"), **parts).check()
+    Comparison(BUDGET, Path("a"), "sd3", data=data).check()
 
 
 def test_a_budget_without_numbers_wants_a_folder(tmp_path):

@@ -63,6 +63,11 @@ class Comparison:
             raise InvalidInputError("--photos and --data are two kinds of data; give one")
         if self.photos and not self.model:
             raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`")
+        for role in (LABELED, UNLABELED, TEST):
+            if self.data and not (self.data / role / MANIFEST).is_file():
+                raise InvalidInputError(
+                    f"{self.data} has no shards in {role}; give a folder of `data build` with samples of all roles"
+                )
         if not self.rendered:
             return
         if self.scale == "sd3":
