@@ -7,9 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from refine_control import cli
+from refine_control.data.records import ROLES, Photo
+from refine_control.data.shards import ShardWriter
+from refine_control.storage import only_writer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,7 +24,7 @@ DATA_COMMANDS = SHOWN.findall((ROOT / "docs" / "data.md").read_text())
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A folder that has what the commands name: folders, a photograph, a mask."""
+    """A folder that has what the commands name: folders, a photograph, a mask, shards of photographs."""
     monkeypatch.chdir(tmp_path)
     for command in [*COMMANDS, *DATA_COMMANDS]:
         for word in shlex.split(command)[1:]:
@@ -29,6 +33,12 @@ def somewhere(tmp_path, monkeypatch):
                 path.write_bytes(b"photo_id\tphoto_image_url\n")  # as a list of addresses begins
             elif (word == "PHOTOS" or "runs/" in word) and not path.suffix:
                 path.mkdir(parents=True, exist_ok=True)
+    for role in ROLES:
+        with only_writer(Path("runs/photos") / role):
+            writer = ShardWriter(Path("runs/photos") / role, role)
+            mask = np.arange(64).reshape(8, 8) < 20
+            writer.add(Photo("one", np.zeros((8, 8, 3), np.uint8), mask, "a dog"))
+            writer.finish()
     return tmp_path
 
 
