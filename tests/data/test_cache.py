@@ -164,6 +164,22 @@ class Killed(Exception):
     pass
 
 
+def test_completions_of_another_teacher_are_made_again(shards, tmp_path, tiny_backbone):
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
+    assert build_cache(shards, tmp_path / "plain", tiny_backbone)
+    assert build_cache(shards, tmp_path / "cache", tiny_backbone, completions=sampler)
+    weight = next(tiny_backbone.pipeline.controlnet.parameters())
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.add_(0.5)
+        assert build_cache(shards, tmp_path / "cache", tiny_backbone, completions=sampler)
+        assert not build_cache(shards, tmp_path / "plain", tiny_backbone)  # no teacher has a part in it
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
 @pytest.mark.parametrize("word", [LABELED, "prompts", "completions"])
 @pytest.mark.parametrize("saved", [True, False])
 def test_what_was_encoded_before_a_kill_is_not_encoded_again(tmp_path, tiny_backbone, monkeypatch, word, saved):

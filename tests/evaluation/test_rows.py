@@ -14,7 +14,7 @@ from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.reproduce import plan, reproduce
 from refine_control.evaluation.row_tables import summarise
-from refine_control.evaluation.rows import RowResult, read_row, row_mark, write_row
+from refine_control.evaluation.rows import RowResult, read_row, row_mark, sampler_of, write_row
 from refine_control.evaluation.targets import TARGETS, measured_rows, rows_of
 
 ROWS = read_rows()
@@ -104,9 +104,26 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "inherit", "wo_cf"]
     assert set(measured_rows("alike", TARGETS["figure2"])) == {"teacher", "fc", "ours", "inherit"}
     assert set(measured_rows("figure3", TARGETS["figure3"])) == {"teacher", "fc", "ours", "inherit", "fc_inherit"}
-    assert not measured_rows("figure3", TARGETS["table1"])
+    for figure, target in (("figure3", "table1"), ("figure3", "figure2"), ("alike", "figure3"), ("figure3", "all")):
+        assert not measured_rows(figure, TARGETS[target])
     with pytest.raises(InvalidInputError, match="there is no row our"):
         rows_of(TARGETS["table1"], ["our"])
+
+
+def test_the_spread_is_that_of_the_seeds_means():
+    scenes = np.arange(40.0)
+    found = {"ours": [result("ours", s, {"psnr_region": scenes + 3 * s}) for s in range(3)]}
+    found["teacher"] = [result("teacher", 0, {"psnr_region": scenes})]
+    rows = summarise(found, against="ours")["rows"]
+    assert rows["ours"]["spread"] == {"psnr_region": pytest.approx(3.0)}
+    assert "spread" not in rows["teacher"]
+
+
+def test_a_budget_says_how_everything_is_sampled():
+    sampler = sampler_of(read_budget("paper", scale="sd3"), ROWS["teacher_diffusers"])
+    assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.conditioning_scale) == (28, 7.0, 0.95)
+    assert sampler.injection == "diffusers"
+    assert sampler_of(BUDGET).conditioning_scale == 1.0
 
 
 def test_where_the_teacher_is_no_better_there_is_no_gap_to_close():

@@ -57,10 +57,24 @@ def model_mark(backbone: Backbone) -> str:
     config = backbone.vae.config
     mark.update(f"{config['scaling_factor']} {config['shift_factor']}".encode())
     for part in (backbone.vae, *backbone.text_encoders):
-        for name, tensor in sorted(part.state_dict().items()):
-            mark.update(name.encode())
-            mark.update(tensor.detach().to(torch.float32).cpu().contiguous().numpy().tobytes())
+        _update(mark, part)
     return mark.hexdigest()
+
+
+def teacher_mark(backbone: Backbone) -> str:
+    """What completions depend on beside the cache's model: transformer and ControlNet, by hash of the weights."""
+    import hashlib
+
+    mark = hashlib.sha256()
+    for part in (backbone.transformer, backbone.pipeline.controlnet):
+        _update(mark, part)
+    return mark.hexdigest()
+
+
+def _update(mark: Any, part: Any) -> None:
+    for name, tensor in sorted(part.state_dict().items()):
+        mark.update(name.encode())
+        mark.update(tensor.detach().to(torch.float32).cpu().contiguous().numpy().tobytes())
 
 
 def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -> None:
@@ -113,6 +127,8 @@ def write_cache(
         "source": source,
         **wanted.described(),
     }
+    if wanted.completions is not None:
+        described["teacher"] = teacher_mark(backbone)
     if len(groups) > 1:
         described["sizes"] = [[*size, len(rows)] for size, rows in groups.items()]
     order = array("q", chain.from_iterable(by_size.values()))
@@ -194,6 +210,7 @@ def build_cache(
         if had.get("kind") != "cache" and out.exists() and any(out.iterdir()):
             raise InvalidInputError(f"{out} holds something that is no cache; choose another folder")
         wanted = {"source": described, "posterior": posterior, **stored.described()}
+        wanted |= {"teacher": teacher_mark(backbone)} if completions is not None else {}
         same = {key: {"posterior": "mean", **had}.get(key) for key in wanted} == wanted
         if had and same and had["model"] == model_mark(backbone):
             return False
