@@ -74,6 +74,7 @@ def reproduce(
             "losses",
             "data",
             "prompts",
+            "scarce",
             "all",
         ],
         typer.Argument(help="A table or figure of the paper, an ablation, or all: Tables 1 and 3 and Figure 2."),
@@ -119,7 +120,7 @@ def reproduce(
     rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
     folder = (results or Path("results") / comparison.results_name) / name
     if dry_run:
-        return show(plan(target, comparison, chosen, rows, folder), as_json)
+        return show(plan(target, comparison, chosen, rows, folder, against), as_json)
     how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}
     made = run(target, comparison, seeds=chosen, rows=rows, against=against, **how)
     show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)

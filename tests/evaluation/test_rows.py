@@ -15,7 +15,7 @@ from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.reproduce import plan, reproduce
 from refine_control.evaluation.row_tables import summarise
 from refine_control.evaluation.rows import RowResult, read_row, row_mark, sampler_of, write_row
-from refine_control.evaluation.targets import TARGETS, measured_rows, rows_of
+from refine_control.evaluation.targets import TARGETS, held_against, measured_rows, rows_of
 
 ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -106,6 +106,13 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     assert set(measured_rows("figure3", TARGETS["figure3"])) == {"teacher", "fc", "ours", "inherit", "fc_inherit"}
     for figure, target in (("figure3", "table1"), ("figure3", "figure2"), ("alike", "figure3"), ("figure3", "all")):
         assert not measured_rows(figure, TARGETS[target])
+    scarce = rows_of(TARGETS["scarce"])
+    assert held_against(TARGETS["scarce"]) == "labeled_1" in scarce
+    assert {row.data.labeled for key, row in scarce.items() if key not in ("teacher", "fc")} == {0.01}
+    assert held_against(TARGETS["scarce"], "fc") == "fc"
+    assert held_against(TARGETS["table3"]) == "inherit"
+    with pytest.raises(InvalidInputError, match="no rows of scarce at the scale sd3"):
+        rows_of(TARGETS["scarce"], scale="sd3")
     with pytest.raises(InvalidInputError, match="there is no row our"):
         rows_of(TARGETS["table1"], ["our"])
 

@@ -39,7 +39,7 @@ from refine_control.evaluation.row_tables import BASELINE, TEACHER, cost_curves,
 from refine_control.evaluation.rows import TABLES, read_row, row_mark, row_model, sampler_of, train_row
 from refine_control.evaluation.signatures import prompt_signature
 from refine_control.evaluation.tables import to_latex, to_markdown
-from refine_control.evaluation.targets import FIGURE2, FIGURE3, TARGETS, measured_rows
+from refine_control.evaluation.targets import FIGURE2, FIGURE3, TARGETS, held_against, measured_rows
 from refine_control.randomness import derive_seed
 from refine_control.storage import only_writer, write_atomic, write_json
 
@@ -53,18 +53,23 @@ class Reproduced(NamedTuple):
 
 
 def plan(
-    target: str, comparison: Comparison, seeds: Sequence[int], rows: Sequence[str], results: Path
+    target: str,
+    comparison: Comparison,
+    seeds: Sequence[int],
+    rows: Sequence[str],
+    results: Path,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """What `reproduce` would do: for each row and seed, `finished` or `to do`. `results` are those of the budget."""
     done = {}
     for measured in (TABLES, MARK):
         folder = _results(results, measured)
-        for key, row in measured_rows(measured, TARGETS[target], rows, scale=comparison.scale).items():
+        for key, row in measured_rows(measured, TARGETS[target], rows, against, comparison.scale).items():
             for seed in seeds_of(row, seeds):
                 path = folder / f"{key}-{seed}.json"
                 had = read_row(path, row_mark(row, comparison, seed, measured))
                 done[str(path.relative_to(results).with_suffix(""))] = "finished" if had else "to do"
-    for key in measured_rows(FIGURE3, TARGETS[target], rows, scale=comparison.scale):
+    for key in measured_rows(FIGURE3, TARGETS[target], rows, against, comparison.scale):
         done[f"{FIGURE3}/{key}-{seeds[0]}"] = "finished" if _painted(comparison, key, seeds[0]).is_file() else "to do"
     return {"verb": "reproduce", "budget": comparison.budget.model_dump(mode="json"), "rows": done}
 
@@ -235,7 +240,7 @@ def reproduce(
         )
     made = _Made({"budget": comparison.budget.model_dump(mode="json")})
     how: dict[str, Any] = {"seeds": chosen, "bar": bar, "workers": workers}
-    reference = against or reference_of(read_rows(scale))
+    reference = held_against(wanted, against, scale)
     with only_writer(comparison.out):
         if table_rows := measured_rows(TABLES, wanted, rows, against, scale):
             found_in = how | {"results": _results(results, TABLES)}

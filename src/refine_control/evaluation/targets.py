@@ -22,6 +22,8 @@ class Target(NamedTuple):
     studies: tuple[str, ...] = ()
     figure: str = ""
     """FIGURE2 or FIGURE3, whose rows are those of the study of this name."""
+    against: str = ""
+    """The row that its tables hold the others against; the scale's reference where nothing is said."""
 
 
 TARGETS = {
@@ -36,9 +38,15 @@ TARGETS = {
     "losses": Target("Weights of the terms", studies=("losses",)),
     "data": Target("How much of the data, and how good", studies=("data",)),
     "prompts": Target("Prompts of stage 2", studies=("prompts",)),
+    "scarce": Target("Table 3 with ten labelled scenes", studies=("scarce",), against="labeled_1"),
     "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), figure=FIGURE2),
 }
 """By the word of the command line."""
+
+
+def held_against(target: Target, against: str | None = None, scale: Scale = "mini") -> str:
+    """The key of the row that a target's tables hold the others against: the one asked for, its own, the scale's."""
+    return against or target.against or reference_of(read_rows(scale))
 
 
 def rows_of(
@@ -48,13 +56,13 @@ def rows_of(
 
     Raises InvalidInputError for a row that does not exist, and for a target that the scale has no rows of."""
     rows = read_rows(scale)
-    against = against or reference_of(rows)
-    unknown = sorted({*named, against} - set(rows))
-    if unknown:
-        raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
     for study in target.studies:
         if not any(study in row.studies for row in rows.values()):
             raise InvalidInputError(f"there are no rows of {study} at the scale {scale}; write them into its rows.yaml")
+    against = held_against(target, against, scale)
+    unknown = sorted({*named, against} - set(rows))
+    if unknown:
+        raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
     wanted = {TEACHER, BASELINE, against, *named}
     return {k: r for k, r in rows.items() if k in wanted or (not named and _belongs(r, target))}
 
