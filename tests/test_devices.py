@@ -19,7 +19,7 @@ from refine_control.data.scene_shards import scene_photos
 from refine_control.evaluation import evaluate as evaluate_module
 from refine_control.evaluation import feature_metrics
 from refine_control.evaluation.alignment import teacher_alignment
-from refine_control.evaluation.evaluate import compare, in_precision
+from refine_control.evaluation.compare import compare, in_precision
 from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.features import Inception, Lpips, inception_features
 from refine_control.evaluation.model_cost import model_costs

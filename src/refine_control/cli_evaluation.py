@@ -83,7 +83,7 @@ def reproduce(
         Literal["mini", "sd3"], typer.Option(help="Whose recipes and rows: of the mini model, or of SD3.")
     ] = "mini",
     budget: Annotated[
-        str | None, typer.Option(help="A row of the scale's budgets.yaml: demo, tables or long; paper or short.")
+        str | None, typer.Option(help="A row of the scale's budgets.yaml: tables, photos, long, demo; paper, short.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher and fc.")] = None,
@@ -113,7 +113,7 @@ def reproduce(
     from refine_control.evaluation.reproduce import plan
     from refine_control.evaluation.reproduce import reproduce as run
 
-    name = budget or {"mini": "tables", "sd3": "paper"}[scale]
+    name = budget or ("photos" if photos else {"mini": "tables", "sd3": "paper"}[scale])
     material = {"model": model, "teacher": teacher, "photos": photos, "data": data, "weights": weights}
     comparison = Comparison(read_budget(name, scale=scale), out, scale, **material)
     comparison.check()

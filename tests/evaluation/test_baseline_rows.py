@@ -12,7 +12,8 @@ from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import baseline_cost
 from refine_control.evaluation.baseline_rows import add_baselines, baseline_table, run_baseline
-from refine_control.evaluation.evaluate import Result, summarise
+from refine_control.evaluation.compare import Result
+from refine_control.evaluation.evaluate import summarise
 from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.obedience import Classifier
 from refine_control.evaluation.report import Table

@@ -12,7 +12,8 @@ from refine_control.data.scene_shards import scene_photos
 from refine_control.data.shards import ShardWriter
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import metrics
-from refine_control.evaluation.evaluate import compare, read_test, score, summarise, write_results
+from refine_control.evaluation.compare import compare, read_test, score
+from refine_control.evaluation.evaluate import summarise, write_results
 from refine_control.evaluation.feature_metrics import SET_METRICS, FeatureNetworks
 from refine_control.evaluation.features import Inception
 from refine_control.evaluation.model_cost import ModelCost

@@ -56,8 +56,11 @@ def test_which_prompts_are_asked():
         for p, text, photo in zip(scene_photos(0, 0, 3), ("a", "b", "c"), ("x", "x", "y"), strict=True)
     )
     assert prompts_asked([one, two]) == {"clip_local": ["a", "b"], "clip_global": ["all"] * 2, "clip_other": ["b", "a"]}
-    assert set(prompts_asked([one, two, three])) == {"clip_local", "clip_global"}
-    assert set(prompts_asked([replace(one, global_prompt=""), two])) == {"clip_local", "clip_other"}
+    alone = prompts_asked([one, two, three])
+    assert alone["clip_other"] == ["b", "a", "a"]  # a photograph with one region asks for the next photograph's
+    untold = prompts_asked([replace(p, global_prompt="") for p in (one, two, three)])
+    assert untold["clip_global"] == ["a, b", "a, b", "c"]
+    assert set(prompts_asked([one, one])) == {"clip_local", "clip_global"}
 
 
 @pytest.fixture

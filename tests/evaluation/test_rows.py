@@ -13,8 +13,18 @@ from refine_control.evaluation import collect as collecting
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.reproduce import plan, reproduce
-from refine_control.evaluation.row_tables import summarise
-from refine_control.evaluation.rows import RowResult, read_row, row_mark, sampler_of, write_row
+from refine_control.evaluation import row_tables, rows
+from refine_control.evaluation.row_tables import summarise, tables_of
+from refine_control.evaluation.rows import (
+    RowResult,
+    finished,
+    read_pictures,
+    read_row,
+    row_mark,
+    sampler_of,
+    save_pictures,
+    write_row,
+)
 from refine_control.evaluation.targets import TARGETS, held_against, measured_rows, rows_of
 
 ROWS = read_rows()
@@ -33,7 +43,10 @@ def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
     )
 
 
-def test_the_mark_knows_every_setting_and_nothing_else():
+def test_the_mark_knows_every_setting_and_nothing_else(tmp_path):
+    for name, content in (("one", b"1"), ("two", b"2"), ("same", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(content)
     row = ROWS["ours"]
     mark = row_mark(row, HERE, 0)
     assert mark == row_mark(
@@ -45,9 +58,11 @@ def test_the_mark_knows_every_setting_and_nothing_else():
         row_mark(row, replace(HERE, budget=BUDGET.model_copy(update={"steps": 4})), 0),
         row_mark(row, replace(HERE, budget=BUDGET.model_copy(update={"test_seed": 4})), 0),
         row_mark(row, HERE, 0, "figure2"),
-        row_mark(row, replace(HERE, photos=Path("somewhere")), 0),
+        row_mark(row, replace(HERE, photos=tmp_path / "one"), 0),
+        row_mark(row, replace(HERE, photos=tmp_path / "two"), 0),
     ]
-    assert len({mark, *others}) == 7
+    assert len({mark, *others}) == 8
+    assert row_mark(row, replace(HERE, photos=tmp_path / "same"), 0) == others[5]
     assert row_mark(ROWS["teacher"], HERE, 0) == row_mark(ROWS["teacher"], HERE, 5)
     assert row_mark(ROWS["teacher"], HERE, 0) != row_mark(ROWS["teacher_diffusers"], HERE, 0)
 
@@ -65,6 +80,67 @@ def test_a_result_goes_there_and_back(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InvalidInputError, match="delete it"):
         read_row(tmp_path / "bad.json", "mark")
+
+
+def test_a_row_that_lacks_what_given_networks_measure_is_made_again(tmp_path, monkeypatch):
+    row, path = ROWS["ours"], tmp_path / "ours-0.json"
+    measured = result("ours", 0, {"psnr": np.array([1.0])})._replace(mark=row_mark(row, HERE, 0))
+    write_row(measured, path)
+    looking = replace(HERE, weights=tmp_path)
+    monkeypatch.setattr(rows, "not_computed", lambda folder: {"lpips": "needs A", "cmmd": "needs B"})
+    assert finished(path, row, HERE, 0) is not None
+    assert finished(path, row, looking, 0) is not None  # FID is there, and nothing else can be had
+    monkeypatch.setattr(rows, "not_computed", lambda folder: {"cmmd": "needs B"})
+    assert finished(path, row, looking, 0) is None
+    assert finished(path, row, HERE, 0) is not None  # nobody asked for more
+    assert finished(path, row, replace(looking, out=Path("b")), 1) is None
+
+
+def test_pictures_are_shown_only_where_today_would_paint_them(tmp_path):
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    save_pictures(tmp_path / "a", images, "mark")
+    shown = read_pictures(tmp_path / "a", "mark")
+    assert shown is not None
+    np.testing.assert_array_equal(shown, images)
+    assert read_pictures(tmp_path / "a", "another") is None
+    assert read_pictures(tmp_path / "b", "mark") is None
+    save_pictures(tmp_path / "c", [images[0], images[1, :2]], "mark")  # of two sizes: nothing that a grid could show
+    assert read_pictures(tmp_path / "c", "mark") is None
+
+
+def test_tables_say_which_metric_needs_which_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_tables, "not_computed", lambda folder: {"cmmd": "CMMD not computed: needs FILE"})
+    found = {
+        key: [result(key, 0, {"psnr_region": np.arange(9.0), "psnr_kept": np.arange(9.0)})] for key in ("teacher", "fc")
+    }
+    tables = tables_of(summarise(found, "teacher"), ROWS, HERE, "Table 1", ["a bound"])
+    notes = " ".join(tables[0].notes)
+    assert "CMMD not computed: needs FILE" in notes
+    assert "LPIPS not computed: some rows were measured without" in notes
+    assert "FID not computed" not in notes  # every row has it
+    assert "a bound" in notes
+    assert {"PSNR kept dB", "paper's FID", "paper's CMMD"} <= set(tables[0].columns)
+    assert not any("Models of another kind" in t.caption for t in tables)
+
+
+def test_models_of_another_kind_tell_how_they_were_run():
+    way = {"model": "M", "resolution": "512 x 512", "sampler": "S", "license": "L"}
+    facts = {"steps": 0, "baseline": way, "denoiser_params": 1234}
+    values = {"psnr_region": np.arange(9.0)}
+    found = {"teacher": [result("teacher", 0, values)], "sd2": [result("sd2", 0, values)._replace(facts=facts)]}
+    tables = tables_of(summarise(found, "teacher"), ROWS, HERE, "Table 2")
+    ways = next(t for t in tables if t.caption == "Models of another kind")
+    assert [list(r) for r in ways.rows] == [["SD2 inpainting", "M", "512 x 512", "S", "L", "1,234"]]
+
+
+def test_all_seeds_stand_against_a_row_that_nobody_trains():
+    scenes = np.arange(40.0)
+    found = {
+        "teacher": [result("teacher", 0, {"psnr_region": scenes})],
+        "ours": [result("ours", s, {"psnr_region": scenes - s}) for s in range(3)],
+    }
+    assert summarise(found, against="teacher")["rows"]["ours"]["minus"]["psnr_region"]["mean"] == pytest.approx(-1)
+    assert summarise(found, against="ours")["rows"]["teacher"]["minus"]["psnr_region"]["mean"] == pytest.approx(1)
 
 
 def test_a_table_of_known_numbers():
@@ -106,10 +182,12 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     assert set(measured_rows("figure3", TARGETS["figure3"])) == {"teacher", "fc", "ours", "inherit", "fc_inherit"}
     for figure, target in (("figure3", "table1"), ("figure3", "figure2"), ("alike", "figure3"), ("figure3", "all")):
         assert not measured_rows(figure, TARGETS[target])
+    assert list(rows_of(TARGETS["table1"], ["teacher_diffusers"])) == ["teacher", "teacher_diffusers"]
+    assert held_against(TARGETS["table1"], ["teacher_diffusers"]) == "teacher"
     scarce = rows_of(TARGETS["scarce"])
     assert held_against(TARGETS["scarce"]) == "labeled_1" in scarce
     assert {row.data.labeled for key, row in scarce.items() if key not in ("teacher", "fc")} == {0.01}
-    assert held_against(TARGETS["scarce"], "fc") == "fc"
+    assert held_against(TARGETS["scarce"], against="fc") == "fc"
     assert held_against(TARGETS["table3"]) == "inherit"
     with pytest.raises(InvalidInputError, match="no rows of scarce at the scale sd3"):
         rows_of(TARGETS["scarce"], scale="sd3")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from refine_control.data.small_photos import read_small_photos
+from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import encode_images, masked_pixels
 from refine_control.models.loading import load_backbone, load_pipeline
 from refine_control.models.mini import BUNDLE
@@ -70,6 +71,11 @@ def test_a_batch_is_what_encoding_its_pictures_gives(folder):
     assert 0 < flips.sum() < 4
 
 
+def test_new_words_want_the_stage_that_teaches_them(folder, tmp_path):
+    with pytest.raises(InvalidInputError, match="only the stage base teaches words"):
+        PhotoWorld(folder).pipeline(None, tmp_path, 0, ["joint"])
+
+
 @pytest.mark.slow
 def test_a_bundle_of_photographs_knows_their_words_and_says_whose_they_are(folder, tmp_path):
     stages = {name: Stage(2, 4, 1e-3, 0.9) for name in ("base", "joint")}
@@ -85,5 +91,7 @@ def test_a_bundle_of_photographs_knows_their_words_and_says_whose_they_are(folde
     known, shipped = backbone.pipeline.transformer, load_pipeline(BUNDLE).transformer
     assert known.config["num_layers"] == shipped.config["num_layers"]
     assert any((a != b).any() for a, b in zip(known.parameters(), shipped.parameters(), strict=True))
+    with pytest.raises(InvalidInputError, match="does not know 3 words"):
+        PhotoWorld(folder).pipeline(BUNDLE, tmp_path, 0, stages)
     again = make_bundle(tmp_path, stages=stages, count=0, world=PhotoWorld(folder), start=bundle)
     assert len(again["sittings"]) == 2

@@ -9,10 +9,13 @@ its key alone, so the teacher, the students and the test never share one, whatev
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +23,17 @@ import numpy as np
 
 from refine_control.data.records import LABELED, TEST, UNLABELED, Photo, with_article
 from refine_control.data.shards import ShardWriter
-from refine_control.data.vocabulary import words
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.randomness import derive_seed
-from refine_control.storage import MANIFEST, only_writer
+from refine_control.storage import MANIFEST, only_writer, sha256_file
 
 SIDE = 64
 AREA = (0.05, 0.6)
 """Boxes that cover less or more of the picture are left out: nothing to paint, or nothing to keep."""
 PARTS = {"teacher": 0.70, "student": 0.22, TEST: 0.08}
 """Shares of the photographs: the teacher's own, those that students learn from, and those that nobody sees."""
+_WORD = re.compile(r"'s|[^\W\d_]+|\d|[^\s\w]+")
+"""CLIP's tokenizer knows words, single digits and runs of other characters: `go-kart` is three of them."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -45,6 +49,13 @@ class SmallPhotos(NamedTuple):
     """`a goldfish`."""
 
 
+@lru_cache
+def small_photos_mark(folder: Path) -> str:
+    """The hash of what a folder of them gives: its shards, and how they are divided and chosen."""
+    shards = {path.name: sha256_file(path) for path in _shards(folder)}
+    return hashlib.sha256(json.dumps([shards, SIDE, AREA, PARTS], sort_keys=True).encode()).hexdigest()
+
+
 def part_of(key: str) -> str:
     """The part of PARTS that a photograph belongs to."""
     place = derive_seed("small photos", key) / 2**63
@@ -56,8 +67,9 @@ def part_of(key: str) -> str:
 
 
 def category_words(folder: Path) -> tuple[str, ...]:
-    """Every word that a prompt of these photographs may hold, sorted, with the articles."""
-    found = {word for _, told, _ in _samples(folder) for word in words(str(told.get("category", "")))}
+    """Every word that a prompt of these photographs may hold, as CLIP splits them, sorted; with the articles."""
+    named = {str(told.get("category", "")) for _, told, _ in _samples(folder)}
+    found = {word for name in named for word in _WORD.findall(with_article(name).lower())}
     return tuple(sorted(found | {"a", "an"}))
 
 
@@ -122,12 +134,16 @@ def build_small_photos(
     return {LABELED: labeled, UNLABELED: unlabeled, TEST: test}
 
 
+def _shards(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.name.endswith((".tar", ".tar.gz"))) if folder.is_dir() else []
+    if not found:
+        raise InvalidInputError(f"{folder} holds no .tar or .tar.gz; give a folder of WebDataset shards")
+    return found
+
+
 def _samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
     """Key, JSON and picture of every sample that has both, shard by shard."""
-    shards = sorted(p for p in folder.iterdir() if p.name.endswith((".tar", ".tar.gz"))) if folder.is_dir() else []
-    if not shards:
-        raise InvalidInputError(f"{folder} holds no .tar or .tar.gz; give a folder of WebDataset shards")
-    for shard in shards:
+    for shard in _shards(folder):
         waiting: dict[str, dict[str, bytes]] = {}
         try:
             with tarfile.open(shard) as tar:

@@ -16,10 +16,10 @@ from refine_control.config import SamplerConfig
 from refine_control.data.records import Photo
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.baseline_cost import BaselineCost, baseline_cost
-from refine_control.evaluation.evaluate import Progress, Result, score
+from refine_control.evaluation.compare import Progress, Result, score
 from refine_control.evaluation.feature_metrics import FeatureNetworks, see, set_scores
 from refine_control.evaluation.report import Table
-from refine_control.evaluation.rows import RowResult
+from refine_control.evaluation.rows import RowResult, save_pictures
 from refine_control.models.baseline_painting import facts, paint
 from refine_control.models.baselines import KNOWN, load_baseline, recommended
 
@@ -109,8 +109,7 @@ def run_baseline(
 
     result = Result({}, {}, {}, {})
     row = add_baselines(result, {key: source}, photos, sampler, networks, progress)[key]
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "images.npy", result.images[key][:64])
+    save_pictures(folder, result.images[key], mark)
     cost = row.cost.model
     told = {
         "num_layers": cost.num_layers or None,

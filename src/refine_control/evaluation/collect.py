@@ -13,7 +13,7 @@ from typing import NamedTuple
 from refine_control.comparison import Row
 from refine_control.data.workers import workers as worker_processes
 from refine_control.evaluation.materials import Bar, Comparison, prepare_data
-from refine_control.evaluation.rows import TABLES, RowResult, read_row, row_mark, run_row, write_row
+from refine_control.evaluation.rows import TABLES, RowResult, finished, read_row, run_row, write_row
 
 Measure = Callable[[str, Row, Comparison, int, Bar], RowResult]
 """`rows.run_row`, `alike.run_alike` or another that can be pickled."""
@@ -63,8 +63,9 @@ def collect(
     `workers` rows are made at a time, each in a process of its own with its share of the cores."""
     wanted = [(key, seed) for seed in seeds for key, row in rows.items() if seed in seeds_of(row, seeds)]
     paths = {(key, seed): results / f"{key}-{seed}.json" for key, seed in wanted}
-    marks = {(key, seed): row_mark(rows[key], comparison, seed, measured) for key, seed in wanted}
-    missing = [each for each in wanted if read_row(paths[each], marks[each]) is None]
+    missing = [
+        (key, seed) for key, seed in wanted if not finished(paths[key, seed], rows[key], comparison, seed, measured)
+    ]
     if missing:
         prepare_data(comparison, [rows[key] for key, _ in missing], bar)
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0

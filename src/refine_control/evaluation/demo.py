@@ -13,13 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_control.comparison import read_budget, read_rows
-from refine_control.evaluation.evaluate import (
-    TEACHER,
-    compare,
-    sampler_facts,
-    summarise,
-    write_results,
-)
+from refine_control.evaluation.compare import compare
+from refine_control.evaluation.evaluate import TEACHER, sampler_facts, summarise, write_results
 from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.loss_curves import layer_curves, term_curves
 from refine_control.evaluation.materials import Comparison, prepare_data

@@ -35,8 +35,8 @@ from refine_control.evaluation.distances import (
 )
 from refine_control.evaluation.drawn_sets import cmmd_of_draws, frechet_of_draws, kid_of_draws
 from refine_control.evaluation.features import weights as published
-from refine_control.evaluation.features.weights import folder_with
-from refine_control.evaluation.metrics import Images, Mask, PerImage
+from refine_control.evaluation.features.weights import Published, find_weights, folder_with
+from refine_control.evaluation.metrics import Images, Mask, PerImage, composite
 from refine_control.evaluation.obedience import Classifier
 from refine_control.evaluation.region_clip import clip_scores, prompts_asked
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED
@@ -44,6 +44,12 @@ from refine_control.models.devices import best_device
 
 KID_SCALE = 1000.0
 SCENE, INCEPTION, CLIP = "scene", "inception", "clip"
+NETWORK_METRICS: Mapping[str, tuple[Published, ...]] = {
+    "fid": (published.INCEPTION,),
+    "lpips": (published.ALEXNET, published.LPIPS_HEADS),
+    "cmmd": (published.CLIP,),
+}
+"""One metric of each published network, and the files that it needs."""
 Seen = dict[str, NDArray[np.float32]]
 """By network: (N, D)."""
 
@@ -117,6 +123,18 @@ def load_networks(
     return FeatureNetworks(classifier, missing=missing, **found)
 
 
+def not_computed(weights: Path | None = None) -> dict[str, str]:
+    """By metric of NETWORK_METRICS whose weights are nowhere: what is missing and where to get it."""
+    out = {}
+    for metric, files in NETWORK_METRICS.items():
+        try:
+            for known in files:
+                find_weights(known, folder_with(known, weights))
+        except MissingError as error:
+            out[metric] = str(error)
+    return out
+
+
 def see(networks: FeatureNetworks, images: Images, masks: Mask) -> Seen:
     """What each network that measures sets makes of pictures (N, H, W, 3) uint8 with masks (N, H, W)."""
     out: Seen = {}
@@ -132,12 +150,15 @@ def see(networks: FeatureNetworks, images: Images, masks: Mask) -> Seen:
 def pair_scores(
     networks: FeatureNetworks, photos: Sequence[Photo], painted: Images, seen: tuple[Seen, Seen]
 ) -> dict[str, PerImage]:
-    """LPIPS, the scene distance and CLIP's obedience of each picture, (N,), where their networks are.
+    """LPIPS (whole, and of what is kept), the scene distance and CLIP's obedience of each picture, (N,), where their
+    networks are.
 
     `seen` is what `see` made of the photos and of the painted pictures, (N, H, W, 3) uint8."""
     out: dict[str, PerImage] = {}
     if networks.lpips is not None:
-        out["lpips"] = features.lpips(networks.lpips, np.stack([p.image for p in photos]), painted)
+        reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+        out["lpips"] = features.lpips(networks.lpips, reference, painted)
+        out["lpips_kept"] = features.lpips(networks.lpips, reference, composite(reference, painted, ~masks))
     if networks.classifier is not None:
         out["scene_perceptual"] = scene_features.scene_perceptual(seen[0][SCENE], seen[1][SCENE])
     if networks.clip is not None and networks.clip_text is not None:
@@ -165,16 +186,23 @@ def metric_notes(metrics: Iterable[str], count: int) -> list[str]:
     """What a table must say beside those of `metrics` that need a network, over `count` pictures."""
     shown, out = set(metrics), []
     if shown & {"fid", "kid"}:
-        out += [f"FID and KID x 1000: Inception of 2015, 2048 features. {bias_note(count)}"]
+        out += [
+            "FID and KID x 1000: Inception of 2015, 2048 features, pictures resized to 299 pixels as TensorFlow 1 did "
+            f"(bilinear, no antialias). {bias_note(count)}"
+        ]
     if "cmmd" in shown:
-        out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, sigma 10, times 1000."]
+        out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, bicubic, sigma 10, times 1000."]
     if "clip_local" in shown:
         out += [
             "CLIP scores: 100 cosines of the square around the mask with the region's own prompt, the photograph's "
-            "global one, and that of another of its regions; the same CLIP as CMMD's."
+            "global one (or all of its regions' own), and that of another of its regions (or, where it has one alone, "
+            "of the next photograph); the same CLIP as CMMD's."
         ]
     if "lpips" in shown:
-        out += ["LPIPS: AlexNet, version 0.1, pictures at their own size."]
+        out += [
+            "LPIPS: AlexNet, version 0.1, values in [-1, 1], pictures at their own size; kept: with the original's "
+            "pixels in the hole, so that only what ought to stay is compared."
+        ]
     if shown & {"scene_perceptual", "scene_frechet", "scene_mmd"}:
         out += [
             "Scene distances: the 64 features of the mini model's own oracle, of the square around each mask; they "

@@ -21,10 +21,10 @@ from refine_control.data.cache import build_cache
 from refine_control.data.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.data.scene_shards import build_scenes
 from refine_control.data.shards import open_manifest
-from refine_control.data.small_photos import build_small_photos
+from refine_control.data.small_photos import build_small_photos, small_photos_mark
 from refine_control.data.variants import Variant, build_variant
 from refine_control.errors import InvalidInputError
-from refine_control.evaluation.evaluate import read_test
+from refine_control.evaluation.compare import read_test
 from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
@@ -111,7 +111,7 @@ class Comparison:
     def mark(self) -> list[str]:
         """What of model and data results depend on, beside the budget: hashes and names."""
         told = [_model_mark(*self.names)]
-        told += ["photographs"] if self.photos else []
+        told += [small_photos_mark(self.photos)] if self.photos else []
         if self.data:
             told += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
         return told

@@ -23,6 +23,14 @@ DATA_RANGE = 255.0
 MAX_PSNR = 100.0
 """dB. Identical images have an infinite PSNR and would make every mean infinite; they count as this much."""
 
+CONVENTIONS = (
+    "PSNR and SSIM on 8-bit RGB, range 255, of each picture, then the mean: PSNR of the squared error over all pixels "
+    "and channels, at most 100 dB; SSIM with a Gaussian window of 11 pixels, sigma 1.5, wholly inside the picture, "
+    "mean of the channels. Raw pipeline output unless composited (kept pixels put back); region: inside the mask; "
+    "kept: outside of it."
+)
+"""What tables say of PSNR and SSIM."""
+
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
 SSIM_WINDOW = 2 * SSIM_RADIUS + 1

@@ -1,7 +1,7 @@
 """Obedience on photographs, where no oracle knows colour and shape: CLIP looks at the square around the mask.
 
-Its score against the region's own prompt stands beside those against the photograph's global prompt and against the
-prompts of other regions of the same photograph: a model that obeys raises the first alone.
+Its score against the region's own prompt stands beside those against the photograph's global prompt and against
+another region's: a model that obeys raises the first alone.
 """
 
 # N photographs, H W pixels
@@ -9,6 +9,7 @@ prompts of other regions of the same photograph: a model that obeys raises the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,23 +45,22 @@ def region_pictures(images: Images, masks: Mask, side: int) -> NDArray[np.uint8]
 
 
 def prompts_asked(photos: Sequence[Photo]) -> dict[str, list[str]]:
-    """The prompts by the metric they make; a kind that not every photograph has is left out.
+    """The prompts by the metric they make: the region's own, the photograph's, and another's.
 
-    `clip_other`: the prompt of the next other region of the same photograph (`meta["photo"]`)."""
-    asked = {"clip_local": [p.prompt for p in photos]}
-    if all(p.global_prompt for p in photos):
-        asked["clip_global"] = [p.global_prompt for p in photos]
+    `clip_global`: the global prompt, or the prompts of all regions of the same photograph (`meta["photo"]`).
+    `clip_other`: that of the next other region of the same photograph, or, where it has one alone, of the next
+    photograph whose prompt is another; left out where all prompts are one."""
     by_photo: dict[object, list[str]] = {}
     for p in photos:
         by_photo.setdefault(p.meta.get("photo", p.key), []).append(p.prompt)
-    others = []
-    for p in photos:
-        prompts = by_photo[p.meta.get("photo", p.key)]
-        after = prompts[prompts.index(p.prompt) + 1 :] + prompts
-        others.append(next((other for other in after if other != p.prompt), ""))
-    if all(others):
-        asked["clip_other"] = others
-    return asked
+    asked = {"clip_local": [p.prompt for p in photos], "clip_global": [], "clip_other": []}
+    for number, p in enumerate(photos):
+        own = by_photo[p.meta.get("photo", p.key)]
+        asked["clip_global"].append(p.global_prompt or ", ".join(dict.fromkeys(own)))
+        elsewhere = (photos[(number + step) % len(photos)].prompt for step in range(1, len(photos)))
+        after = chain(own[own.index(p.prompt) + 1 :], own, elsewhere)
+        asked["clip_other"].append(next((other for other in after if other != p.prompt), ""))
+    return asked if all(asked["clip_other"]) else {name: asked[name] for name in ("clip_local", "clip_global")}
 
 
 def clip_scores(

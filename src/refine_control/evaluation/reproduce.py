@@ -8,6 +8,7 @@ there; so it may be killed after any of them. The tables are made again from all
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refine_control import __version__
 from refine_control.comparison import Budget, Row, read_rows, reference_of, row_recipes
 from refine_control.data.records import TEST
 from refine_control.data.scene_shards import scene_photos
@@ -28,15 +30,27 @@ from refine_control.evaluation.alike import (
     run_alike,
     summarise_alike,
 )
+from refine_control.evaluation.bounds import bounds_note, psnr_bounds
 from refine_control.evaluation.collect import collect, seeds_of
+from refine_control.evaluation.compare import compare
 from refine_control.evaluation.curves import Curve
-from refine_control.evaluation.evaluate import compare
 from refine_control.evaluation.loss_curves import layer_curves, seed_curves, term_curves
 from refine_control.evaluation.materials import Bar, Comparison, prepare_data
+from refine_control.evaluation.metrics import Images
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
 from refine_control.evaluation.row_tables import BASELINE, TEACHER, cost_curves, findings, summarise, tables_of
-from refine_control.evaluation.rows import TABLES, read_row, row_mark, row_model, sampler_of, train_row
+from refine_control.evaluation.rows import (
+    TABLES,
+    finished,
+    read_pictures,
+    read_row,
+    row_mark,
+    row_model,
+    sampler_of,
+    save_pictures,
+    train_row,
+)
 from refine_control.evaluation.signatures import prompt_signature
 from refine_control.evaluation.tables import to_latex, to_markdown
 from refine_control.evaluation.targets import FIGURE2, FIGURE3, TARGETS, held_against, measured_rows
@@ -67,10 +81,11 @@ def plan(
         for key, row in measured_rows(measured, TARGETS[target], rows, against, comparison.scale).items():
             for seed in seeds_of(row, seeds):
                 path = folder / f"{key}-{seed}.json"
-                had = read_row(path, row_mark(row, comparison, seed, measured))
+                had = finished(path, row, comparison, seed, measured)
                 done[str(path.relative_to(results).with_suffix(""))] = "finished" if had else "to do"
-    for key in measured_rows(FIGURE3, TARGETS[target], rows, against, comparison.scale):
-        done[f"{FIGURE3}/{key}-{seeds[0]}"] = "finished" if _painted(comparison, key, seeds[0]).is_file() else "to do"
+    for key, row in measured_rows(FIGURE3, TARGETS[target], rows, against, comparison.scale).items():
+        had = _pictures(comparison, key, row, seeds[0])
+        done[f"{FIGURE3}/{key}-{seeds[0]}"] = "to do" if had is None else "finished"
     return {"verb": "reproduce", "budget": comparison.budget.model_dump(mode="json"), "rows": done}
 
 
@@ -90,34 +105,33 @@ def _absent(rows: Mapping[str, Row], comparison: Comparison, seeds: Sequence[int
     return out
 
 
-def _painted(comparison: Comparison, key: str, seed: int) -> Path:
-    """The first pictures of a row."""
-    return comparison.out / f"{key}-{seed}" / "images.npy"
+def _pictures(comparison: Comparison, key: str, row: Row, seed: int) -> Images | None:
+    """The first pictures of a row, where they were painted in `out` by what it says today."""
+    return read_pictures(comparison.out / f"{key}-{seed}", row_mark(row, comparison, seed))
 
 
 def _paint(rows: Mapping[str, Row], comparison: Comparison, seed: int, bar: Bar) -> None:
     """Trains what is missing of these rows, and paints the first test pictures of each into `images.npy`."""
-    missing = {key: row for key, row in rows.items() if not _painted(comparison, key, seed).is_file()}
+    missing = {key: row for key, row in rows.items() if _pictures(comparison, key, row, seed) is None}
     if not missing:
         return
     prepare_data(comparison, missing.values(), bar)
-    photos = comparison.test_photos()[:_PICTURES]
+    photos = comparison.test_photos()[:_SHOWN]
     for key, row in missing.items():
         trained = train_row(key, row, comparison, seed, bar)
         backbone, controlnet = row_model(trained, comparison)
         result = compare(backbone, {key: controlnet}, photos, sampler_of(comparison.budget, row), None, bar(key))
-        path = _painted(comparison, key, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, result.images[key])
+        mark = row_mark(row, comparison, seed)
+        save_pictures(comparison.out / f"{key}-{seed}", result.images[key], mark)
 
 
-def _figure3(keys: Sequence[str], comparison: Comparison, seed: int) -> PictureGrid | None:
+def _figure3(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
     """The first test pictures beside what each row made of them, of the rows that ran in `out`."""
-    paths = {key: _painted(comparison, key, seed) for key in keys}
-    painted = {key: np.load(path) for key, path in paths.items() if path.is_file()}
+    found = {key: _pictures(comparison, key, row, seed) for key, row in rows.items()}
+    painted = {key: images for key, images in found.items() if images is not None}
     if not painted or not (comparison.shards / TEST).is_dir():
         return None
-    photos = comparison.test_photos()[: min(12, *(len(v) for v in painted.values()))]
+    photos = comparison.test_photos()[: min(_SHOWN, *(len(v) for v in painted.values()))]
     lines = [
         [p.image, np.where(p.mask[..., None], 0, p.image).astype(np.uint8), *(v[i] for v in painted.values())]
         for i, p in enumerate(photos)
@@ -127,7 +141,7 @@ def _figure3(keys: Sequence[str], comparison: Comparison, seed: int) -> PictureG
     return PictureGrid(columns, lines, captions, masks, title=f"Figure 3, {comparison.world}")
 
 
-_PICTURES = 12
+_SHOWN = 12
 _ALIGNMENT_SCENES = 256
 
 
@@ -163,10 +177,24 @@ class _Made:
     absent: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     grids: dict[str, PictureGrid] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
+    """What made each number: row, seed, the hash of everything it depends on, machine."""
 
     def draw(self, name: str, grid: PictureGrid | None) -> None:
         """Keeps a grid where there is one."""
         self.grids |= {name: grid} if grid else {}
+
+
+def _bounds(comparison: Comparison) -> list[str]:
+    """Between what PSNR can lie on test pictures that are no scenes, once for each `out`."""
+    if comparison.rendered or not (comparison.shards / TEST).is_dir():
+        return []
+    path, mark = comparison.out / "bounds.json", [*comparison.mark(), comparison.budget.test]
+    had = json.loads(path.read_text()) if path.is_file() else {}
+    if had.get("mark") != mark:
+        had = {"mark": mark, "bounds": psnr_bounds(comparison.backbone(), comparison.test_photos())}
+        write_json(path, had)
+    return [bounds_note(had["bounds"])]
 
 
 def _make_tables(
@@ -176,11 +204,12 @@ def _make_tables(
     rows = {key: row for key, row in rows.items() if key not in absent}
     found = collect(rows, comparison, **how)
     made.summary |= summarise(found, against)
-    made.tables += tables_of(made.summary, rows, comparison, title)
+    made.tables += tables_of(made.summary, rows, comparison, title, _bounds(comparison))
+    made.marks += [f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts['machine']}" for key in found for r in found[key]]
     made.absent += absent.values()
     made.told += [*absent.values(), *findings(made.summary, rows)]
     made.curves += [*cost_curves(made.summary, rows), *_loss_curves(rows, against, comparison, how["seeds"])]
-    made.draw("figure3.png", _figure3(list(found), comparison, how["seeds"][0]))
+    made.draw("figure3.png", _figure3(rows, comparison, how["seeds"][0]))
 
 
 def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, seeds: Sequence[int]) -> list[Curve]:
@@ -240,7 +269,7 @@ def reproduce(
         )
     made = _Made({"budget": comparison.budget.model_dump(mode="json")})
     how: dict[str, Any] = {"seeds": chosen, "bar": bar, "workers": workers}
-    reference = held_against(wanted, against, scale)
+    reference = held_against(wanted, rows, against, scale)
     with only_writer(comparison.out):
         if table_rows := measured_rows(TABLES, wanted, rows, against, scale):
             found_in = how | {"results": _results(results, TABLES)}
@@ -249,7 +278,7 @@ def reproduce(
             _make_figure2(made, alike_rows, comparison, how | {"results": _results(results, MARK)})
         if shown := measured_rows(FIGURE3, wanted, rows, against, scale):
             _paint(shown, comparison, chosen[0], bar)
-            made.draw("figure3.png", _figure3(list(shown), comparison, chosen[0]))
+            made.draw("figure3.png", _figure3(shown, comparison, chosen[0]))
         if "layers" in wanted.studies:
             _make_alignment(made, table_rows, comparison)
         command = f"refine-control reproduce {target} --scale {scale} --budget {results.name} --seeds {len(chosen)}"
@@ -269,6 +298,7 @@ def _write(made: _Made, title: str, out: Path, facts: Mapping[str, str]) -> Repr
     write_json(out / "tables.json", made.summary)
     for name, grid in made.grids.items():
         write_atomic(out / name, picture_grid(grid))
-    data = ReportData(title, made.told, facts, made.tables, list(made.grids.values()), made.curves)
+    signed = [f"refine-control {__version__}", *made.marks]
+    data = ReportData(title, made.told, facts, made.tables, list(made.grids.values()), made.curves, signed)
     write_report(out / "report.html", data)
     return Reproduced(text, made.summary, out)

@@ -12,18 +12,21 @@ import numpy as np
 from refine_control.comparison import Row
 from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.distances import set_difference, set_interval
-from refine_control.evaluation.feature_metrics import SET_METRICS, metric_notes
+from refine_control.evaluation.feature_metrics import NETWORK_METRICS, SET_METRICS, metric_notes, not_computed
 from refine_control.evaluation.materials import Comparison
+from refine_control.evaluation.metrics import CONVENTIONS
 from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import RowResult, sampler_of
 from refine_control.evaluation.signatures import advised_once, signatures, stage_signature
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
 from refine_control.evaluation.tables import HEADINGS, cell, digits
 
-COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step")
+COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step", "s a picture")
 TEACHER, BASELINE = "teacher", "fc"
 _GAP = ("psnr_region", "both")
-_SHOWN = ("psnr_region", "psnr", "ssim", "lpips", "colour", "shape", "both", "scene_perceptual")
+_OBEYED = ("colour", "shape", "both", "clip_local", "clip_global", "clip_other")
+_SHOWN = ("psnr_region", "psnr", "psnr_kept", "ssim", "lpips", "lpips_kept", *_OBEYED, "scene_perceptual")
+_PAPER = {"psnr": "PSNR", "ssim": "SSIM", "fid": "FID", "lpips": "LPIPS", "cmmd": "CMMD"}
 
 
 def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
@@ -36,7 +39,7 @@ def _common_seeds(
     left: Sequence[RowResult], right: Sequence[RowResult]
 ) -> tuple[Sequence[RowResult], Sequence[RowResult]]:
     """The results of both for the training seeds that both have; one that was never trained stands beside them all."""
-    if not left[0].facts.get("steps"):
+    if not (left[0].facts.get("steps") and right[0].facts.get("steps")):
         return left, right
     seeds = {r.seed for r in left} & {r.seed for r in right}
     return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
@@ -93,20 +96,22 @@ def _gap_closed(found: Mapping[str, Sequence[RowResult]], key: str, metrics: Seq
 
 
 def quality(summary: Mapping[str, Any], rows: Mapping[str, Row], title: str, notes: Sequence[str]) -> Table:
-    """A row for each model, a column for each metric, and the paper's PSNR and SSIM beside ours."""
+    """A row for each model, a column for each metric, and the paper's numbers beside ours."""
     metrics = summary["metrics"]
+    papers = {key: rows[key].paper or {} for key in summary["rows"]}
+    told = [m for m in _PAPER if any(m in paper for paper in papers.values())]
     lines = []
     for key, row in summary["rows"].items():
-        paper = rows[key].paper or {}
-        beside = [f"{paper[m]:g}" if m in paper else "" for m in ("psnr", "ssim")]
+        beside = [f"{papers[key][m]:g}" if m in papers[key] else "" for m in told]
         cells = [cell(row["mean"][m], digits(m)) for m in metrics]
         lines.append([rows[key].title, str(len(row["seeds"])), *_cost_cells(row["facts"][0]), *cells, *beside])
-    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in metrics), "paper's PSNR", "paper's SSIM"]
-    return Table(title, columns, lines, notes)
+    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in metrics)]
+    return Table(title, [*columns, *(f"paper's {_PAPER[m]}" for m in told)], lines, notes)
 
 
 def _cost_cells(facts: Mapping[str, Any]) -> list[str]:
     told = [(facts.get("num_layers"), "d"), (facts.get("num_params"), ",d"), (facts.get("gflops_step"), ".3f")]
+    told += [(facts.get("seconds_per_image"), ".3f")]
     return ["" if value is None else format(value, spec) for value, spec in told]
 
 
@@ -143,14 +148,15 @@ def cost_curves(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Cur
 
 def gap_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
     """Each trained row: how much of the way from Student_fc to the teacher it goes."""
+    shown = [m for m in _GAP if m in summary["metrics"]]
     lines = [
-        [rows[key].title, *(_share_cell(shares.get(m)) for m in _GAP)] for key, shares in summary["gap_closed"].items()
+        [rows[key].title, *(_share_cell(shares.get(m)) for m in shown)] for key, shares in summary["gap_closed"].items()
     ]
     notes = [
         "0 is Student_fc, 100 the teacher; 95 % bootstrap interval of the ratio, paired by scene and seed. The paper's "
         "student closes 76.5 % in PSNR. No number: the teacher is not told from Student_fc."
     ]
-    return Table("Share of the gap closed, %", ["row", *(HEADINGS[m] for m in _GAP)], lines, notes)
+    return Table("Share of the gap closed, %", ["row", *(HEADINGS[m] for m in shown)], lines, notes)
 
 
 def spread_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
@@ -183,18 +189,53 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     return advised_once(out) + (stage_signature(found["sl"]["minus"]) if staged else [])
 
 
-def tables_of(summary: dict[str, Any], rows: Mapping[str, Row], comparison: Comparison, names: str) -> list[Table]:
-    """Quality, differences, shares of the gap and the spread between seeds, with how they were measured."""
+def ways_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table | None:
+    """How each baseline of another kind was run, and what its denoiser weighs; None where there is none."""
+    found = {key: row["facts"][0] for key, row in summary["rows"].items() if "baseline" in row["facts"][0]}
+    lines = [
+        [
+            rows[key].title,
+            *(facts["baseline"][name] for name in ("model", "resolution", "sampler", "license")),
+            f"{facts['denoiser_params']:,}",
+        ]
+        for key, facts in found.items()
+    ]
+    columns = ["row", "model", "resolution", "sampler", "license", "denoiser parameters"]
+    notes = ["The same test samples, masks and prompts as the other rows; each model is sampled in its own way."]
+    return Table("Models of another kind", columns, lines, notes) if lines else None
+
+
+def _not_computed(summary: Mapping[str, Any], comparison: Comparison) -> list[str]:
+    """For each metric of a published network that the table lacks: which file it needs, or which rows."""
+    lacking = [m for m in NETWORK_METRICS if m not in summary["metrics"]]
+    absent = not_computed(comparison.weights)
+    return [
+        absent.get(m)
+        or f"{HEADINGS[m].removesuffix(' (less)')} not computed: some rows were measured without its network; name its "
+        "folder with --weights, and they are measured again"
+        for m in lacking
+    ]
+
+
+def tables_of(
+    summary: dict[str, Any], rows: Mapping[str, Row], comparison: Comparison, names: str, notes: Sequence[str] = ()
+) -> list[Table]:
+    """Quality, differences, shares of the gap and the spread between seeds, with how they were measured.
+
+    `notes` are further sentences under the first."""
     budget, sampler = comparison.budget, sampler_of(comparison.budget)
     labeled, unlabeled, test = (count or "all" for count in (budget.labeled, budget.unlabeled, budget.test))
     note = (
         f"{test} test samples; {budget.steps} steps of {budget.batch_size} samples for every student; "
         f"|D_sl| {labeled}, |D_ssl| {unlabeled}; Euler, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, {sampler.precision}. Mean and 95 % two-level bootstrap interval "
-        "(seeds, then scenes); PSNR and SSIM on 8-bit RGB, raw pipeline output unless composited; region: inside "
-        "the mask. The paper's numbers are of its own test photographs and stand beside ours, not against them."
+        f"(seeds, then scenes). {CONVENTIONS} Seconds a picture are of the whole evaluation, whatever else the machine "
+        "did. The paper's numbers are of its own test photographs and stand beside ours, not against them."
     )
     told = metric_notes(summary["metrics"], next(iter(summary["rows"].values()))["samples"])
+    told += [*notes, *_not_computed(summary, comparison)]
     out = [quality(summary, rows, f"{names}, {comparison.world}", [note, *told]), differences(summary, rows)]
+    ways = ways_table(summary, rows)
+    out += [ways] if ways else []
     out += [gap_table(summary, rows)] if summary["gap_closed"] else []
     return out + ([spread_table(summary, rows)] if any("spread" in row for row in summary["rows"].values()) else [])

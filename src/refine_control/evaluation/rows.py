@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from refine_control.comparison import Budget, Row, row_recipes
 from refine_control.config import Recipe, SamplerConfig, fingerprint
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.compare import Scores, compare, in_precision
 from refine_control.evaluation.distances import SetScore
-from refine_control.evaluation.evaluate import Scores, compare, in_precision
-from refine_control.evaluation.feature_metrics import load_networks
+from refine_control.evaluation.feature_metrics import NETWORK_METRICS, load_networks, not_computed
 from refine_control.evaluation.materials import Bar, Comparison, cache_folder
+from refine_control.evaluation.metrics import Images
 from refine_control.evaluation.model_cost import counted_cost
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.backbone import Backbone
@@ -37,7 +39,8 @@ from refine_control.training.run import train
 
 FORMAT = 2
 """Raised when equal recipes no longer give equal numbers."""
-_DIGITS = 5
+PICTURES, PICTURES_MARK = "images.npy", "images.mark"
+_DIGITS, _PICTURES = 5, 64
 
 
 class RowResult(NamedTuple):
@@ -81,6 +84,32 @@ def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES
     changed = row.data.model_dump(exclude_defaults=True)
     told += [changed] if changed else []
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def finished(path: Path, row: Row, comparison: Comparison, seed: int, measured: str = TABLES) -> RowResult | None:
+    """The result in a file, if it is this row's and holds what the networks in `comparison.weights` can measure."""
+    result = read_row(path, row_mark(row, comparison, seed, measured))
+    if result is None or comparison.weights is None or measured != TABLES:
+        return result
+    absent = not_computed(comparison.weights)
+    return result if all(m in {*result.scores, *result.sets} for m in NETWORK_METRICS if m not in absent) else None
+
+
+def save_pictures(folder: Path, images: Sequence[np.ndarray] | np.ndarray, mark: str) -> None:
+    """The first pictures of a row, (H, W, 3) each, beside the hash of what made them; none where sizes differ."""
+    first = list(images[:_PICTURES])
+    if len({image.shape for image in first}) > 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PICTURES_MARK).unlink(missing_ok=True)
+    np.save(folder / PICTURES, np.stack(first))
+    write_atomic(folder / PICTURES_MARK, mark)
+
+
+def read_pictures(folder: Path, mark: str) -> Images | None:
+    """What `save_pictures` wrote, if it is of this hash."""
+    told = folder / PICTURES_MARK
+    return np.load(folder / PICTURES) if told.is_file() and told.read_text() == mark else None
 
 
 class TrainedRow(NamedTuple):
@@ -153,9 +182,7 @@ def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> 
     trained = train_row(key, row, comparison, seed, bar)
     backbone, controlnet = row_model(trained, comparison)
     result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
-    folder = out / f"{key}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "images.npy", result.images[key][:64])
+    save_pictures(out / f"{key}-{seed}", result.images[key], mark)
     facts = facts_of(row, budget, trained, backbone, controlnet) | {"seconds_per_image": round(result.seconds[key], 4)}
     return RowResult(key, seed, mark, result.scores[key], result.sets[key], facts)
 

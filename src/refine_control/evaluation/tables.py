@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from refine_control.evaluation.metrics import CONVENTIONS
 from refine_control.evaluation.model_cost import ModelCost
 from refine_control.evaluation.report import Table
 
@@ -24,6 +25,7 @@ HEADINGS = {
     "clip_global": "CLIP global",
     "clip_other": "CLIP other (less)",
     "lpips": "LPIPS (less)",
+    "lpips_kept": "LPIPS kept (less)",
     "fid": "FID (less)",
     "kid": "KID x 1000 (less)",
     "cmmd": "CMMD (less)",
@@ -52,8 +54,7 @@ def quality_table(summary: Mapping[str, Any], notes: Sequence[str] = ()) -> Tabl
     known = list(next(iter(models.values())))
     rows = [[name, *(cell(values[m], digits(m)) for m in known)] for name, values in models.items()]
     shown = [
-        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. PSNR and SSIM on 8-bit RGB; raw "
-        "pipeline output unless composited (kept pixels put back); region: inside the mask.",
+        f"Mean and 95 % bootstrap interval over {summary['samples']} pictures. {CONVENTIONS}",
         *notes,
     ]
     return Table("Quality", ["model", *(HEADINGS[m] for m in known)], rows, shown)

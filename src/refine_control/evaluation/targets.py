@@ -44,26 +44,36 @@ TARGETS = {
 """By the word of the command line."""
 
 
-def held_against(target: Target, against: str | None = None, scale: Scale = "mini") -> str:
-    """The key of the row that a target's tables hold the others against: the one asked for, its own, the scale's."""
-    return against or target.against or reference_of(read_rows(scale))
+def held_against(target: Target, named: Sequence[str] = (), against: str | None = None, scale: Scale = "mini") -> str:
+    """The key of the row that a target's tables hold the others against: the one asked for, its own, the scale's.
+
+    The teacher where all rows `named` are of models that nobody trains here."""
+    if against:
+        return against
+    rows = read_rows(scale)
+    return TEACHER if _untrained(named, rows) else target.against or reference_of(rows)
+
+
+def _untrained(named: Sequence[str], rows: Mapping[str, Row]) -> bool:
+    return bool(named) and not any(rows[key].stages for key in named if key in rows)
 
 
 def rows_of(
     target: Target, named: Sequence[str] = (), against: str | None = None, scale: Scale = "mini"
 ) -> dict[str, Row]:
-    """The rows of a target's tables, or those named alone; always with teacher, fc and the row to hold them `against`.
+    """The rows of a target's tables, or those named alone, with the teacher and the row to hold them `against`; with
+    fc too, unless no row named is trained.
 
     Raises InvalidInputError for a row that does not exist, and for a target that the scale has no rows of."""
     rows = read_rows(scale)
     for study in target.studies:
         if not any(study in row.studies for row in rows.values()):
             raise InvalidInputError(f"there are no rows of {study} at the scale {scale}; write them into its rows.yaml")
-    against = held_against(target, against, scale)
+    against = held_against(target, named, against, scale)
     unknown = sorted({*named, against} - set(rows))
     if unknown:
         raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
-    wanted = {TEACHER, BASELINE, against, *named}
+    wanted = {TEACHER, against, *named} | (set() if _untrained(named, rows) else {BASELINE})
     return {k: r for k, r in rows.items() if k in wanted or (not named and _belongs(r, target))}
 
 

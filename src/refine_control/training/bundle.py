@@ -107,7 +107,7 @@ def train_bundle(
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     world = world or SceneWorld()
-    pipeline = world.pipeline(start, work, seed).to(training_device())
+    pipeline = world.pipeline(start, work, seed, stages).to(training_device())
     if "autoencoder" in stages:
         objective: Any = AutoencoderObjective(pipeline.vae, torch.bfloat16)
         weights = run_stage("autoencoder", objective, world.pictures(), stages["autoencoder"], work, seed, progress)

@@ -7,7 +7,7 @@ A world gives the pipeline to begin with, the pictures of every stage, and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ import torch
 from refine_control.config import SamplerConfig
 from refine_control.data import scenes
 from refine_control.data.small_photos import SmallPhotos, category_words, read_small_photos
+from refine_control.errors import InvalidInputError
+from refine_control.evaluation.bounds import decoded
 from refine_control.evaluation.metrics import psnr
 from refine_control.evaluation.obedience import Classifier, load_classifier
 from refine_control.models.backbone import encode_images, masked_pixels
@@ -41,8 +43,8 @@ class World(Protocol):
     has_oracle: bool
     """Does a classifier belong to its bundles?"""
 
-    def pipeline(self, start: Path | None, work: Path, seed: int) -> Any:
-        """Where training begins: the networks of `start`, or new ones."""
+    def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
+        """Where training of `stages` begins: the networks of `start`, or new ones."""
         ...
 
     def pictures(self) -> Any:
@@ -77,8 +79,9 @@ class SceneWorld:
         "license": "Apache-2.0",
     }
 
-    def pipeline(self, start: Path | None, work: Path, seed: int) -> Any:
+    def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
         """As it is, or new."""
+        del stages
         return load_pipeline(start) if start else new_pipeline(work, seed)
 
     def pictures(self) -> PictureBatches:
@@ -120,10 +123,26 @@ class PhotoWorld:
             "license": "the photographs' terms; not for publication",
         }
 
-    def pipeline(self, start: Path | None, work: Path, seed: int) -> Any:
-        """New text encoders for the categories' words where it begins from scenes; else as it is."""
+    def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
+        """New text encoders for the categories' words where it begins from scenes; else as it is.
+
+        Raises InvalidInputError where nobody would learn the new words, and for a `start` that does not know them."""
+        wanted = category_words(self.folder)
         pipeline = load_pipeline(start or BUNDLE)
-        return pipeline if start else with_new_words(pipeline, category_words(self.folder), work, seed)
+        if start:
+            unknown = sorted(set(wanted) - {w.removesuffix("</w>") for w in pipeline.tokenizer.get_vocab()})
+            if unknown:
+                raise InvalidInputError(
+                    f"{start} does not know {len(unknown)} words of {self.folder}, such as {unknown[0]!r}; leave "
+                    "--from away, so that the stage base learns them, or begin from a bundle of these photographs"
+                )
+            return pipeline
+        if "base" not in stages:
+            raise InvalidInputError(
+                f"the words of {self.folder} are new to the shipped model, and only the stage base teaches words; name "
+                "it too"
+            )
+        return with_new_words(pipeline, wanted, work, seed)
 
     def pictures(self) -> PhotoPictures:
         """The teacher's photographs."""
@@ -151,11 +170,8 @@ def photo_skill(bundle: Path, photos: SmallPhotos, sampler: SamplerConfig) -> di
     """Mean PSNR in dB of the autoencoder, and of the teacher in the region and on the whole picture."""
     backbone = load_backbone(bundle, cpu_kernels=True)
     controlnet, count = backbone.pipeline.controlnet, len(photos.keys)
-    with torch.no_grad():
-        pixels = _pixels(photos.images)
-        decoded = torch.cat([backbone.decode_latents(backbone.encode_images(part)) for part in pixels.split(64)])
-    kept = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    out: dict[str, Any] = {"photographs": count, "autoencoder_psnr": float(psnr(photos.images, kept).mean())}
+    found = float(psnr(photos.images, decoded(backbone, photos.images)).mean())
+    out: dict[str, Any] = {"photographs": count, "autoencoder_psnr": found}
     wrong = [*photos.prompts[count // 2 :], *photos.prompts[: count // 2]]
     for name, prompts in (("category", photos.prompts), ("empty", [""] * count), ("wrong", wrong)):
         painted = inpaint(backbone, controlnet, photos.images, photos.masks, prompts, sampler)

@@ -1,0 +1,29 @@
+"""Two rows of the paper's tables that end with equal weights would measure one thing twice."""
+
+import pytest
+
+from refine_control.comparison import read_budget, read_rows
+from refine_control.evaluation.materials import Comparison, prepare_data
+from refine_control.evaluation.rows import train_row
+from refine_control.storage import sha256_file
+
+TINY = {"labeled": 4, "unlabeled": 4, "test": 2, "alike": 1, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
+
+
+def quiet(label):
+    return None
+
+
+@pytest.mark.slow
+def test_no_two_rows_of_tables_1_and_3_end_with_equal_weights(tmp_path):
+    budget = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
+    here = Comparison(budget, tmp_path)
+    rows = {key: row for key, row in read_rows().items() if row.stages and {1, 3} & set(row.tables)}
+    prepare_data(here, rows.values(), quiet)
+    made = {}
+    for key, row in rows.items():
+        student = train_row(key, row, here, 0, quiet).student
+        assert student is not None
+        made[key] = sha256_file(next(student.glob("*.safetensors")))
+    assert len(made) >= 12
+    assert len(set(made.values())) == len(made), made
