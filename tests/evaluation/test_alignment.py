@@ -9,11 +9,12 @@ from refine_control.evaluation import alignment as module
 from refine_control.evaluation.alignment import teacher_alignment
 
 PHOTOS = list(scene_photos(0, 0, 5))
+FORM = (64, 32)  # tokens and width of the tiny transformer
 
 
 def measured(tiny_backbone, monkeypatch, residuals, layers):
     """With these residuals of every picture in place of the network's."""
-    monkeypatch.setattr(module, "_residuals", lambda b, c, photos, seed, first: [r[: len(photos)] for r in residuals])
+    monkeypatch.setattr(module, "_residuals", lambda b, c, points: [r[: len(points.noisy)] for r in residuals])
     return teacher_alignment(tiny_backbone, tiny_backbone.pipeline.controlnet, PHOTOS, layers, batch_size=2)
 
 
@@ -25,6 +26,8 @@ def sites(tiny_backbone):
 def test_as_many_layers_as_sites_lose_nothing_and_fewer_lose_more(tiny_backbone, sites):
     found = teacher_alignment(tiny_backbone, tiny_backbone.pipeline.controlnet, PHOTOS, range(1, sites + 1))
     assert found.errors[sites] == 0
+    assert found.outputs[sites] == pytest.approx(0, abs=1e-9)
+    assert found.outputs[1] > 0
     assert 0 < found.errors[1] <= 1
     assert found.power.shape == (sites,)
     assert found.cosine.shape == (sites - 1,)
@@ -32,7 +35,7 @@ def test_as_many_layers_as_sites_lose_nothing_and_fewer_lose_more(tiny_backbone,
 
 
 def test_equal_residuals_are_lost_by_no_student(tiny_backbone, sites, monkeypatch):
-    same = [torch.full((2, 3, 4), 2.0)] * sites
+    same = [torch.full((2, *FORM), 2.0)] * sites
     found = measured(tiny_backbone, monkeypatch, same, [1, 2])
     np.testing.assert_allclose(found.power, 4)
     np.testing.assert_allclose(found.cosine, 1, atol=1e-6)
@@ -42,7 +45,7 @@ def test_equal_residuals_are_lost_by_no_student(tiny_backbone, sites, monkeypatc
 def test_one_layer_for_opposite_residuals_loses_all_and_the_batch_size_does_not_count(
     tiny_backbone, sites, monkeypatch
 ):
-    up = torch.ones(2, 3, 4)
+    up = torch.ones(2, *FORM)
     signs = [up if s % 2 else -up for s in range(sites)]
     found = measured(tiny_backbone, monkeypatch, signs, [1])
     mean = 0 if sites % 2 == 0 else 1 / sites  # of an odd number of signs one is left over

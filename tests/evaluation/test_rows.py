@@ -10,10 +10,10 @@ import pytest
 from refine_control.comparison import read_budget, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import collect as collecting
+from refine_control.evaluation import row_tables, rows
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.reproduce import plan, reproduce
-from refine_control.evaluation import row_tables, rows
 from refine_control.evaluation.row_tables import summarise, tables_of
 from refine_control.evaluation.rows import (
     RowResult,

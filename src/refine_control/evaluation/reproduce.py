@@ -240,7 +240,8 @@ def _make_figure2(made: _Made, rows: Mapping[str, Row], comparison: Comparison, 
 
 def _make_alignment(made: _Made, rows: Mapping[str, Row], comparison: Comparison) -> None:
     aligned = _alignment(comparison, rows)
-    told = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist(), "errors": aligned.errors}
+    told = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist()}
+    told |= {"errors": aligned.errors, "outputs": aligned.outputs}
     made.summary["alignment"] = told
     made.tables.append(alignment_table(aligned, _ALIGNMENT_SCENES))
     made.curves += alignment_curves(aligned)
