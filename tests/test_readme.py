@@ -31,6 +31,9 @@ def somewhere(tmp_path, monkeypatch):
             path = Path(word.partition("=")[2] or word) if "runs/" in word else Path(word)
             if path.suffix in (".jpg", ".png", ".parquet", ".tsv000") and not str(path).startswith("runs/"):
                 path.write_bytes(b"photo_id\tphoto_image_url\n")  # as a list of addresses begins
+            elif word == "TARS":
+                path.mkdir(exist_ok=True)
+                (path / "0.tar").write_bytes(b"")
             elif (word == "PHOTOS" or "runs/" in word) and not path.suffix:
                 path.mkdir(parents=True, exist_ok=True)
     for role in ROLES:

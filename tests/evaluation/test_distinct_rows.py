@@ -1,8 +1,11 @@
 """Two rows of the paper's tables that end with equal weights would measure one thing twice."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from refine_control.comparison import read_budget, read_rows
+from refine_control.evaluation import rows as module
 from refine_control.evaluation.materials import Comparison, prepare_data
 from refine_control.evaluation.rows import train_row
 from refine_control.storage import sha256_file
@@ -15,7 +18,7 @@ def quiet(label):
 
 
 @pytest.mark.slow
-def test_no_two_rows_of_tables_1_and_3_end_with_equal_weights(tmp_path):
+def test_no_two_rows_of_tables_1_and_3_end_with_equal_weights(tmp_path, monkeypatch):
     budget = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
     here = Comparison(budget, tmp_path)
     rows = {key: row for key, row in read_rows().items() if row.stages and {1, 3} & set(row.tables)}
@@ -27,3 +30,12 @@ def test_no_two_rows_of_tables_1_and_3_end_with_equal_weights(tmp_path):
         made[key] = sha256_file(next(student.glob("*.safetensors")))
     assert len(made) >= 12
     assert len(set(made.values())) == len(made), made
+    # what ran before is not run again, whatever row it was for
+    monkeypatch.setattr(module, "train", lambda *given: pytest.fail("an equal stage is trained again"))
+    again = train_row("again", rows["inherit"], here, 0, quiet)
+    assert again.student == tmp_path / "inherit-0" / "inherit_stage2" / "student"
+    monkeypatch.setattr(Comparison, "mark", lambda self: ["another model of the same name"])
+    monkeypatch.setattr(module, "train", refused := Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        train_row("again", rows["inherit"], here, 0, quiet)
+    refused.assert_called_once()

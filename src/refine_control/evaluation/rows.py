@@ -34,12 +34,13 @@ from refine_control.models.controlnet import ControlNet
 from refine_control.models.devices import device_name
 from refine_control.models.loading import load_controlnet
 from refine_control.models.mini import BUNDLE
-from refine_control.storage import write_atomic
-from refine_control.training.run import train
+from refine_control.storage import read_manifest, write_atomic, write_json
+from refine_control.training.run import STUDENT, train
 
 FORMAT = 2
 """Raised when equal recipes no longer give equal numbers."""
 PICTURES, PICTURES_MARK = "images.npy", "images.mark"
+_MADE_FOR = "made_for.json"
 _DIGITS, _PICTURES = 5, 64
 
 
@@ -122,8 +123,22 @@ class TrainedRow(NamedTuple):
     """Of this sitting."""
 
 
+def _trained_before(comparison: Comparison, seed: int, stage: str, recipe: Recipe) -> Path | None:
+    """The finished run of the very same recipe, model and data in the folder of any row, this one's or another's."""
+    told, wanted = recipe.model_dump(mode="json"), comparison.mark()
+    for path in sorted(comparison.out.glob(f"*-{seed}/{stage}/{_MADE_FOR}")):
+        student = path.parent / STUDENT
+        if json.loads(path.read_text()) == wanted and read_manifest(student, verify=False)["recipe"] == told:
+            read_manifest(student)
+            return path.parent
+    return None
+
+
 def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> TrainedRow:
-    """Trains the stages of a row one after the other under `out/KEY-SEED`; finished stages are left as they are."""
+    """Trains the stages of a row one after the other under `out/KEY-SEED`.
+
+    A stage that this row or another finished by the same recipe is taken as it is: rows that differ in stage 2 alone
+    share stage 1."""
     out = comparison.out
     model, teacher = comparison.names
     stages: dict[str, Path] = {}
@@ -140,7 +155,11 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
         changed |= {"data": recipe.data.model_dump() | {role: str(folder) for role, folder in caches.items()}}
         changed |= {"init_from": str(list(stages.values())[-1])} if stages else {}
         recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
+        if before := _trained_before(comparison, seed, stage, recipe):
+            stages[stage], student = before, before / STUDENT
+            continue
         trained = train(recipe, run_dir, bar(f"train {key}: {stage}"))
+        write_json(run_dir / _MADE_FOR, comparison.mark())
         stages[stage], student, seconds = run_dir, trained.student, seconds + trained.seconds
     return TrainedRow(student, stages, seconds)
 
