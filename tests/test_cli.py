@@ -331,12 +331,29 @@ def test_progress_counts_on_and_starts_again_for_the_next_stage(monkeypatch):
             self.note = note
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     advance = cli_output.progress_bar("work")
     advance(3, 10)
     advance(10, 10, "loss 1")
     assert (made[0].n, made[0].total, made[0].note) == (10, 10, "loss 1")
     advance(1, 5)
     assert (made[0].n, made[0].total) == (1, 5)
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(cli_output.time, "monotonic", lambda: now[0])
+    advance = cli_output.progress_bar("train")
+    for done in range(401, 501):  # continued at 400, two seconds a step
+        advance(done, 1000, "loss 1")
+        now[0] += 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "train: 431/1000, 2 s each, 18:58 left. loss 1"
+    advance(1, 10)  # the next stage
+    now[0] += 100
+    advance(5, 10)
+    assert capsys.readouterr().err == "train: 5/10, 20 s each, 01:40 left.\n"
 
 
 # The doctor.

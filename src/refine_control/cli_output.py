@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,18 @@ def named_sources(pairs: list[str], option: str) -> dict[str, str]:
     return named
 
 
+_LINE_EVERY = 60.0
+"""Seconds between the lines of a log."""
+
+
 def progress_bar(label: str) -> Callable[..., None]:
-    """A callback (done, total, note) that shows rate and time left on a terminal once two seconds have passed."""
+    """A callback (done, total, note) that shows rate and time left: a bar on a terminal once two seconds have passed,
+    elsewhere (a log, a batch job) a line a minute."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=label, delay=2, disable=None, leave=False)
+    if not sys.stderr.isatty():
+        return _progress_lines(label)
+    bar = tqdm(desc=label, delay=2, leave=False)
 
     def advance(done: int, total: int, note: str = "") -> None:
         if done < bar.n:  # the next stage begins
@@ -81,5 +90,28 @@ def progress_bar(label: str) -> Callable[..., None]:
         bar.total = total
         bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
+
+    return advance
+
+
+def _progress_lines(label: str) -> Callable[..., None]:
+    from tqdm import tqdm
+
+    first, began, before, told = 0, time.monotonic(), 0, time.monotonic()
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal first, began, before, told
+        now = time.monotonic()
+        if done < before:  # the next stage begins
+            first, began = 0, now
+        elif before == 0 and done > 1:  # continued: what was there already took no time
+            first, began = done, now
+        before = done
+        if now - told >= _LINE_EVERY and done > first:
+            told, each = now, (now - began) / (done - first)
+            left = tqdm.format_interval((total - done) * each)
+            print(
+                f"{label}: {done}/{total}, {each:.3g} s each, {left} left. {note}".rstrip(), file=sys.stderr, flush=True
+            )
 
     return advance
