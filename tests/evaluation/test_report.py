@@ -263,6 +263,18 @@ def test_a_line_runs_where_its_values_and_ticks_say():
     assert [tick.label for tick in drawn.x_ticks] == ["0", "20", "40", "60", "80", "100"]
 
 
+def test_a_few_points_are_dots_and_one_alone_is_seen():
+    drawn = plot(Curve("c", {"few": ([0, 100], [1.0, 2.0]), "one": ([50], [1.5]), "many": (range(99), np.ones(99))}))
+    few, one, many = drawn.lines
+    assert few.dots == " ".join(f"M {pair.replace(',', ' ')} h 0" for pair in few.points.split())
+    assert one.dots.startswith("M 500.0 ")
+    assert not many.dots
+    page = render_report(ReportData("t", [], curves=[Curve("c", {"one": ([50], [1.5])})]))
+    assert f'd="{plot(Curve("c", {"one": ([50], [1.5])})).lines[0].dots}"' in (
+        page if isinstance(page, str) else page.decode()
+    )
+
+
 def test_a_log_axis_is_logarithmic_and_says_what_it_left_out():
     drawn = plot(Curve("c", {"x": ([0, 1, 2, 3, 4], [1.0, 0.1, 0.0, np.nan, 0.001])}, log_y=True))
     points = points_of(drawn.lines[0].points)

@@ -24,6 +24,7 @@ EXTENT = 1000.0
 _PALETTE = 8  # --c0 .. --c7 in report.html.j2; more lines than these get one ramp of hues
 _SMOOTHED_FROM, _SMOOTHED_SERIES = 150, 4  # a bold mean for noisy lines from so many points, among so few lines
 _DRAWN_POINTS = 800
+_DOTTED_TO = 12
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Curve:
 
 
 class Line(NamedTuple):
-    """One line on the page: SVG points of the values and, for a long one, of their running mean ("" otherwise)."""
+    """One line on the page: SVG points of the values and, for a long one, of their running mean ("" otherwise); the
+    path of its dots, for one of a few measured points."""
 
     name: str
     color: str
     points: str
     mean_points: str
     last: str
+    dots: str = ""
 
 
 class Tick(NamedTuple):
@@ -139,10 +142,16 @@ def plot(curve: Curve) -> Plot:
                 points(*_thinned(steps, values)),
                 "" if means is None else points(*_thinned(steps, means)),
                 f"{(values if means is None else means)[-1]:.4g}",
+                _dots(points(steps, values)) if len(values) <= _DOTTED_TO else "",
             )
         )
     x_ticks = [Tick(100 * (x - x_low) / (x_high - x_low), _label(x)) for x in _round_steps(x_low, x_high, 5)]
     return Plot(curve.title, lines, x_ticks, y_ticks, notes, curve.x_label)
+
+
+def _dots(points: str) -> str:
+    """Strokes of no length, which the page draws as round dots however wide the plot is."""
+    return " ".join(f"M {point.replace(',', ' ')} h 0" for point in points.split())
 
 
 def _color(index: int, count: int) -> str:
