@@ -25,6 +25,7 @@ FLOORS = {
             "data.cache",
             "data.cache_writer",
             "data.annotate",
+            "evaluation.bounds",
             "evaluation.cost",
             "evaluation.obedience",
         ],
