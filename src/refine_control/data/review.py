@@ -240,12 +240,15 @@ def serve(
 
 @contextlib.contextmanager
 def _stopped_by_signal() -> Iterator[None]:
-    """SIGTERM and Ctrl+C are how a server is meant to end; uvicorn raises them again after it has answered all."""
+    """SIGTERM and Ctrl+C are how a server is meant to end; uvicorn raises them again after it has answered all.
+
+    Both end it from here on, before uvicorn listens to them too, and where a shell started it with SIGINT ignored."""
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    ending = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ending}
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
