@@ -4,12 +4,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from typer.main import get_command
 
-from refine_control import cli, cli_output, doctor
+from refine_control import cli, cli_evaluation, cli_output, doctor
 from refine_control.errors import (
     DamagedError,
     InterruptedCleanlyError,
@@ -338,6 +339,13 @@ def test_progress_counts_on_and_starts_again_for_the_next_stage(monkeypatch):
     assert (made[0].n, made[0].total, made[0].note) == (10, 10, "loss 1")
     advance(1, 5)
     assert (made[0].n, made[0].total) == (1, 5)
+
+
+def test_reproduce_offers_every_target():
+    from refine_control.evaluation.targets import TARGETS
+
+    literal = get_type_hints(cli_evaluation.reproduce)["target"]
+    assert list(get_args(literal)) == list(TARGETS)
 
 
 def test_a_log_gets_a_line_a_minute(monkeypatch, capsys):

@@ -86,7 +86,9 @@ def reproduce(
         str | None, typer.Option(help="A row of the scale's budgets.yaml: tables, photos, long, demo; paper, short.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="This row alone, beside teacher and fc.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="This row alone, beside the teacher, and fc if it is trained.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="The row that the others are held against; the scale's own else.")
     ] = None,

@@ -19,7 +19,7 @@ from PIL import Image
 from refine_control.data import review_state
 from refine_control.data.decisions import ACCEPT, EDIT, REJECT, append_decision, by_reviewer, decide, read_decisions
 from refine_control.data.regions import encode_rle
-from refine_control.data.review import SECRET_NAME, make_app, serve
+from refine_control.data.review import SECRET_NAME, _stopped_by_signal, make_app, serve
 from refine_control.data.review_rows import LONGEST, load_view, read_rows
 from refine_control.errors import InvalidInputError, MissingError
 
@@ -325,6 +325,20 @@ def test_a_signal_ends_it_without_fault(folder, started, number):
     started.append(Server(folder))
     started[0].process.send_signal(number)
     assert started[0].process.wait(60) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_before_it_listens_and_where_a_shell_had_it_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        went_on = False
+        with _stopped_by_signal():
+            signal.raise_signal(number)
+            went_on = True
+        assert not went_on
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.fixture

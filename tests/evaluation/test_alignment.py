@@ -40,6 +40,7 @@ def test_equal_residuals_are_lost_by_no_student(tiny_backbone, sites, monkeypatc
     np.testing.assert_allclose(found.power, 4)
     np.testing.assert_allclose(found.cosine, 1, atol=1e-6)
     assert found.errors == {1: 0, 2: 0}
+    assert found.outputs == pytest.approx({1: 0, 2: 0}, abs=1e-9)  # their means inject what they are
 
 
 def test_one_layer_for_opposite_residuals_loses_all_and_the_batch_size_does_not_count(

@@ -11,13 +11,14 @@ from refine_control.config import SamplerConfig
 from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import baseline_cost
-from refine_control.evaluation.baseline_rows import add_baselines, baseline_table, run_baseline
+from refine_control.evaluation.baseline_rows import add_baselines, run_baseline
 from refine_control.evaluation.compare import Result
 from refine_control.evaluation.evaluate import summarise
 from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.obedience import Classifier
 from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import read_row, write_row
+from refine_control.evaluation.tables import BaselineWay, baseline_table
 from refine_control.models import baselines, mini
 from refine_control.models.baselines import load_baseline
 
@@ -74,7 +75,7 @@ def test_a_baseline_joins_the_others(folder, quick):
     assert (cost.size, cost.model.num_layers, cost.model.num_params, cost.model.peak_memory) == (16, 0, 0, 7)
     assert cost.denoiser_params > 0
     assert cost.model.gflops_step > cost.model.gflops_controlnet == 0
-    table = baseline_table(rows)
+    table = baseline_table({n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in rows.items()})
     assert isinstance(table, Table)
     assert all(len(line) == len(table.columns) for line in table.rows)
     assert "2 steps, guidance 7.5, seed 3" in table.rows[0][3]

@@ -120,7 +120,7 @@ def test_tables_say_which_metric_needs_which_file(tmp_path, monkeypatch):
     assert "FID not computed" not in notes  # every row has it
     assert "a bound" in notes
     assert {"PSNR kept dB", "paper's FID", "paper's CMMD"} <= set(tables[0].columns)
-    assert not any("Models of another kind" in t.caption for t in tables)
+    assert not any("Baselines" in t.caption for t in tables)
 
 
 def test_models_of_another_kind_tell_how_they_were_run():
@@ -129,7 +129,7 @@ def test_models_of_another_kind_tell_how_they_were_run():
     values = {"psnr_region": np.arange(9.0)}
     found = {"teacher": [result("teacher", 0, values)], "sd2": [result("sd2", 0, values)._replace(facts=facts)]}
     tables = tables_of(summarise(found, "teacher"), ROWS, HERE, "Table 2")
-    ways = next(t for t in tables if t.caption == "Models of another kind")
+    ways = next(t for t in tables if t.caption == "Baselines")
     assert [list(r) for r in ways.rows] == [["SD2 inpainting", "M", "512 x 512", "S", "L", "1,234"]]
 
 

@@ -18,10 +18,9 @@ from refine_control.errors import InvalidInputError
 from refine_control.evaluation.baseline_cost import BaselineCost, baseline_cost
 from refine_control.evaluation.compare import Progress, Result, score
 from refine_control.evaluation.feature_metrics import FeatureNetworks, see, set_scores
-from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import RowResult, save_pictures
 from refine_control.models.baseline_painting import facts, paint
-from refine_control.models.baselines import KNOWN, load_baseline, recommended
+from refine_control.models.baselines import load_baseline, recommended
 
 
 class BaselineRow(NamedTuple):
@@ -72,23 +71,6 @@ def add_baselines(
         result.sets[name] = set_scores(reference, seen)
         rows[name] = BaselineRow(cost, facts(baseline, masks.shape[1], masks.shape[2], own), baseline.card.paper)
     return rows
-
-
-def baseline_table(rows: Mapping[str, BaselineRow]) -> Table:
-    """How each baseline was run, what its denoiser weighs, and the paper's numbers."""
-    metrics = list(KNOWN["sd2"].paper)
-    lines = [
-        [
-            name,
-            *(row.facts[fact] for fact in ("model", "resolution", "sampler", "license")),
-            f"{row.cost.denoiser_params:,}",
-            *(f"{row.paper[m]:g}" if m in row.paper else "" for m in metrics),
-        ]
-        for name, row in rows.items()
-    ]
-    columns = ["baseline", "model", "resolution", "sampler", "license", "denoiser parameters"]
-    notes = ["The paper's numbers are of its own test photographs and stand beside ours, not against them."]
-    return Table("Baselines", [*columns, *(f"paper's {m.upper()}" for m in metrics)], lines, notes)
 
 
 def run_baseline(

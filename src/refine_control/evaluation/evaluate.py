@@ -28,7 +28,14 @@ from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import Curve, ReportData, Table, write_report
 from refine_control.evaluation.signatures import signatures
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, bootstrap_mean, gap_closed, paired_difference
-from refine_control.evaluation.tables import HEADINGS, cost_table, difference_table, quality_table
+from refine_control.evaluation.tables import (
+    HEADINGS,
+    BaselineWay,
+    baseline_table,
+    cost_table,
+    difference_table,
+    quality_table,
+)
 from refine_control.models.devices import best_device, device_name
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
@@ -190,11 +197,12 @@ def evaluate(
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
         tables = []
         if baselines:
-            from refine_control.evaluation.baseline_rows import add_baselines, baseline_table
+            from refine_control.evaluation.baseline_rows import add_baselines
 
             others = add_baselines(result, baselines, photos, sampler, networks, progress)
             costs |= {name: row.cost.model for name, row in others.items()}
-            tables = [baseline_table(others)]
+            ways = {n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in others.items()}
+            tables = [baseline_table(ways)]
         summary = summarise(result, "ours", "fc")
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
         facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}

@@ -19,14 +19,13 @@ from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import RowResult, sampler_of
 from refine_control.evaluation.signatures import advised_once, signatures, stage_signature
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
-from refine_control.evaluation.tables import HEADINGS, cell, digits
+from refine_control.evaluation.tables import HEADINGS, PAPER, PAPER_NOTE, BaselineWay, baseline_table, cell, digits
 
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step", "s a picture")
 TEACHER, BASELINE = "teacher", "fc"
 _GAP = ("psnr_region", "both")
 _OBEYED = ("colour", "shape", "both", "clip_local", "clip_global", "clip_other")
 _SHOWN = ("psnr_region", "psnr", "psnr_kept", "ssim", "lpips", "lpips_kept", *_OBEYED, "scene_perceptual")
-_PAPER = {"psnr": "PSNR", "ssim": "SSIM", "fid": "FID", "lpips": "LPIPS", "cmmd": "CMMD"}
 
 
 def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
@@ -99,14 +98,14 @@ def quality(summary: Mapping[str, Any], rows: Mapping[str, Row], title: str, not
     """A row for each model, a column for each metric, and the paper's numbers beside ours."""
     metrics = summary["metrics"]
     papers = {key: rows[key].paper or {} for key in summary["rows"]}
-    told = [m for m in _PAPER if any(m in paper for paper in papers.values())]
+    told = [m for m in PAPER if any(m in paper for paper in papers.values())]
     lines = []
     for key, row in summary["rows"].items():
         beside = [f"{papers[key][m]:g}" if m in papers[key] else "" for m in told]
         cells = [cell(row["mean"][m], digits(m)) for m in metrics]
         lines.append([rows[key].title, str(len(row["seeds"])), *_cost_cells(row["facts"][0]), *cells, *beside])
     columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in metrics)]
-    return Table(title, [*columns, *(f"paper's {_PAPER[m]}" for m in told)], lines, notes)
+    return Table(title, [*columns, *(f"paper's {PAPER[m]}" for m in told)], lines, notes)
 
 
 def _cost_cells(facts: Mapping[str, Any]) -> list[str]:
@@ -189,20 +188,14 @@ def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     return advised_once(out) + (stage_signature(found["sl"]["minus"]) if staged else [])
 
 
-def ways_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table | None:
-    """How each baseline of another kind was run, and what its denoiser weighs; None where there is none."""
-    found = {key: row["facts"][0] for key, row in summary["rows"].items() if "baseline" in row["facts"][0]}
-    lines = [
-        [
-            rows[key].title,
-            *(facts["baseline"][name] for name in ("model", "resolution", "sampler", "license")),
-            f"{facts['denoiser_params']:,}",
-        ]
-        for key, facts in found.items()
-    ]
-    columns = ["row", "model", "resolution", "sampler", "license", "denoiser parameters"]
-    notes = ["The same test samples, masks and prompts as the other rows; each model is sampled in its own way."]
-    return Table("Models of another kind", columns, lines, notes) if lines else None
+def _baselines(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Table]:
+    found = {rows[key].title: row["facts"][0] for key, row in summary["rows"].items()}
+    ways = {
+        title: BaselineWay(facts["baseline"], facts["denoiser_params"])
+        for title, facts in found.items()
+        if "baseline" in facts
+    }
+    return [baseline_table(ways)] if ways else []
 
 
 def _not_computed(summary: Mapping[str, Any], comparison: Comparison) -> list[str]:
@@ -230,12 +223,11 @@ def tables_of(
         f"|D_sl| {labeled}, |D_ssl| {unlabeled}; Euler, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}, {sampler.precision}. Mean and 95 % two-level bootstrap interval "
         f"(seeds, then scenes). {CONVENTIONS} Seconds a picture are of the whole evaluation, whatever else the machine "
-        "did. The paper's numbers are of its own test photographs and stand beside ours, not against them."
+        f"did. {PAPER_NOTE}"
     )
     told = metric_notes(summary["metrics"], next(iter(summary["rows"].values()))["samples"])
     told += [*notes, *_not_computed(summary, comparison)]
     out = [quality(summary, rows, f"{names}, {comparison.world}", [note, *told]), differences(summary, rows)]
-    ways = ways_table(summary, rows)
-    out += [ways] if ways else []
+    out += _baselines(summary, rows)
     out += [gap_table(summary, rows)] if summary["gap_closed"] else []
     return out + ([spread_table(summary, rows)] if any("spread" in row for row in summary["rows"].values()) else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from refine_control.evaluation.metrics import CONVENTIONS
 from refine_control.evaluation.model_cost import ModelCost
@@ -35,6 +35,9 @@ HEADINGS = {
 }
 """Every metric a table can show, in the order of its columns; `(less)`: less is better."""
 OBEYED = ("colour", "shape", "both")
+PAPER = {"psnr": "PSNR", "ssim": "SSIM", "fid": "FID", "lpips": "LPIPS", "cmmd": "CMMD"}
+"""The metrics of the paper's tables, as it calls them."""
+PAPER_NOTE = "The paper's numbers are of its own test photographs and stand beside ours, not against them."
 PERCENT = (*OBEYED, "interference")
 
 
@@ -95,6 +98,32 @@ def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> 
         "memory is of a fresh process that samples with this model."
     ]
     return Table("Cost", columns, rows, notes)
+
+
+class BaselineWay(NamedTuple):
+    """How a model of another kind painted, in words, what its denoiser weighs, and the paper's numbers of it."""
+
+    facts: Mapping[str, str]
+    denoiser_params: int
+    paper: Mapping[str, float] = {}
+
+
+def baseline_table(ways: Mapping[str, BaselineWay]) -> Table:
+    """A row for each baseline."""
+    told = [m for m in PAPER if any(m in way.paper for way in ways.values())]
+    lines = [
+        [
+            name,
+            *(way.facts[fact] for fact in ("model", "resolution", "sampler", "license")),
+            f"{way.denoiser_params:,}",
+            *(f"{way.paper[m]:g}" if m in way.paper else "" for m in told),
+        ]
+        for name, way in ways.items()
+    ]
+    columns = ["baseline", "model", "resolution", "sampler", "license", "denoiser parameters"]
+    notes = ["The same test samples, masks and prompts as the other rows; each model is sampled in its own way."]
+    notes += [PAPER_NOTE] if told else []
+    return Table("Baselines", [*columns, *(f"paper's {PAPER[m]}" for m in told)], lines, notes)
 
 
 def text_table(table: Table) -> str:
