@@ -61,6 +61,27 @@ def test_the_mark_knows_the_data_of_a_row_and_of_a_folder(data):
     assert row_mark(ROWS["fc"], mine, 0) == row_mark(ROWS["fc"], replace(mine, out=Path("b")), 0)
 
 
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_the_mark_knows_weights_that_nobody_listed(which, tmp_path):
+    def mark(folder):
+        return row_mark(ROWS["fc"], replace(Comparison(BUDGET, tmp_path), **{which: str(folder)}), 0)
+
+    folder = tmp_path / "weights"
+    (folder / "transformer").mkdir(parents=True)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(bytes(5 << 20))
+    one = mark(folder)
+    (folder / "README.md").write_text("words")
+    assert mark(folder) == one
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert mark(moved) == one
+    with (moved / "transformer" / weights.name).open("r+b") as file:
+        file.seek(-10, 2)
+        file.write(b"other")
+    assert mark(moved) != one
+    assert mark("author/name") != mark("author/another")
+
+
 def test_a_folder_gives_as_many_samples_as_the_budget_says(data, tmp_path):
     here = Comparison(BUDGET, tmp_path, data=data)
     assert len(here.test_photos()) == 3

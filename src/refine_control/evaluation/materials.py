@@ -29,11 +29,13 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
-from refine_control.storage import MANIFEST, sha256_file
+from refine_control.storage import MANIFEST, read_manifest, sha256_file
 
 Bar = Callable[[str], Callable[[int, int, str], None] | None]
 """`bar(label)` -> progress callback."""
 SHARDS = "scenes"
+PIECE = 1 << 20
+"""Bytes of each piece by which a large file is known."""
 COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, conditioning_scale=1.0)
 """Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
 
@@ -122,14 +124,37 @@ class Comparison:
 
 
 def _model_mark(model: str, teacher: str | None) -> str:
-    """The hash of a bundle's files' hashes; the names of what has none."""
-    manifest = (BUNDLE if model == "mini" else Path(model)) / MANIFEST
-    if not manifest.is_file():
-        return f"{model} {teacher}"
-    files = json.loads(manifest.read_text())["files"]
-    weights = {name: file["sha256"] for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
-    mark = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    return f"{mark} {teacher}" if teacher else mark
+    """What the weights of model and teacher are known by."""
+    mark = _weights_mark(str(BUNDLE) if model == "mini" else model)
+    return f"{mark} {_weights_mark(teacher)}" if teacher else mark
+
+
+def _weights_mark(name: str) -> str:
+    """A hash of a folder's weights and configurations; a hub's id as it is.
+
+    From the manifest where this project wrote the folder; else of each file, which may hold gigabytes, the size and
+    three pieces."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    marks = (".safetensors", "config.json")
+    if (folder / MANIFEST).is_file():
+        files = read_manifest(folder, verify=False)["files"]
+        weights = {path: file["sha256"] for path, file in files.items() if path.endswith(marks)}
+    else:
+        found = sorted(path for path in folder.rglob("*") if path.name.endswith(marks) and path.is_file())
+        weights = {path.relative_to(folder).as_posix(): _pieces_hash(path) for path in found}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def _pieces_hash(path: Path) -> str:
+    size, told = path.stat().st_size, hashlib.sha256()
+    told.update(str(size).encode())
+    with path.open("rb") as file:
+        for start in (0, (size - PIECE) // 2, size - PIECE):
+            file.seek(max(0, start))
+            told.update(file.read(PIECE))
+    return told.hexdigest()
 
 
 def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:

@@ -29,8 +29,8 @@ _NO_ROOM = "%s has %.1f GB for weights, and %s need %.1f: they stay where they a
 class Backbone:
     """A stock inpainting pipeline seen as the functions that training needs.
 
-    Everything in it is frozen; `velocity` stays in the graph for gradients to residuals. What it is given may lie on
-    any device; each network runs where it is."""
+    Everything in it is frozen; `predict_velocity` stays in the graph for gradients to residuals. What it is given may
+    lie on any device; each network runs where it is."""
 
     def __init__(
         self,
