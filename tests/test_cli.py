@@ -38,7 +38,7 @@ VERBS = {
         *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "--teacher"),
         *("out", "shards"),
     ],
-    "cost": ["--controlnet", JSON, "--model"],
+    "cost": ["--controlnet", JSON, "--model", "--teacher"],
     "data annotate": [
         *(
             *ANNOTATING,

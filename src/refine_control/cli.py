@@ -23,6 +23,7 @@ from refine_control.cli_options import (
     SmallPhotos,
     Steps,
     make_app,
+    sampling,
 )
 from refine_control.cli_output import progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
@@ -81,24 +82,23 @@ def inpaint(
     controlnet: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
     size: Annotated[int | None, typer.Option(min=16, help="Side in pixels; the model's own by default.")] = None,
     composite: Annotated[bool, typer.Option("--composite", help="Put the kept pixels back.")] = False,
-    steps: Steps = 28,
-    guidance: Guidance = 7.0,
-    scale: Scale = 0.95,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scale: Scale = None,
     injection: Injection = "exact",
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> None:
     """Repaint the white of the mask in one image."""
-    sampling: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
-    sampling |= {"conditioning_scale": scale, "injection": injection}
+    chosen = sampling(model, steps, guidance, scale, seed=seed, injection=injection)
     options: dict[str, Any] = {"model": model, "controlnet": controlnet, "size": size, "composite": composite}
     if dry_run:
-        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **sampling}
+        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **chosen}
         return show(plan, as_json=False)
     from refine_control.config import SamplerConfig
     from refine_control.pipeline import inpaint_file
 
-    print(inpaint_file(image, mask, prompt, out, sampler=SamplerConfig(**sampling), **options))
+    print(inpaint_file(image, mask, prompt, out, sampler=SamplerConfig(**chosen), **options))
 
 
 @mini_app.command("train")

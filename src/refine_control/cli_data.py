@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from refine_control.cli_options import DryRun, Guidance, InFolder, Json, Model, Seed, make_app
+from refine_control.cli_options import DryRun, InFolder, Json, Model, Seed, make_app
 from refine_control.cli_output import progress_bar, show
 from refine_control.errors import DamagedError
 
@@ -266,7 +266,7 @@ def cache(
         typer.Option(help="Of the VAE: the mean; mean_std keeps the deviation too, and training draws its x0."),
     ] = "mean",
     complete: Annotated[int, typer.Option(min=0, max=1000, help="Steps of the teacher's completions; 0: none.")] = 0,
-    guidance: Guidance = 1.0,
+    guidance: Annotated[float, typer.Option(min=0, max=100, help="Guidance of the completions; 1: none.")] = 1.0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -277,13 +277,12 @@ def cache(
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     import torch
 
-    from refine_control.config import SamplerConfig
-    from refine_control.data.cache import build_cache
+    from refine_control.data.cache import build_cache, completion_sampler
     from refine_control.models.devices import best_device
     from refine_control.models.loading import load_backbone, load_controlnet
 
     stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    sampler = SamplerConfig(num_inference_steps=complete, guidance_scale=guidance) if complete else None
+    sampler = completion_sampler(complete, guidance) if complete else None
     painting = sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)

@@ -19,6 +19,7 @@ from refine_control.cli_options import (
     SmallPhotos,
     Steps,
     make_app,
+    sampling,
 )
 from refine_control.cli_output import named_folders, named_sources, progress_bar, show
 
@@ -34,9 +35,9 @@ def evaluate(
         list[str] | None, typer.Option(help="NAME=FOLDER, or dreamshaper8, sd2, flux; as often as needed.")
     ] = None,
     model: Model = "mini",
-    steps: Steps = 28,
-    guidance: Guidance = 7.0,
-    scale: Scale = 0.95,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scale: Scale = None,
     injection: Injection = "exact",
     seed: Seed = 0,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the denoisers.")] = "fp32",
@@ -47,15 +48,14 @@ def evaluate(
     """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
     students = named_folders(student, "--student")
     baselines = named_sources(baseline or [], "--baseline")
-    sampling: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
-    sampling |= {"conditioning_scale": scale, "injection": injection, "precision": precision}
+    chosen = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
     if dry_run:
         named = {"teacher": teacher, "students": students, "baselines": baselines}
-        return show({**named, "test": test, "out": out, **sampling}, as_json)
+        return show({**named, "test": test, "out": out, **chosen}, as_json)
     from refine_control.config import SamplerConfig
     from refine_control.evaluation.evaluate import evaluate as run
 
-    sampler, bar = SamplerConfig(**sampling), progress_bar("evaluate")
+    sampler, bar = SamplerConfig(**chosen), progress_bar("evaluate")
     told = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
     show(told, as_json)
 
@@ -83,16 +83,25 @@ def reproduce(
         Literal["mini", "sd3"], typer.Option(help="Whose recipes and rows: of the mini model, or of SD3.")
     ] = "mini",
     budget: Annotated[
-        str | None, typer.Option(help="A row of the scale's budgets.yaml: tables, photos, long, demo; paper, short.")
+        str | None,
+        typer.Option(help="A row of the scale's budgets.yaml: tables, photos, folder, long, demo; paper, short."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; the budget's own else.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; by default the budget's.")
+    ] = None,
     row: Annotated[
-        list[str] | None, typer.Option(help="This row alone, beside the teacher, and fc if it is trained.")
+        list[str] | None,
+        typer.Option(
+            help="This row alone, as often as needed; beside it the teacher, the row of --against and, "
+            "where anything is trained, fc."
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="The row that the others are held against; the scale's own else.")
+        str | None, typer.Option(help="The row that the others are held against; by default the scale's or study's.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where runs, tables and report land.")] = Path("runs/reproduce"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where runs, tables and report land; runs/reproduce/mini/tables and so on.")
+    ] = None,
     results: Annotated[
         Path | None, typer.Option(help="Finished rows, read and written; results/mini, results/sd3 and so on.")
     ] = None,
@@ -111,16 +120,18 @@ def reproduce(
 ) -> None:
     """Train and measure what is missing of a table or figure, and write it with intervals."""
     from refine_control.comparison import read_budget
-    from refine_control.evaluation.materials import Comparison
+    from refine_control.evaluation.materials import Comparison, results_name
     from refine_control.evaluation.reproduce import plan
     from refine_control.evaluation.reproduce import reproduce as run
 
-    name = budget or ("photos" if photos else {"mini": "tables", "sd3": "paper"}[scale])
+    usual = "paper" if scale == "sd3" else "photos" if photos else "folder" if data else "tables"
+    name = budget or usual
     material = {"model": model, "teacher": teacher, "photos": photos, "data": data, "weights": weights}
-    comparison = Comparison(read_budget(name, scale=scale), out, scale, **material)
+    kept = Path(results_name(scale, photos, data)) / name
+    comparison = Comparison(read_budget(name, scale=scale), out or "runs/reproduce" / kept, scale, **material)
     comparison.check()
     rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
-    folder = (results or Path("results") / comparison.results_name) / name
+    folder = results / name if results else "results" / kept
     if dry_run:
         return show(plan(target, comparison, chosen, rows, folder, against), as_json)
     how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}
@@ -131,12 +142,13 @@ def reproduce(
 def cost(
     controlnet: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, as often as needed.")] = None,
     model: Model = "mini",
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, operations and time of a denoising step with each ControlNet, the model's own first."""
+    """Parameters, operations and time of a denoising step with each ControlNet, the teacher first."""
     from refine_control.evaluation.model_cost import compare
 
-    show(compare(model, named_folders(controlnet or [], "--controlnet")), as_json)
+    show(compare(model, named_folders(controlnet or [], "--controlnet"), teacher), as_json)
 
 
 @bench_app.command("data")

@@ -8,6 +8,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 
+def sampling(
+    model: str, steps: int | None, guidance: float | None, scale: float | None, **others: Any
+) -> dict[str, Any]:
+    """Fields of SamplerConfig: what was given, else the model's own, else SD3's."""
+    from refine_control.config import SamplerConfig
+    from refine_control.models.mini import own_sampling
+
+    given = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale}
+    chosen = {**own_sampling(model), **{name: value for name, value in given.items() if value is not None}, **others}
+    return SamplerConfig(**chosen).model_dump()
+
+
 def make_app(**options: Any) -> typer.Typer:
     """An app that answers plainly: no shell completion, no boxes, no pretty tracebacks."""
     return typer.Typer(
@@ -31,7 +43,12 @@ SmallPhotos = Annotated[
     Path | None,
     typer.Option(exists=True, file_okay=False, help="Tars of small photographs with category and box."),
 ]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(min=0, max=100, help="Guidance scale; 1 or less is none.")]
-Scale = Annotated[float, typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; 28 for SD3, 20 for mini.")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, max=100, help="Guidance scale, 1 or less is none; 7 for SD3, 3 for mini.")
+]
+Scale = Annotated[
+    float | None,
+    typer.Option("--conditioning-scale", min=0, max=2, help="Factor on control residuals; 0.95 for SD3, 1 for mini."),
+]
 Injection = Annotated[Literal["exact", "diffusers"], typer.Option(help="As trained, or by the stock rule.")]

@@ -273,8 +273,7 @@ def inpaint_file(
     warn_unknown_words(model, [prompt])
     loaded = load_controlnet(controlnet) if controlnet else None
     backbone = load_backbone(model, loaded, device=best_device())
-    transformer = backbone.transformer
-    side: int = size or transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
+    side = size or backbone.side
     root = Path(image.resolve().anchor)  # whoever names two files by hand may have them anywhere
     entry = Entry("input", root, str(image.resolve()), str(mask.resolve()), prompt)
     try:

@@ -10,6 +10,7 @@ Samples of several sizes (`buckets`) are stored size by size: the rows of one si
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -47,6 +48,14 @@ from refine_control.randomness import slot_normals
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file
 
 CACHE_VERSION = 2
+logger = logging.getLogger(__name__)
+
+
+def completion_sampler(steps: int = 8, guidance: float = 1.0) -> SamplerConfig:
+    """How the teacher completes D_ssl: with its residuals as in training, and unguided if nobody says otherwise.
+
+    28 guided steps would cost nineteen epochs of the stage that reads them."""
+    return SamplerConfig(num_inference_steps=steps, guidance_scale=guidance, conditioning_scale=1.0)
 
 
 def model_mark(backbone: Backbone) -> str:
@@ -96,6 +105,15 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
                 )
 
 
+def _warn_small(sizes: Iterable[Size], backbone: Backbone) -> None:
+    """Says so where samples, latents (h, w), have less than half of the side that the model was made for."""
+    longest = max(map(max, sizes)) * backbone.pipeline.vae_scale_factor
+    if 2 * longest < backbone.side:
+        logger.warning(
+            "samples of %d pixels for a model of %d: build them with --size %d", longest, backbone.side, backbone.side
+        )
+
+
 def write_cache(
     photos: Sequence[Photo],
     out: Path,
@@ -118,6 +136,7 @@ def write_cache(
     wanted, factor = Stored(**stored), backbone.pipeline.vae_scale_factor
     by_size = grouped((height // factor, width // factor) for height, width in sizes_of(photos))
     refuse_sizes(by_size, backbone)
+    _warn_small(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
     described: dict[str, Any] = {
         "kind": "cache",

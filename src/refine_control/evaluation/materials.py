@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from refine_control.comparison import Budget, Row, Scale, row_recipes
-from refine_control.config import SamplerConfig, load_recipe
-from refine_control.data.cache import build_cache
+from refine_control.config import load_recipe
+from refine_control.data.cache import build_cache, completion_sampler
 from refine_control.data.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.data.scene_shards import build_scenes
 from refine_control.data.shards import open_manifest
@@ -36,8 +36,6 @@ Bar = Callable[[str], Callable[[int, int, str], None] | None]
 SHARDS = "scenes"
 PIECE = 1 << 20
 """Bytes of each piece by which a large file is known."""
-COMPLETIONS = SamplerConfig(num_inference_steps=8, guidance_scale=1.0, conditioning_scale=1.0)
-"""Unguided: 28 guided steps would cost nineteen epochs of the stage that reads them."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,6 @@ class Comparison:
             raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
 
     @property
-    def results_name(self) -> str:
-        """The folder of its results: mini, photos, sd3, or that with the name of the data."""
-        return f"{self.scale}-{self.data.name}" if self.data else "photos" if self.photos else self.scale
-
-    @property
     def rendered(self) -> bool:
         """Rendered scenes, which the oracle can read."""
         return self.photos is None and self.data is None
@@ -121,6 +114,11 @@ class Comparison:
     def test_photos(self) -> list[Photo]:
         """The test samples, as many as the budget says."""
         return read_test(self.shards / TEST)[: self.budget.test]
+
+
+def results_name(scale: Scale, photos: Path | None = None, data: Path | None = None) -> str:
+    """The folder of a comparison's results: mini, photos, sd3, or that with the name of the data."""
+    return f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale
 
 
 def _model_mark(model: str, teacher: str | None) -> str:
@@ -222,7 +220,7 @@ def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
             changed = comparison.out / "variants" / folder.name.removesuffix("_completed")
             build_variant(source, changed, variant, bar(f"samples {changed.name}"))
             source = changed
-        stored: dict[str, Any] = {"completions": COMPLETIONS if completed else None}
+        stored: dict[str, Any] = {"completions": completion_sampler() if completed else None}
         if comparison.scale == "sd3":  # 2.3 MB a sample at 1024 px in place of 9
             stored |= {"dtype": torch.bfloat16, "prompts": "int8"}
         build_cache(source, folder, backbone, **stored, progress=bar(f"cache {folder.name}"))

@@ -104,11 +104,11 @@ def model_costs(
     return out
 
 
-def compare(model: str, folders: Mapping[str, Path]) -> dict[str, ModelCost]:
-    """`refine-control cost`: the model's own ControlNet (`teacher`) and those in `folders`."""
-    backbone = load_backbone(model, device=best_device())
+def compare(model: str, folders: Mapping[str, Path], teacher: str | None = None) -> dict[str, ModelCost]:
+    """`refine-control cost`: `teacher` (the model's own ControlNet by default) and those in `folders`."""
+    backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
     controlnets = {"teacher": backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in folders.items()}}
-    sources = {"teacher": None, **{n: str(f) for n, f in folders.items()}}
+    sources = {"teacher": teacher, **{n: str(f) for n, f in folders.items()}}
     return model_costs(backbone, controlnets, model, sources)
 
 
@@ -121,7 +121,7 @@ def _main(model: str, folder: str) -> None:
     torch.set_num_threads(1)
     loaded = load_controlnet(folder) if folder else None
     backbone = load_backbone(model, loaded, device=best_device())
-    side = backbone.transformer.config["sample_size"] * 2 ** (len(backbone.vae.config["block_out_channels"]) - 1)
+    side = backbone.side
     image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
     pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)

@@ -56,6 +56,11 @@ class Backbone:
         """The transformer's."""
         return self.transformer.device
 
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the square pictures that the model was made for."""
+        return int(self.transformer.config["sample_size"]) * int(self.pipeline.vae_scale_factor)
+
     def to(self, device: torch.device | str, painting: bool = True) -> Backbone:
         """Moves the networks in their types, in place; without `painting` only the VAE and the text encoders.
 

@@ -20,7 +20,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.hub import folder_of
-from refine_control.models.mini import BUNDLE
+from refine_control.models.mini import BUNDLE, CARD
 from refine_control.storage import publish_folder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -143,7 +143,7 @@ def load_pipeline(
 
 def _card(model: str | Path) -> dict[str, Any]:
     """What a bundle of this project says of itself; other models say nothing."""
-    card = resolve(model) / "refine_control.json"
+    card = resolve(model) / CARD
     return json.loads(card.read_text()) if card.is_file() else {}
 
 

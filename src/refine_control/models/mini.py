@@ -22,6 +22,10 @@ BUNDLE = Path(__file__).parent / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
 MAX_SEQUENCE_LENGTH = 0
 """No T5: no zero tokens are appended, in training and in use alike (PAPER trap 10)."""
+CARD = "refine_control.json"
+"""A bundle's own word of itself, beside the files that diffusers reads."""
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
+"""What a bundle paints well with; a trial of guidance is in docs/results.md."""
 TEXT_WIDTH = 32
 TRANSFORMER: dict[str, Any] = {
     "sample_size": 8,
@@ -51,6 +55,11 @@ VAE: dict[str, Any] = {
     "use_post_quant_conv": False,
     "force_upcast": False,
 }
+
+
+def own_sampling(model: str) -> dict[str, Any]:
+    """Fields of SamplerConfig for a model, where nobody says; none for SD3, whose are the defaults."""
+    return dict(SAMPLING) if model == "mini" or (Path(model) / CARD).is_file() else {}
 
 
 def build_vae() -> AutoencoderKL:

@@ -17,6 +17,7 @@ from refine_control.evaluation.obedience import WEIGHTS as CLASSIFIER_WEIGHTS
 from refine_control.evaluation.obedience import Classifier
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.mini import CARD
 from refine_control.storage import only_writer, publish_folder, write_json
 from refine_control.training.loop import Progress, fit
 from refine_control.training.mini import (
@@ -29,8 +30,6 @@ from refine_control.training.oracle import CropBatches, OracleObjective
 from refine_control.training.run import is_main_process, training_device
 from refine_control.training.stages import ORACLE, STAGES, Stage
 from refine_control.training.worlds import SceneWorld, World
-
-CARD = "refine_control.json"
 
 
 def run_stage(
@@ -158,7 +157,7 @@ def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, An
         if classifier is not None:
             tensors = {k: v.half().contiguous() for k, v in classifier.state_dict().items()}
             save_file(tensors, temporary / CLASSIFIER_WEIGHTS)
-        write_json(temporary / "refine_control.json", card)
+        write_json(temporary / CARD, card)
 
 
 def _trained_stages(work: Path) -> dict[str, Any]:

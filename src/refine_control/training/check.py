@@ -17,7 +17,7 @@ from refine_control.evaluation.obedience import load_classifier, obedience, read
 from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
-from refine_control.models.mini import BUNDLE
+from refine_control.models.mini import BUNDLE, SAMPLING
 from refine_control.pipeline import inpaint
 from refine_control.randomness import derive_seed, permutation, uniforms
 
@@ -59,7 +59,7 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
 
 CHANCE_SCENES = 200
 """So many at most with an empty or a wrong prompt: chance needs no third digit."""
-CHECK_SAMPLER = SamplerConfig(num_inference_steps=20, guidance_scale=3.0, conditioning_scale=1.0)
+CHECK_SAMPLER = SamplerConfig(**SAMPLING)
 
 
 def _kept(backbone: Backbone, images: np.ndarray) -> np.ndarray:
