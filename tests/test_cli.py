@@ -297,6 +297,11 @@ def test_the_options_of_inpaint_reach_the_pipeline(monkeypatch, capsys, tmp_path
     assert (called["sampler"].num_inference_steps, called["sampler"].seed, called["composite"]) == (4, 3, True)
     assert called["arguments"][2] == "a cup"
     assert (called["model"], called["controlnet"], called["size"]) == ("mini", None, None)
+    assert (called["sampler"].guidance_scale, called["sampler"].conditioning_scale) == (3, 1)  # the miniature's own
+    told = ["--model", "author/sd3", "--prompt", "a cup", "--guidance", "5"]
+    assert call(monkeypatch, "inpaint", *files, *told) == 0
+    sampler = called["sampler"]
+    assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.conditioning_scale) == (28, 5, 0.95)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ TRAINED = [key for key, row in ROWS.items() if row.stages]
 def what_differs(scale: str, key: str) -> str:
     """Everything of a row that training can feel; names and the paper's numbers it cannot."""
     row = ROWS[scale, key]
-    recipes = row_recipes(row, BUDGETS[scale], {}, 0).values()
+    recipes = row_recipes(row, BUDGETS[scale], 0).values()
     told = [r.model_dump(mode="json", exclude={"name", "paper"}) for r in recipes]
     return json.dumps([told, row.injection, row.baseline, row.data.model_dump()], sort_keys=True)
 
@@ -52,8 +52,8 @@ def test_every_row_of_the_paper_is_there_and_one_is_the_reference(scale):
 def test_rows_share_everything_but_what_they_are_about(which):
     scale = which[0]
     row, budget = ROWS[which], BUDGETS[scale]
-    recipes = list(row_recipes(row, budget, {}, 3).values())
-    reference = next(iter(row_recipes(ROWS[scale, "ours"], budget, {}, 3).values()))
+    recipes = list(row_recipes(row, budget, 3).values())
+    reference = next(iter(row_recipes(ROWS[scale, "ours"], budget, 3).values()))
     assert sum(r.training.steps for r in recipes) == budget.steps
     for recipe in recipes:
         assert (recipe.training.batch_size, recipe.training.seed) == (budget.batch_size, 3)

@@ -259,7 +259,8 @@ def cache(
         typer.Option(help="Embeddings in --dtype, in 8 bits with scales, or none: train by data.prompts=encode."),
     ] = "full",
     teacher: Annotated[
-        str | None, typer.Option(help="ControlNet folder or hub id, which --complete paints with; the model's else.")
+        str | None,
+        typer.Option(help="ControlNet folder or hub id, which --complete paints with; the model's by default."),
     ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],

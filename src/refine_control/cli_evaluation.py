@@ -154,7 +154,7 @@ def cost(
 @bench_app.command("data")
 def bench_data(
     source: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones else.")
+        Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones by default.")
     ] = None,
     photos: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
     many: Annotated[

@@ -36,7 +36,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 MetricWeights = Annotated[
     Path | None,
     typer.Option(
-        exists=True, file_okay=False, help="Folder with the networks of FID, LPIPS, CMMD; looked for in caches else."
+        exists=True, file_okay=False, help="Folder with the networks of FID, LPIPS, CMMD; by default the hub's cache."
     ),
 ]
 SmallPhotos = Annotated[

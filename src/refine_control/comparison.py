@@ -61,7 +61,7 @@ class Row(Section):
     stages: dict[str, float] = Field(
         default_factory=dict, description="recipes in their order, with their shares of the steps"
     )
-    settings: dict[str, str | float | int | None] = Field(
+    settings: dict[str, str | float | int] = Field(
         default_factory=dict, description="section.key of every stage's recipe, and its value in this row"
     )
     data: RowData = Field(default_factory=RowData, description="what of the data the row learns from")
@@ -110,8 +110,8 @@ def stage_steps(row: Row, steps: int) -> dict[str, int]:
     return out
 
 
-def row_recipes(row: Row, budget: Budget, settings: Mapping[str, str], seed: int) -> dict[str, Recipe]:
-    """The recipes of a row at a budget, by recipe name; `settings` are further overrides, `section.key` -> value.
+def row_recipes(row: Row, budget: Budget, seed: int) -> dict[str, Recipe]:
+    """The recipes of a row at a budget, by recipe name.
 
     `init_from` of later stages is left to whoever runs them."""
     common: dict[str, object] = {
@@ -120,7 +120,6 @@ def row_recipes(row: Row, budget: Budget, settings: Mapping[str, str], seed: int
         "training.seed": seed,
     }
     common |= row.settings
-    common |= settings
     return {
         name: load_recipe(name, [f"training.steps={steps}", *(f"{key}={value}" for key, value in common.items())])
         for name, steps in stage_steps(row, budget.steps).items()

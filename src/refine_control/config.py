@@ -85,6 +85,13 @@ class ObjectiveConfig(Section):
         description="none is the paper; layer divides each term of Eq. 5 by the mean square of its teacher totals",
     )
 
+    @property
+    def roles(self) -> tuple[Literal["labeled", "unlabeled"], ...]:
+        """The data sets that it learns from, as `DataConfig` names them."""
+        if self.kind == "mixed":
+            return ("labeled", "unlabeled")
+        return ("unlabeled",) if self.kind == "self_supervised" else ("labeled",)
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning rate, a pure function of the step."""

@@ -1,15 +1,16 @@
 """Figure 2: the hole became what was asked for, another object of the picture, or neither."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from refine_control.comparison import read_budget
+from refine_control.comparison import read_budget, read_rows
 from refine_control.data.vocabulary import COLOURS, SHAPES
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation import collect as collecting
-from refine_control.evaluation.alike import alike_photos, alike_scores, summarise_alike
+from refine_control.evaluation.alike import alike_grid, alike_photos, alike_scores, summarise_alike
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.obedience import Reading, load_classifier, read_regions
 from refine_control.evaluation.reproduce import plan, reproduce
@@ -89,6 +90,13 @@ def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "_make", refuse)
     again = reproduce("figure2", here, results=results, bar=lambda label: None)
     assert again.text == made.text
+    # pictures of another budget in the same folder are not shown as this one's
+    rows = {key: row for key, row in read_rows().items() if key in ("teacher", "inherit")}
+    grid = alike_grid(rows, here, 0)
+    assert grid is not None
+    assert list(grid.columns[2:]) == [f"{key}, {kind}" for key in rows for kind in ("local", "global")]
+    assert len(grid.rows) == 6
+    assert alike_grid(rows, replace(here, budget=BUDGET.model_copy(update={"alike": 2})), 0) is None
 
 
 def test_photographs_have_no_figure_2(tmp_path):

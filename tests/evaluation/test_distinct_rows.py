@@ -1,14 +1,14 @@
 """Two rows of the paper's tables that end with equal weights would measure one thing twice."""
 
-from unittest.mock import Mock
+from dataclasses import replace
 
 import pytest
 
-from refine_control.comparison import read_budget, read_rows
-from refine_control.evaluation import rows as module
+from refine_control.comparison import read_budget, read_rows, row_recipes
 from refine_control.evaluation.materials import Comparison, prepare_data
 from refine_control.evaluation.rows import train_row
-from refine_control.storage import sha256_file
+from refine_control.storage import read_manifest, sha256_file
+from refine_control.training import run
 
 TINY = {"labeled": 4, "unlabeled": 4, "test": 2, "alike": 1, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
 
@@ -30,12 +30,15 @@ def test_no_two_rows_of_tables_1_and_3_end_with_equal_weights(tmp_path, monkeypa
         made[key] = sha256_file(next(student.glob("*.safetensors")))
     assert len(made) >= 12
     assert len(set(made.values())) == len(made), made
-    # what ran before is not run again, whatever row it was for
-    monkeypatch.setattr(module, "train", lambda *given: pytest.fail("an equal stage is trained again"))
-    again = train_row("again", rows["inherit"], here, 0, quiet)
-    assert again.student == tmp_path / "inherit-0" / "inherit_stage2" / "student"
-    monkeypatch.setattr(Comparison, "mark", lambda self: ["another model of the same name"])
-    monkeypatch.setattr(module, "train", refused := Mock(side_effect=InterruptedError))
-    with pytest.raises(InterruptedError):
-        train_row("again", rows["inherit"], here, 0, quiet)
-    refused.assert_called_once()
+    # what ran before is not run again, whatever row it was for and wherever it lies
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    monkeypatch.setattr(run, "fit", lambda *given, **how: pytest.fail("an equal stage is trained again"))
+    again = train_row("again", rows["inherit"], replace(here, out=moved), 0, quiet)
+    assert again.student == moved / "inherit-0" / "inherit_stage2" / "student"
+    assert again.seconds == 0
+    # rows that differ in D_ssl alone have their first stage in common
+    stage1, _ = row_recipes(rows["inherit"], budget, 0).values()
+    told = read_manifest(moved / "inherit-0" / "inherit_stage1" / "student")["recipe"]
+    assert told["data"]["labeled"]
+    assert told["data"]["unlabeled"] is None
+    assert stage1.objective.roles == ("labeled",)

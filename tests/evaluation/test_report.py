@@ -24,6 +24,7 @@ from refine_control.evaluation.report import (
     render_report,
     write_report,
 )
+from refine_control.evaluation.tables import to_latex
 
 ATTACK = "a red circle <script>alert(1)</script> & \"quotes\" <img src=x onerror='x'>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -101,6 +102,14 @@ def test_the_page_is_well_formed_and_shows_everything():
     expected += ["Losses <b>", "feature_loss/11", "code 0.1.0", "teacher sha256 6726825d"]
     assert [part for part in expected if part not in text] == []
     assert sum(tag == "polyline" for tag, _ in page.elements) == 2 + 1 + 12  # the noisy line has its mean too
+
+
+def test_a_table_in_latex_is_one_that_latex_reads():
+    text = to_latex(Table("a_b & c", ["x^2", "a ~ b"], [["{50 %}", "1 < 2"]], ["E |f|^2, #1, \\n"]))
+    assert r"\caption{a\_b \& c}" in text
+    assert r"x\textasciicircum{}2 & a \textasciitilde{} b \\" in text
+    assert r"\{50 \%\} & 1 $<$ 2 \\" in text
+    assert r"E $|$f$|$\textasciicircum{}2, \#1, \textbackslash{}n" in text
 
 
 def test_the_page_fetches_nothing_and_runs_nothing():

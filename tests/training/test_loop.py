@@ -19,7 +19,7 @@ from refine_control.errors import DamagedError, InUseError, InvalidInputError, N
 from refine_control.storage import only_writer, sha256_file
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.loop import Draw, _micro_slots, _reduce
-from refine_control.training.optimizer import MasterWeights
+from refine_control.training.optimizer import MasterWeights, compute_in
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
 _spec = importlib.util.spec_from_file_location("toy_training", SCRIPT)
@@ -280,6 +280,21 @@ def test_tiny_updates_of_bf16_weights_add_up():
     torch.testing.assert_close(master.masters[0].detach(), torch.full((4,), 0.99), rtol=1e-4, atol=0)
     assert torch.equal(parameter.detach(), torch.full((4,), 0.99).bfloat16())
     assert bool((parameter < 1).all())
+
+
+def test_the_masters_are_what_the_weights_were_before_they_were_cast():
+    given = torch.nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in given.named_parameters()}
+    module = compute_in(given, torch.bfloat16)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    master = MasterWeights(module.named_parameters())
+    for name, own in zip(master.named, master.masters, strict=True):
+        assert torch.equal(own, before[name])
+        assert not torch.equal(own, master.named[name].float())
+    module(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    master.accumulate()
+    master.step(0.0, 0)
+    assert all(torch.equal(p, before[name].bfloat16()) for name, p in module.named_parameters())
 
 
 def test_the_gradient_is_clipped_and_its_norm_told():

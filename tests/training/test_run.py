@@ -1,6 +1,7 @@
 """`train` from a recipe to a student folder: once, again, by two processes, and on caches of every kind."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3ControlNetModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from refine_control.config import Recipe
 from refine_control.data.cache import Cache, write_cache
@@ -74,6 +75,27 @@ def test_the_same_command_again_does_nothing_and_another_recipe_is_refused(recip
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()} == before
     with pytest.raises(InvalidInputError, match="another recipe"):
         train(recipe.model_copy(update={"name": "other"}), run_dir)
+
+
+def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(recipe.model, model)
+    shutil.copytree(recipe.data.labeled, cache)
+    data = recipe.data.model_copy(update={"labeled": str(cache)})
+    moved = recipe.model_copy(update={"model": str(model), "data": data})
+    assert train(moved, tmp_path / "new", elsewhere=[trained.student.parent]) == (trained.student, 2, 0.0)
+    # another teacher under the same name, and other data at the same path, are another run
+    weights = model / "controlnet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(InvalidInputError, match="teacher or data"):
+        train(moved, trained.student.parent)
+    shutil.copytree(recipe.model, model, dirs_exist_ok=True)
+    assert train(moved, trained.student.parent).seconds == 0
+    manifest = cache / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": "other shards"}))
+    with pytest.raises(InvalidInputError, match="teacher or data"):
+        train(moved, trained.student.parent)
 
 
 def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):
@@ -158,6 +180,8 @@ def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out
         assert batch.joined().mask.shape == (4, 1, 6, 10)
         seen |= set(unlabeled.rows(draw._replace(slots=range(2), stage="stage unlabeled")).tolist())
     assert seen == set(range(5))
+    with pytest.raises(InvalidInputError, match="one sample has no halves"):
+        mixed.batch(draws(1)[0]._replace(slots=range(1)))
 
 
 def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):

@@ -93,5 +93,11 @@ def test_a_bundle_of_photographs_knows_their_words_and_says_whose_they_are(folde
     assert any((a != b).any() for a, b in zip(known.parameters(), shipped.parameters(), strict=True))
     with pytest.raises(InvalidInputError, match="does not know 3 words"):
         PhotoWorld(folder).pipeline(BUNDLE, tmp_path, 0, stages)
-    again = make_bundle(tmp_path, stages=stages, count=0, world=PhotoWorld(folder), start=bundle)
+    with pytest.raises(InvalidInputError, match=r"other steps, seed, start or pictures"):
+        make_bundle(tmp_path, stages=stages, count=0, world=PhotoWorld(folder), start=bundle)
+    with pytest.raises(InvalidInputError, match=r"base was trained with other steps"):
+        make_bundle(tmp_path, seed=1, stages=stages, count=0, world=PhotoWorld(folder))
+    assert make_bundle(tmp_path, stages=stages, count=0, world=PhotoWorld(folder))["sittings"] == card["sittings"]
+    further = {"joint": Stage(1, 4, 1e-3, 0.9)}
+    again = make_bundle(tmp_path / "on", stages=further, count=0, world=PhotoWorld(folder), start=bundle)
     assert len(again["sittings"]) == 2

@@ -58,7 +58,7 @@ def build_variant(
             if {key: had.get(key) for key in described} != described:
                 raise InvalidInputError(f"{out} holds other samples; choose another folder")
             return False
-        count = max(1, math.ceil(variant.share * len(shards)))
+        count = max(1, math.ceil(round(variant.share * len(shards), 6)))
         samples = [_worded(shards[number]) for number in range(count)]
         words = reworded(samples, variant.prompts, derive_seed("variants", variant.prompts))
         writer = ShardWriter(out, role)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Protocol, TypeVar
+from multiprocessing.synchronize import Event
+from typing import Any, Protocol, TypeVar
 
-from refine_control.errors import InvalidInputError, WorkerDiedError
+from refine_control.errors import InterruptedCleanlyError, InvalidInputError, WorkerDiedError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _AHEAD = 4
 """Tasks for each process that are under way or wait for their turn: what is held does not grow with the job."""
+
+
+_STOPPED = "stopped by a signal; what is finished is kept: run the same command to continue"
 
 
 class InOrder(Protocol):
@@ -27,45 +35,79 @@ class InOrder(Protocol):
 def workers(count: int) -> Iterator[InOrder]:
     """Yields a map over `count` processes; 1 is this process itself.
 
-    Raises WorkerDiedError when a process dies, InvalidInputError for a count below 1."""
+    After SIGINT or SIGTERM no task begins; those under way end, by themselves or by what the signal means to them.
+    Raises InterruptedCleanlyError then, WorkerDiedError when a process dies, InvalidInputError for a count below 1."""
     if count < 1:
         raise InvalidInputError(f"workers is {count}; it must be at least 1")
     if count == 1:
         yield map
         return
-    import multiprocessing
     from concurrent.futures.process import BrokenProcessPool
 
     # a forked child of a process with threads may hang: spawned ones start clean
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start)
+    spawning = multiprocessing.get_context("spawn")
+    stopped = spawning.Event()
+    pool = ProcessPoolExecutor(count, spawning, _start, (stopped,))
 
     def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         coming = iter(tasks)
         ahead: deque[Future[Result]] = deque(
-            pool.submit(work, task) for task in itertools.islice(coming, _AHEAD * count)
+            pool.submit(_do, work, task) for task in itertools.islice(coming, _AHEAD * count)
         )
         while ahead:
             yield ahead.popleft().result()
-            ahead.extend(pool.submit(work, task) for task in itertools.islice(coming, 1))
+            ahead.extend(pool.submit(_do, work, task) for task in itertools.islice(coming, 1))
 
     try:
-        yield in_order
+        with _terminated_as_interrupted():
+            yield in_order
+    except KeyboardInterrupt:
+        raise InterruptedCleanlyError(_STOPPED) from None
     except BrokenProcessPool:
         raise WorkerDiedError(
             f"one of {count} worker processes died, most likely for want of memory; what is finished is kept: "
             "run the same command again, with fewer workers"
         ) from None
     finally:
+        stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
-    """In a new worker: an interrupt is the parent's to handle, and without the parent there is nothing to do."""
-    import multiprocessing
-    import os
-    import signal
-    import threading
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is KeyboardInterrupt here, and SIGINT to the workers, which a terminal's Ctrl-C reaches by itself."""
 
+    def leave(number: int, frame: Any) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid:
+                os.kill(child.pid, signal.SIGINT)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: signals stay with their owner
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_stopped: Event | None = None
+"""In a worker: set when no further task is to begin."""
+
+
+def _do(work: Callable[[Task], Result], task: Task) -> Result:
+    if _stopped is not None and _stopped.is_set():
+        raise InterruptedCleanlyError(_STOPPED)
+    return work(task)
+
+
+def _start(stopped: Event) -> None:
+    """In a new worker: an interrupt is the parent's to handle, and without the parent there is nothing to do."""
+    global _stopped  # noqa: PLW0603
+    _stopped = stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

@@ -36,6 +36,8 @@ class Alignment(NamedTuple):
     """By S: the error that no student of S layers avoids, as a share of sum_s E |f_T^s|^2."""
     outputs: dict[int, float]
     """By S: E |v(group means) - v_T|^2 as a share of E |v(no control) - v_T|^2; 1 where control changes nothing."""
+    pictures: int
+    """Over how many."""
 
 
 @torch.no_grad()
@@ -77,20 +79,26 @@ def teacher_alignment(
         cosine / count,
         {s: error / float(power.sum()) for s, error in errors.items()},
         {s: error / control if control else 1.0 for s, error in outputs.items()},
+        count,
     )
 
 
-def alignment_table(found: Alignment, pictures: int) -> Table:
+def alignment_table(found: Alignment) -> Table:
     """A row for each count of layers."""
     rows = [[str(s), f"{100 * found.errors[s]:.1f}", f"{100 * found.outputs[s]:.2f}"] for s in found.errors]
     notes = [
-        f"Of the teacher's residuals alone, over {pictures} scenes at training's noise levels: the sum over sites of "
-        "E |f_T^s - mean of its group|^2 as a share of E |f_T^s|^2. No training of the student removes it. Of the "
-        "answer: how far the transformer's velocity moves when the teacher injects its groups' means, as a share of "
-        "how far it moves without any control: what sharing alone costs, whatever the student can learn. Cosine of "
+        f"From the teacher alone, over {found.pictures} pictures at training's noise levels, each group of sites given "
+        "the mean of its residuals. Residuals: sum over sites of E |f_T^s - mean of its group|^2 as a share of E "
+        "|f_T^s|^2; no training of the student removes it. Velocity: the squared change of the transformer's velocity "
+        "as a share of the change when control is removed. Cosine of "
         f"neighbouring residuals: {found.cosine.min():.2f} to {found.cosine.max():.2f}, mean {found.cosine.mean():.2f}."
     ]
-    return Table("What sharing a residual loses", ["layers", "unavoidable error %", "of the answer %"], rows, notes)
+    return Table(
+        "What sharing a residual loses",
+        ["layers", "residuals' error by sharing %", "velocity's error by sharing %"],
+        rows,
+        notes,
+    )
 
 
 def alignment_curves(found: Alignment) -> list[Curve]:

@@ -10,6 +10,7 @@ what was asked for (obedience), or one of the other objects of the picture (inte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from refine_control.evaluation.report import Table
 from refine_control.evaluation.rows import (
     RowResult,
     facts_of,
+    read_pictures,
     row_mark,
     row_model,
     sampler_of,
+    save_pictures,
     train_row,
 )
 from refine_control.evaluation.statistics import BOOTSTRAP_SEED, paired_difference, two_level
@@ -39,6 +42,8 @@ KINDS = ("same_shape", "same_colour")
 PROMPTS = ("local", "global")
 MEASURES = {"both": "obeyed %", "interference": "another object's %"}
 MARK = "alike"
+_SHOWN = 5
+"""Scenes of each kind in the picture."""
 
 
 def alike_photos(budget: Budget) -> list[Photo]:
@@ -64,24 +69,33 @@ def alike_scores(seen: Reading, photos: Sequence[Photo]) -> dict[str, np.ndarray
 def run_alike(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
     """`rows.run_row` for Figure 2: metrics are `local both`, `global interference` and so on.
 
-    Its pictures go to `out/KEY-SEED/alike_local.npy` and `alike_global.npy`."""
+    Those of its pictures that Figure 2 shows go to `out/KEY-SEED/alike_local` and `alike_global`."""
     budget = comparison.budget
     trained = train_row(key, row, comparison, seed, bar)
     backbone, controlnet = row_model(trained, comparison)
     photos, classifier = alike_photos(budget), load_classifier(BUNDLE)
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     scores: dict[str, np.ndarray] = {}
-    folder = comparison.out / f"{key}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    mark, shown = row_mark(row, comparison, seed, MARK), _shown(len(photos))
     for kind in PROMPTS:
         prompts = [p.prompt if kind == "local" else p.global_prompt for p in photos]
         tell = bar(f"{kind} prompts {key}")
         painted = inpaint(backbone, controlnet, images, masks, prompts, sampler_of(budget, row), progress=tell)
         found = alike_scores(read_regions(classifier, painted, masks), photos)
         scores |= {f"{kind} {name}": values for name, values in found.items()}
-        np.save(folder / f"alike_{kind}.npy", painted)
+        save_pictures(_folder(comparison, key, seed, kind), painted[shown], mark)
     facts = facts_of(row, budget, trained, backbone, controlnet)
-    return RowResult(key, seed, row_mark(row, comparison, seed, MARK), scores, {}, facts)
+    return RowResult(key, seed, mark, scores, {}, facts)
+
+
+def _shown(count: int) -> list[int]:
+    """Which of the scenes Figure 2 shows: the first of both kinds in turn."""
+    half = count // 2
+    return [number for i in range(min(_SHOWN, half)) for number in (i, half + i)]
+
+
+def _folder(comparison: Comparison, key: str, seed: int, kind: str) -> Path:
+    return comparison.out / f"{key}-{seed}" / f"alike_{kind}"
 
 
 def summarise_alike(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
@@ -116,16 +130,21 @@ def alike_table(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Bud
     return Table("Figure 2, mini model", columns, lines, notes)
 
 
-def alike_grid(budget: Budget, painted: Mapping[str, Mapping[str, np.ndarray]], count: int = 10) -> PictureGrid:
-    """Both kinds of scenes in turn; `painted` holds (N,H,W,3) by row and kind of prompt."""
-    photos = alike_photos(budget)
-    half = len(photos) // 2
-    shown = [number for i in range(min(count // 2, half)) for number in (i, half + i)]
-    lines = []
-    for number in shown:
-        photo = photos[number]
-        hole = np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8)
-        lines.append([photo.image, hole, *(sets[kind][number] for sets in painted.values() for kind in PROMPTS)])
-    columns = ["original", "masked", *(f"{name}, {kind}" for name in painted for kind in PROMPTS)]
-    captions = [f"local: {photos[n].prompt}; global: {photos[n].global_prompt}" for n in shown]
-    return PictureGrid(columns, lines, captions, [photos[n].mask for n in shown], title="Figure 2, mini model")
+def alike_grid(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
+    """Both kinds of scenes in turn, by local and by global prompts, of the rows that were painted in `out`."""
+    painted = {}
+    for key, row in rows.items():
+        mark = row_mark(row, comparison, seed, MARK)
+        sets = [read_pictures(_folder(comparison, key, seed, kind), mark) for kind in PROMPTS]
+        painted |= {f"{key}, {kind}": images for kind, images in zip(PROMPTS, sets, strict=True) if images is not None}
+    if not painted:
+        return None
+    photos = alike_photos(comparison.budget)
+    shown = [photos[number] for number in _shown(len(photos))]
+    lines = [
+        [p.image, np.where(p.mask[..., None], 0, p.image).astype(np.uint8), *(v[i] for v in painted.values())]
+        for i, p in enumerate(shown)
+    ]
+    captions = [f"local: {p.prompt}; global: {p.global_prompt}" for p in shown]
+    columns, masks = ["original", "masked", *painted], [p.mask for p in shown]
+    return PictureGrid(columns, lines, captions, masks, title="Figure 2, mini model")

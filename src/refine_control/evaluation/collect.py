@@ -79,5 +79,6 @@ def collect(
     found: dict[str, list[RowResult]] = {key: [] for key in rows}
     for key, seed in wanted:
         result = read_row(paths[key, seed])  # rounded, as everybody after this reads it
-        found[key] += [result] if result else []
+        assert result is not None
+        found[key].append(result)
     return found

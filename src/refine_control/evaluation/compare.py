@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from refine_control.config import SamplerConfig
 from refine_control.data.buckets import grouped
@@ -27,7 +26,7 @@ from refine_control.evaluation.feature_metrics import (
 from refine_control.evaluation.obedience import obedience
 from refine_control.evaluation.tables import OBEYED
 from refine_control.models.backbone import Backbone
-from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.cpu_kernels import in_precision
 from refine_control.pipeline import inpaint
 
 Progress = Callable[[int, int, str], None]
@@ -74,15 +73,6 @@ def score(
         obeyed = obedience(networks.classifier, painted, masks, colour, shape)
         out |= {name: 100.0 * getattr(obeyed, name) for name in OBEYED}
     return out
-
-
-def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
-    """Casts transformer and ControlNets in place, all where the backbone is; bf16 on a CPU gets its own kernels."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if dtype == torch.bfloat16 and backbone.device.type == "cpu":
-        use_cpu_kernels(backbone.transformer, *controlnets)
-    for network in (backbone.transformer, *controlnets):
-        network.to(backbone.device, dtype)
 
 
 def compare(

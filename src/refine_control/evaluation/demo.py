@@ -92,7 +92,7 @@ def run_demo(
             **{n: load_controlnet(str(f)) for n, f in students.items()},
         }
         sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
-        costs = model_costs(backbone, controlnets, "mini", sources)
+        costs = model_costs(backbone, controlnets, "mini", sources, sampler.precision)
         networks = FeatureNetworks(load_classifier(BUNDLE))
         result = compare(backbone, controlnets, photos, sampler, networks, tell("evaluate"))
         summary = summarise(result, "ours", "fc")
@@ -103,7 +103,7 @@ def run_demo(
             "training": f"{numbers.steps} steps of {numbers.batch_size} samples for each student, seed {seed}",
             "training seconds": ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()),
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "command": f"refine-control demo --budget {budget} --seed {seed}",
+            "command": f"refine-control demo --budget {budget} --steps {numbers.steps} --seed {seed} --out {out}",
         }
         sentences = _sentences(summary, costs, numbers)
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}

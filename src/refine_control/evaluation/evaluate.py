@@ -37,7 +37,7 @@ from refine_control.evaluation.tables import (
     quality_table,
 )
 from refine_control.models.devices import best_device, device_name
-from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.models.mini import BUNDLE
 from refine_control.pipeline import warn_unknown_words
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
@@ -193,7 +193,7 @@ def evaluate(
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
-        costs = model_costs(backbone, controlnets, model, sources)
+        costs = model_costs(backbone, controlnets, model, sources, sampler.precision)
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
         tables = []
         if baselines:
@@ -210,6 +210,10 @@ def evaluate(
         title = f"Evaluation on {test.name}"
         told = [s for n in students for s in signatures(n, summary["paired_differences"][f"{TEACHER} - {n}"])]
         shown: dict[str, Any] = {"networks": networks, "sentences": told, "tables": tables}
-        shown["made_by"] = [_hashed("test", test / MANIFEST), *(_hashed(n, _weights(f)) for n, f in students.items())]
+        shown["made_by"] = [
+            _hashed("test", test / MANIFEST),
+            *([f"teacher: {weights_mark(teacher)}"] if teacher else []),
+            *(_hashed(n, _weights(f)) for n, f in students.items()),
+        ]
         report = write_results(out, title, photos, result, summary, costs, facts, **shown)
     return {**summary, "not_computed": list(networks.missing.values()), "report": str(report)}

@@ -6,8 +6,6 @@ Shards of the three roles become caches under `out/cache`; a row that learns fro
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +25,13 @@ from refine_control.errors import InvalidInputError
 from refine_control.evaluation.compare import read_test
 from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
-from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.models.mini import BUNDLE
-from refine_control.storage import MANIFEST, read_manifest, sha256_file
+from refine_control.storage import MANIFEST, sha256_file
 
 Bar = Callable[[str], Callable[[int, int, str], None] | None]
 """`bar(label)` -> progress callback."""
 SHARDS = "scenes"
-PIECE = 1 << 20
-"""Bytes of each piece by which a large file is known."""
 
 
 @dataclass(frozen=True)
@@ -123,46 +119,15 @@ def results_name(scale: Scale, photos: Path | None = None, data: Path | None = N
 
 def _model_mark(model: str, teacher: str | None) -> str:
     """What the weights of model and teacher are known by."""
-    mark = _weights_mark(str(BUNDLE) if model == "mini" else model)
-    return f"{mark} {_weights_mark(teacher)}" if teacher else mark
-
-
-def _weights_mark(name: str) -> str:
-    """A hash of a folder's weights and configurations; a hub's id as it is.
-
-    From the manifest where this project wrote the folder; else of each file, which may hold gigabytes, the size and
-    three pieces."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    marks = (".safetensors", "config.json")
-    if (folder / MANIFEST).is_file():
-        files = read_manifest(folder, verify=False)["files"]
-        weights = {path: file["sha256"] for path, file in files.items() if path.endswith(marks)}
-    else:
-        found = sorted(path for path in folder.rglob("*") if path.name.endswith(marks) and path.is_file())
-        weights = {path.relative_to(folder).as_posix(): _pieces_hash(path) for path in found}
-    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-
-
-def _pieces_hash(path: Path) -> str:
-    size, told = path.stat().st_size, hashlib.sha256()
-    told.update(str(size).encode())
-    with path.open("rb") as file:
-        for start in (0, (size - PIECE) // 2, size - PIECE):
-            file.seek(max(0, start))
-            told.update(file.read(PIECE))
-    return told.hexdigest()
+    mark = weights_mark(str(BUNDLE) if model == "mini" else model)
+    return f"{mark} {weights_mark(teacher)}" if teacher else mark
 
 
 def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
     """For each stage the training roles that it reads, and whether it reads the teacher's completions."""
-    for recipe in row_recipes(row, budget, {}, 0).values():
-        kind = recipe.objective.kind
-        if kind in ("self_supervised", "mixed"):
-            yield UNLABELED, recipe.objective.x0_source == "teacher"
-        if kind != "self_supervised":
-            yield LABELED, False
+    for recipe in row_recipes(row, budget, 0).values():
+        for role in recipe.objective.roles:
+            yield role, role == UNLABELED and recipe.objective.x0_source == "teacher"
 
 
 def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:

@@ -14,6 +14,7 @@ from refine_control.config import SamplerConfig
 from refine_control.evaluation.cost import count_flops, count_parameters, interleaved, peak_memory
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals
+from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 
@@ -76,9 +77,9 @@ def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
     return CountedCost(layers, params, count_flops(controlled) / 1e9, count_flops(whole) / 1e9)
 
 
-def _peak_in_fresh_process(model: str, folder: str | None) -> int:
-    """Bytes at the peak of a process that loads the model and samples one picture."""
-    command = [sys.executable, "-m", "refine_control.evaluation.model_cost", model, folder or ""]
+def _peak_in_fresh_process(model: str, folder: str | None, precision: str) -> int:
+    """Bytes at the peak of a process that loads the model and samples one picture; 0 where it could not."""
+    command = [sys.executable, "-m", "refine_control.evaluation.model_cost", model, folder or "", precision]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(result.stdout.split()[-1]) if result.returncode == 0 else 0
 
@@ -88,10 +89,12 @@ def model_costs(
     controlnets: Mapping[str, Any],
     model: str,
     folders: Mapping[str, str | None],
+    precision: str = "fp32",
     repeats: int = 20,
 ) -> dict[str, ModelCost]:
     """Costs by name; ControlNets of one shape share one memory measurement. `folders` say where each came from
-    (None: the model's own)."""
+    (None: the model's own). All networks are cast to `precision`, in place."""
+    in_precision(precision, backbone, *controlnets.values())
     steps = {name: _step(backbone, controlnet)[1] for name, controlnet in controlnets.items()}
     times = interleaved(steps, repeats=repeats, warmup=2)
     peaks: dict[int, int] = {}
@@ -99,7 +102,7 @@ def model_costs(
     for name, controlnet in controlnets.items():
         counted = counted_cost(backbone, controlnet)
         if counted.num_layers not in peaks:
-            peaks[counted.num_layers] = _peak_in_fresh_process(model, folders[name])
+            peaks[counted.num_layers] = _peak_in_fresh_process(model, folders[name], precision)
         out[name] = ModelCost(*counted, times[name].median, peaks[counted.num_layers])
     return out
 
@@ -112,7 +115,7 @@ def compare(model: str, folders: Mapping[str, Path], teacher: str | None = None)
     return model_costs(backbone, controlnets, model, sources)
 
 
-def _main(model: str, folder: str) -> None:
+def _main(model: str, folder: str, precision: str) -> None:
     """Loads, samples one picture in two steps, prints the peak."""
     import numpy as np
 
@@ -121,13 +124,14 @@ def _main(model: str, folder: str) -> None:
     torch.set_num_threads(1)
     loaded = load_controlnet(folder) if folder else None
     backbone = load_backbone(model, loaded, device=best_device())
-    side = backbone.side
+    controlnet, side = loaded or backbone.pipeline.controlnet, backbone.side
+    in_precision(precision, backbone, controlnet)
     image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet)
+    pipeline = make_pipeline(backbone, controlnet)
     run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
     print(peak_memory(backbone.device.type))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2])
+    _main(*sys.argv[1:4])

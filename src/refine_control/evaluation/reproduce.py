@@ -1,4 +1,4 @@
-"""`refine-control reproduce`: the paper's tables on the mini model, with seeds and intervals.
+"""`refine-control reproduce`: the paper's tables and figures, with seeds and intervals.
 
 Rows that are finished are read from `results`, the others are trained and evaluated one after the other and written
 there; so it may be killed after any of them. The tables are made again from all rows that are there.
@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine_control import __version__
-from refine_control.comparison import Budget, Row, read_rows, reference_of, row_recipes
+from refine_control.comparison import Row, row_recipes
 from refine_control.data.records import TEST
 from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.alignment import Alignment, alignment_curves, alignment_table, teacher_alignment
 from refine_control.evaluation.alike import (
     MARK,
-    PROMPTS,
     alike_grid,
     alike_table,
     run_alike,
@@ -39,7 +38,7 @@ from refine_control.evaluation.materials import Bar, Comparison, prepare_data
 from refine_control.evaluation.metrics import Images
 from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.evaluation.report import ReportData, Table, write_report
-from refine_control.evaluation.row_tables import BASELINE, TEACHER, cost_curves, findings, summarise, tables_of
+from refine_control.evaluation.row_tables import cost_curves, findings, summarise, tables_of
 from refine_control.evaluation.rows import (
     TABLES,
     finished,
@@ -148,23 +147,13 @@ _ALIGNMENT_SCENES = 256
 def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
     """Of the teacher in fp32, for every count of layers that the rows have; on scenes, or on test photographs."""
     backbone, budget = comparison.backbone(), comparison.budget
-    recipes = [next(iter(row_recipes(row, budget, {}, 0).values())) for row in rows.values() if row.stages]
+    recipes = [next(iter(row_recipes(row, budget, 0).values())) for row in rows.values() if row.stages]
     layers = sorted({recipe.student.num_layers for recipe in recipes}, reverse=True)
     if comparison.rendered:
         photos = list(scene_photos(derive_seed(budget.data_seed or 0, "alignment"), 0, _ALIGNMENT_SCENES))
     else:
         photos = comparison.test_photos()[:_ALIGNMENT_SCENES]
     return teacher_alignment(backbone, backbone.pipeline.controlnet, photos, layers)
-
-
-def _alike_grid(budget: Budget, out: Path) -> PictureGrid | None:
-    """Figure 2's pictures, of the rows that ran in `out`."""
-    painted = {}
-    for key in (TEACHER, reference_of(read_rows()), "ours", BASELINE):
-        paths = {kind: out / f"{key}-0" / f"alike_{kind}.npy" for kind in PROMPTS}
-        if all(path.is_file() for path in paths.values()):
-            painted[key] = {kind: np.load(path) for kind, path in paths.items()}
-    return alike_grid(budget, painted) if painted else None
 
 
 @dataclass
@@ -201,6 +190,8 @@ def _make_tables(
     made: _Made, title: str, rows: Mapping[str, Row], against: str, comparison: Comparison, how: Mapping[str, Any]
 ) -> None:
     absent = _absent(rows, comparison, how["seeds"], how["results"])
+    if against in absent:
+        raise InvalidInputError(f"{absent[against]} Name another row with --against")
     rows = {key: row for key, row in rows.items() if key not in absent}
     found = collect(rows, comparison, **how)
     made.summary |= summarise(found, against)
@@ -235,7 +226,7 @@ def _make_figure2(made: _Made, rows: Mapping[str, Row], comparison: Comparison, 
     made.tables.append(alike_table(made.summary["figure2"], rows, comparison.budget))
     for key, row in made.summary["figure2"]["rows"].items():
         made.told += prompt_signature(rows[key].title, row["global_minus_local"])
-    made.draw("figure2.png", _alike_grid(comparison.budget, comparison.out))
+    made.draw("figure2.png", alike_grid(rows, comparison, how["seeds"][0]))
 
 
 def _make_alignment(made: _Made, rows: Mapping[str, Row], comparison: Comparison) -> None:
@@ -243,7 +234,7 @@ def _make_alignment(made: _Made, rows: Mapping[str, Row], comparison: Comparison
     told = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist()}
     told |= {"errors": aligned.errors, "outputs": aligned.outputs}
     made.summary["alignment"] = told
-    made.tables.append(alignment_table(aligned, _ALIGNMENT_SCENES))
+    made.tables.append(alignment_table(aligned))
     made.curves += alignment_curves(aligned)
 
 
@@ -287,6 +278,7 @@ def reproduce(
         parts = {"model": comparison.model, "teacher": comparison.teacher, "photos": comparison.photos}
         parts |= {"data": comparison.data, "weights": comparison.weights}
         command += "".join(f" --{name} {value}" for name, value in parts.items() if value)
+        command += f" --out {comparison.out} --results {results.parent}"
         facts = {"budget": results.name, "results": str(results), "command": command}
         return _write(made, f"{wanted.title} on {comparison.world}", comparison.out, facts)
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from refine_control.comparison import Budget, Row, row_recipes
 from refine_control.config import Recipe, SamplerConfig, fingerprint
-from refine_control.data.records import LABELED, UNLABELED
+from refine_control.data.records import UNLABELED
 from refine_control.errors import InvalidInputError
-from refine_control.evaluation.compare import Scores, compare, in_precision
+from refine_control.evaluation.compare import Scores, compare
 from refine_control.evaluation.distances import SetScore
 from refine_control.evaluation.feature_metrics import NETWORK_METRICS, load_networks, not_computed
 from refine_control.evaluation.materials import Bar, Comparison, cache_folder
@@ -31,16 +31,16 @@ from refine_control.evaluation.model_cost import counted_cost
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet
+from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
 from refine_control.models.loading import load_controlnet
 from refine_control.models.mini import BUNDLE
-from refine_control.storage import read_manifest, write_atomic, write_json
-from refine_control.training.run import STUDENT, train
+from refine_control.storage import write_atomic
+from refine_control.training.run import train
 
 FORMAT = 2
 """Raised when equal recipes no longer give equal numbers."""
 PICTURES, PICTURES_MARK = "images.npy", "images.mark"
-_MADE_FOR = "made_for.json"
 _DIGITS, _PICTURES = 5, 64
 
 
@@ -77,7 +77,7 @@ def sampler_of(budget: Budget, row: Row | None = None) -> SamplerConfig:
 def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES) -> str:
     """The hash that tells whether two results are of the same row: recipes, budget, model, format, what is measured."""
     budget = comparison.budget
-    recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, {}, seed).values()]
+    recipes = [fingerprint(recipe) for recipe in row_recipes(row, budget, seed).values()]
     shared = budget.model_dump(mode="json", exclude={"train_seeds"}, exclude_defaults=True)
     model, *material = comparison.mark()
     told = [FORMAT, recipes, row.injection, seed if row.stages else 0, shared, model, measured, *material]
@@ -92,6 +92,11 @@ def finished(path: Path, row: Row, comparison: Comparison, seed: int, measured: 
     result = read_row(path, row_mark(row, comparison, seed, measured))
     if result is None or comparison.weights is None or measured != TABLES:
         return result
+    if row.baseline:
+        from refine_control.models.baselines import cannot_be_had
+
+        if cannot_be_had(row.baseline):
+            return result
     absent = not_computed(comparison.weights)
     return result if all(m in {*result.scores, *result.sets} for m in NETWORK_METRICS if m not in absent) else None
 
@@ -123,17 +128,6 @@ class TrainedRow(NamedTuple):
     """Of this sitting."""
 
 
-def _trained_before(comparison: Comparison, seed: int, stage: str, recipe: Recipe) -> Path | None:
-    """The finished run of the very same recipe, model and data in the folder of any row, this one's or another's."""
-    told, wanted = recipe.model_dump(mode="json"), comparison.mark()
-    for path in sorted(comparison.out.glob(f"*-{seed}/{stage}/{_MADE_FOR}")):
-        student = path.parent / STUDENT
-        if json.loads(path.read_text()) == wanted and read_manifest(student, verify=False)["recipe"] == told:
-            read_manifest(student)
-            return path.parent
-    return None
-
-
 def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> TrainedRow:
     """Trains the stages of a row one after the other under `out/KEY-SEED`.
 
@@ -143,24 +137,21 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
     model, teacher = comparison.names
     stages: dict[str, Path] = {}
     student, seconds = None, 0.0
-    for name, recipe in row_recipes(row, comparison.budget, {}, seed).items():
+    for name, recipe in row_recipes(row, comparison.budget, seed).items():
         stage = name.rpartition("/")[2]
         run_dir = out / f"{key}-{seed}" / stage
         completed = recipe.objective.x0_source == "teacher"
         caches = {
-            LABELED: cache_folder(comparison, row, LABELED, False),
-            UNLABELED: cache_folder(comparison, row, UNLABELED, completed),
+            role: str(cache_folder(comparison, row, role, completed and role == UNLABELED))
+            for role in recipe.objective.roles
         }
-        changed: dict[str, Any] = {"model": model, "teacher": teacher}
-        changed |= {"data": recipe.data.model_dump() | {role: str(folder) for role, folder in caches.items()}}
-        changed |= {"init_from": str(list(stages.values())[-1])} if stages else {}
+        changed: dict[str, Any] = {"model": model, "teacher": teacher, "data": recipe.data.model_dump() | caches}
+        changed |= {"init_from": str(student)} if student else {}
         recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
-        if before := _trained_before(comparison, seed, stage, recipe):
-            stages[stage], student = before, before / STUDENT
-            continue
-        trained = train(recipe, run_dir, bar(f"train {key}: {stage}"))
-        write_json(run_dir / _MADE_FOR, comparison.mark())
-        stages[stage], student, seconds = run_dir, trained.student, seconds + trained.seconds
+        others = sorted(out.glob(f"*-{seed}/{stage}"))
+        trained = train(recipe, run_dir, bar(f"train {key}: {stage}"), others)
+        student, seconds = trained.student, seconds + trained.seconds
+        stages[stage] = student.parent
     return TrainedRow(student, stages, seconds)
 
 

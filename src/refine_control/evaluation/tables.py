@@ -87,15 +87,16 @@ def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> 
             f"{c.gflops_step:.3f}",
             f"{1000 * c.step_seconds:.1f}",
             f"{1000 * seconds[name]:.0f}" if name in seconds else "",
-            f"{c.peak_memory / 2**20:.0f}",
+            f"{c.peak_memory / 2**20:.0f}" if c.peak_memory else "",
         ]
         for name, c in costs.items()
     ]
     columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
     columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
     notes = [
-        "1 multiply-add = 2 FLOP, one picture, no guidance. Steps are timed alternately in one run (medians); peak "
-        "memory is of a fresh process that samples with this model."
+        "1 multiply-add = 2 FLOP, one picture, no guidance, in the arithmetic that pictures are sampled in. Steps are "
+        "timed alternately in one run (medians), those of other baselines alone; peak memory is of a fresh process "
+        "that samples with this model."
     ]
     return Table("Cost", columns, rows, notes)
 
@@ -140,7 +141,11 @@ def to_markdown(table: Table) -> str:
     return "\n".join([*head, *rows, *(f"\n{note}" for note in table.notes)])
 
 
-_LATEX = str.maketrans({c: f"\\{c}" for c in "%&_#$"} | {"|": r"$|$"})
+_LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "%&_#${}"}
+    | {"|": r"$|$", "<": "$<$", ">": "$>$", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    | {"\\": r"\textbackslash{}"}
+)
 
 
 def to_latex(table: Table) -> str:

@@ -130,8 +130,7 @@ def build_student(
     """A student of `num_layers`, fp32 on the CPU.
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
-    each group of Eq. 5, the zero-linear scaled so that the group's total is that layer's own times the group's size
-    over itself, i.e. copied. `random`: a new network from `seed` with zero zero-linears."""
+    each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears."""
     extra = teacher.config["extra_conditioning_channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.activations import GELU
 from torch import nn
 
 from refine_control.models.attention import use_plain_attention
+from refine_control.models.backbone import Backbone
 from refine_control.models.onednn import linear
 
 
@@ -41,3 +44,12 @@ def use_cpu_kernels(*modules: nn.Module) -> None:
                 part.__class__ = FusedGelu
             elif type(part) is nn.Linear:
                 part.__class__ = FusedLinear
+
+
+def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
+    """Casts transformer and ControlNets in place, all where the backbone is; bf16 on a CPU gets its own kernels."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if dtype == torch.bfloat16 and backbone.device.type == "cpu":
+        use_cpu_kernels(backbone.transformer, *controlnets)
+    for network in (backbone.transformer, *controlnets):
+        network.to(backbone.device, dtype)

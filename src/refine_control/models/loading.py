@@ -7,6 +7,7 @@ a folder whose config and weights disagree in layer count, without a word (PAPER
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.hub import folder_of
 from refine_control.models.mini import BUNDLE, CARD
-from refine_control.storage import publish_folder
+from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD3_MAX_SEQUENCE_LENGTH = 256
@@ -91,6 +92,34 @@ def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNe
     controlnet = SD3ControlNetModel(**arguments)
     controlnet.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
     return controlnet.eval()
+
+
+def weights_mark(name: str | Path) -> str:
+    """A hash of a folder's weights and configurations; a hub's id as it is.
+
+    From the manifest where this project wrote the folder; else of each file, which may hold gigabytes, the size and
+    three pieces."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(name)
+    marks = (".safetensors", "config.json")
+    if (folder / MANIFEST).is_file():
+        files = read_manifest(folder, verify=False)["files"]
+        weights = {path: file["sha256"] for path, file in files.items() if path.endswith(marks)}
+    else:
+        found = sorted(path for path in folder.rglob("*") if path.name.endswith(marks) and path.is_file())
+        weights = {path.relative_to(folder).as_posix(): _pieces_hash(path) for path in found}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def _pieces_hash(path: Path) -> str:
+    piece, size, told = 1 << 20, path.stat().st_size, hashlib.sha256()
+    told.update(str(size).encode())
+    with path.open("rb") as file:
+        for start in (0, (size - piece) // 2, size - piece):
+            file.seek(max(0, start))
+            told.update(file.read(piece))
+    return told.hexdigest()
 
 
 def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: int, **described: Any) -> None:

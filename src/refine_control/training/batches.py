@@ -122,6 +122,11 @@ class MixedBatches:
     def batch(self, draw: Draw) -> MixedBatch:
         """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
         even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == half] for half in (0, 1))
+        if not even or not odd:
+            raise InvalidInputError(
+                "objective.kind mixed halves every batch, and one sample has no halves; make training.batch_size a "
+                "multiple of twice the processes"
+            )
         labeled = draw._replace(slots=even, stage=f"{draw.stage} labeled")
         unlabeled = draw._replace(slots=odd, stage=f"{draw.stage} unlabeled")
         return MixedBatch(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 from refine_control.config import OptimizerConfig, TrainingConfig
+from refine_control.errors import InvalidInputError
 from refine_control.evaluation.obedience import WEIGHTS as CLASSIFIER_WEIGHTS
 from refine_control.evaluation.obedience import Classifier
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.loading import weights_mark
 from refine_control.models.mini import CARD
 from refine_control.storage import only_writer, publish_folder, write_json
 from refine_control.training.loop import Progress, fit
@@ -33,15 +36,29 @@ from refine_control.training.worlds import SceneWorld, World
 
 
 def run_stage(
-    name: str, objective: Any, batches: Any, stage: Stage, work: Path, seed: int, progress: Progress | None = None
+    name: str,
+    objective: Any,
+    batches: Any,
+    stage: Stage,
+    work: Path,
+    seed: int,
+    progress: Progress | None = None,
+    before: Sequence[Any] = (),
 ) -> dict[str, torch.Tensor]:
     """Trains one stage in `work/<name>` (or reads its result where it is done) and returns its averaged weights.
 
-    Writes `weights.safetensors` and `stage.json` (steps, samples seen, seconds) when done."""
+    `before` is what it stands on: its world, where it began, the stages before it. Writes `stage.json` (steps, samples
+    seen, seconds) and then `weights.safetensors`. Raises InvalidInputError where `work` holds another stage so named.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = work / name
-    result = folder / "weights.safetensors"
+    result, told = folder / "weights.safetensors", folder / "stage.json"
+    mark = hashlib.sha256(json.dumps([*before, name, stage, seed]).encode()).hexdigest()
+    if result.exists() and (not told.is_file() or json.loads(told.read_text()).get("fingerprint") != mark):
+        raise InvalidInputError(
+            f"{folder} was trained with other steps, seed, start or pictures; choose another --out, or delete {work}"
+        )
     if not result.exists():
         optimizer = OptimizerConfig(
             learning_rate=stage.learning_rate,
@@ -61,16 +78,16 @@ def run_stage(
             save_every=250,
             log_every=25,
         )
-        mark = hashlib.sha256(f"{stage}{seed}".encode()).hexdigest()
         fitted = fit(objective, batches, optimizer, training, folder, mark, progress=progress)
         if is_main_process():
-            temporary = folder / "weights.tmp"
-            save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
-            temporary.replace(result)
             seconds = round(fitted.seconds, 1)
             processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
             seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "processes": processes}
-            write_json(folder / "stage.json", {**stage._asdict(), **seen, "seconds_last_sitting": seconds})
+            seen |= {"seconds_last_sitting": seconds, "fingerprint": mark}
+            write_json(told, {**stage._asdict(), **seen})
+            temporary = folder / "weights.tmp"
+            save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
+            temporary.replace(result)
         return fitted.weights
     return load_file(result)
 
@@ -107,9 +124,16 @@ def train_bundle(
     work.mkdir(parents=True, exist_ok=True)
     world = world or SceneWorld()
     pipeline = world.pipeline(start, work, seed, stages).to(training_device())
+    before: list[Any] = [world.mark, weights_mark(start) if start else None]
+
+    def run(name: str, objective: Any, batches: Any) -> dict[str, torch.Tensor]:
+        weights = run_stage(name, objective, batches, stages[name], work, seed, progress, before)
+        before.append([name, stages[name]])
+        return weights
+
     if "autoencoder" in stages:
         objective: Any = AutoencoderObjective(pipeline.vae, torch.bfloat16)
-        weights = run_stage("autoencoder", objective, world.pictures(), stages["autoencoder"], work, seed, progress)
+        weights = run("autoencoder", objective, world.pictures())
         pipeline.vae.to(torch.float32).load_state_dict(weights)
         normalise_latents(pipeline.vae, world.some(seed, 1024))
     pipeline.vae.requires_grad_(False).to(torch.float32)
@@ -118,7 +142,7 @@ def train_bundle(
         use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
     if "base" in stages:
         objective = BaseObjective(pipeline, torch.bfloat16)
-        weights = run_stage("base", objective, batches, stages["base"], work, seed, progress)
+        weights = run("base", objective, batches)
         for name, part in objective.parts.items():
             part.float().load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, strict=False
@@ -131,11 +155,11 @@ def train_bundle(
                 use_cpu_kernels(controlnet)
     if "teacher" in stages:
         objective = TeacherObjective(pipeline, torch.bfloat16)
-        weights = run_stage("teacher", objective, batches, stages["teacher"], work, seed, progress)
+        weights = run("teacher", objective, batches)
         pipeline.controlnet.float().load_state_dict(weights, strict=False)
     if "joint" in stages:
         objective = JointObjective(pipeline, torch.bfloat16)
-        weights = run_stage("joint", objective, batches, stages["joint"], work, seed, progress)
+        weights = run("joint", objective, batches)
         for name in ("transformer", "controlnet"):
             own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
             getattr(pipeline, name).float().load_state_dict(own, strict=False)

@@ -12,9 +12,9 @@ from refine_control.config import SamplerConfig
 from refine_control.data import scenes
 from refine_control.data.vocabulary import COLOURS, SHAPES, local_prompt
 from refine_control.errors import InvalidInputError
+from refine_control.evaluation.bounds import decoded
 from refine_control.evaluation.metrics import psnr
 from refine_control.evaluation.obedience import load_classifier, obedience, read_regions
-from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
 from refine_control.models.mini import BUNDLE, SAMPLING
@@ -37,7 +37,7 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
 
     Obedience is always to the object that was there, so with an empty or a wrong prompt it must be at chance."""
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
-    texts = {"local": rendered.local_prompts, "global": rendered.global_prompts, "empty": [""] * count}
+    texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
         away = permutation(derive_seed(seed, "wrong"), count)
         colours, shapes = len(COLOURS), len(SHAPES)
@@ -60,13 +60,6 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
 CHANCE_SCENES = 200
 """So many at most with an empty or a wrong prompt: chance needs no third digit."""
 CHECK_SAMPLER = SamplerConfig(**SAMPLING)
-
-
-def _kept(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """(N,H,W,3) uint8 -> what the autoencoder makes of them, the same."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = [backbone.decode_latents(backbone.encode_images(part)).cpu() for part in pixels.split(128)]
-    return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def photo_crops(folder: Path, seed: int, size: int = 64) -> np.ndarray:
@@ -104,7 +97,7 @@ def check_bundle(
         part.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     classifier = load_classifier(bundle or BUNDLE)
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
-    kept = _kept(backbone, rendered.images.numpy())
+    kept = decoded(backbone, rendered.images.numpy())
     seen = read_regions(classifier, rendered.images.numpy(), rendered.masks.numpy())
     noise = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
     guess = read_regions(classifier, noise, rendered.masks.numpy())
@@ -123,7 +116,7 @@ def check_bundle(
         crops = photo_crops(photos, seed)
         out |= {
             "photo_crops": len(crops),
-            "autoencoder_psnr_photo_crops": float(psnr(crops, _kept(backbone, crops)).mean()),
+            "autoencoder_psnr_photo_crops": float(psnr(crops, decoded(backbone, crops)).mean()),
         }
     for kind in prompts:
         shown = count if kind == "local" else min(count, CHANCE_SCENES)

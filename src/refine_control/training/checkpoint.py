@@ -64,7 +64,7 @@ def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
         if manifest["fingerprint"] != fingerprint:
             raise InvalidInputError(
                 f"{run_dir} holds a run of another recipe (its checkpoint's fingerprint is "
-                f"{manifest['fingerprint'][:12]}, this one's {fingerprint[:12]}); choose another --run-dir"
+                f"{manifest['fingerprint'][:12]}, this one's {fingerprint[:12]}); choose another folder"
             )
         return Checkpoint(manifest["step"], load_file(folder / "state.safetensors"))
     if damage:

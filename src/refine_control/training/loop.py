@@ -24,7 +24,7 @@ from torch import nn
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, NonFiniteError
 from refine_control.randomness import slot_normals, slot_uniforms
-from refine_control.storage import write_atomic, write_json
+from refine_control.storage import write_atomic
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.optimizer import MasterWeights
 
@@ -190,7 +190,7 @@ def _refuse_nonfinite(loss: float, norm: float, where: str) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"the loss or its gradient is not finite {where}; "
-            "lower optimizer.learning_rate and run again in another --run-dir"
+            "lower optimizer.learning_rate and run again in another folder"
         )
 
 
@@ -276,6 +276,5 @@ def fit(
         save(training.steps)
     if log:
         log.close()
-        write_json(run_dir / "done.json", {"fingerprint": fingerprint, "steps": training.steps})
     weights = {name: tensor.float().clone() for name, tensor in master.ema_state().items()}
     return Fitted(training.steps, time.monotonic() - began, weights)

@@ -1,9 +1,9 @@
 """`refine-control mini train`: the mini bundle from nothing but a seed, stage by stage, each resumable.
 
 autoencoder -> base (transformer and both text encoders, text to image) -> teacher (23-layer inpainting
-ControlNet on the frozen base) -> a complete diffusers pipeline folder with a card that says what it took.
-Every stage runs in the one loop of this project; scenes are rendered as they are needed and never repeat
-between stages. Nothing but rendered pictures is ever looked at.
+ControlNet on the frozen base) -> joint (base and teacher together) -> a complete diffusers pipeline folder with a card
+that says what it took. Every stage runs in the one loop of this project. Scenes are rendered as they are needed and
+never repeat between stages; `worlds` has photographs in their place.
 """
 
 # B batch, H = W = 64 pixels, h = w = 8 latents
@@ -27,6 +27,7 @@ from refine_control.models.controlnet import (
 )
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Draw
+from refine_control.training.optimizer import compute_in
 
 
 class StageLosses(NamedTuple):
@@ -126,7 +127,7 @@ class AutoencoderObjective:
     """Mean square and a little absolute error of the reconstruction, with a slight pull to the unit normal."""
 
     def __init__(self, vae: Any, dtype: torch.dtype):
-        self.vae = vae.to(dtype)
+        self.vae: Any = compute_in(vae, dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All of the autoencoder."""
@@ -160,7 +161,7 @@ class BaseObjective:
         self.pipeline = pipeline
         self.parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
         for part in self.parts.values():
-            part.to(dtype).requires_grad_(True)
+            compute_in(part.requires_grad_(True), dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """`transformer.*`, `text_encoder.*`, `text_encoder_2.*`."""
@@ -184,8 +185,8 @@ class TeacherObjective:
         self.pipeline, self.inside_weight = pipeline, inside_weight
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
             part.to(dtype).requires_grad_(False)
-        self.controlnet = pipeline.controlnet.to(dtype)
-        self.parameters = trainable_parameters(self.controlnet)
+        self.parameters = trainable_parameters(pipeline.controlnet)
+        self.controlnet: Any = compute_in(pipeline.controlnet, dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The ControlNet without the last block's text stream."""
@@ -216,6 +217,7 @@ class JointObjective(TeacherObjective):
     A `free` share of the samples goes without control, so that the base stays a text-to-image model."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0, free: float = 0.15):
+        compute_in(pipeline.transformer.requires_grad_(True), dtype)
         super().__init__(pipeline, dtype, inside_weight)
         self.free = free
         pipeline.transformer.requires_grad_(True)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from refine_control.losses import (
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_cond, control_residuals, trainable_parameters
 from refine_control.training.loop import Draw
+from refine_control.training.optimizer import compute_in
 
 
 class LabeledBatch(NamedTuple):
@@ -89,11 +90,11 @@ class Networks:
         conditioning_scale: float = 1.0,
     ):
         self.backbone, self.teacher = backbone, teacher
-        self.student = student.to(dtype)  # type: ignore[arg-type]
+        self.parameters = trainable_parameters(student)
+        self.student = cast(ControlNet, compute_in(student, dtype))
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
             teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
-        self.parameters = trainable_parameters(self.student)
         self.sigmas = sigmas or SigmaConfig()
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
         self.conditioning_scale = conditioning_scale

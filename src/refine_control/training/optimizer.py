@@ -8,11 +8,26 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+_MASTER = "fp32"
+
+
+def compute_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts a module, in place; its trainable fp32 parameters leave their values to `MasterWeights`, unrounded."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float32 != dtype:
+            setattr(parameter, _MASTER, parameter.detach().clone())
+    return module.to(dtype)
+
+
+def _master(parameter: nn.Parameter) -> torch.Tensor:
+    kept = vars(parameter).pop(_MASTER, None)
+    return parameter.detach().float().clone() if kept is None else kept.to(parameter.device)
+
 
 class MasterWeights:
     """fp32 copies of a module's trainable parameters, their gradients, AdamW moments and EMA.
 
-    The module may hold the same parameters in bf16: `accumulate` adds its gradients here in fp32,
+    The module may hold the same parameters in bf16 (`compute_in`): `accumulate` adds its gradients here in fp32,
     `step` updates here and copies back. For an fp32 module the masters are its own parameters.
 
     Args:
@@ -31,7 +46,7 @@ class MasterWeights:
         self.named = {name: p for name, p in named_parameters if p.requires_grad}
         self.params: list[torch.Tensor] = list(self.named.values())
         same = all(p.dtype == torch.float32 for p in self.params)
-        self.masters: list[torch.Tensor] = self.params if same else [p.detach().float().clone() for p in self.params]
+        self.masters: list[torch.Tensor] = self.params if same else [_master(p) for p in self.named.values()]
         decayed = [m for m in self.masters if m.ndim > 1]
         flat = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]

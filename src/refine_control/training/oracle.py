@@ -32,12 +32,10 @@ class Crops(NamedTuple):
     shape: torch.Tensor
 
 
-def scene_crops(seed: int, start: int, count: int, surroundings_only: bool = False) -> Crops:
-    """The regions of scenes as the oracle sees them; `surroundings_only` blanks the hole before the crop is taken."""
+def scene_crops(seed: int, start: int, count: int) -> Crops:
+    """The regions of scenes as the oracle sees them."""
     rendered = scenes.render(seed, start, count)
     pixels = rendered.images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    if surroundings_only:
-        pixels = torch.where(rendered.masks[:, None], -1.0, pixels)
     crops = region_crops(pixels, rendered.masks)
     return Crops(crops, torch.from_numpy(rendered.colour), torch.from_numpy(rendered.shape))
 
@@ -45,13 +43,10 @@ def scene_crops(seed: int, start: int, count: int, surroundings_only: bool = Fal
 class CropBatches:
     """New scenes at every step."""
 
-    def __init__(self, surroundings_only: bool = False):
-        self.surroundings_only = surroundings_only
-
     def batch(self, draw: Draw) -> Crops:
         """One region for each slot."""
         start = draw.step * 100_000 + draw.slots[0]
-        return scene_crops(derive_seed(draw.seed, draw.stage), start, len(draw.slots), self.surroundings_only)
+        return scene_crops(derive_seed(draw.seed, draw.stage), start, len(draw.slots))
 
 
 def _blurred(pixels: torch.Tensor) -> torch.Tensor:
@@ -84,13 +79,3 @@ class OracleObjective:
         a = functional.cross_entropy(colour, batch.colour)
         b = functional.cross_entropy(shape, batch.shape)
         return OracleLosses(a + b, a, b)
-
-
-@torch.no_grad()
-def accuracy(classifier: Classifier, crops: Crops) -> tuple[float, float]:
-    """Shares (0 to 1) of colours and shapes that are read right."""
-    colour, shape = classifier(crops.pixels)
-    return (
-        (colour.argmax(1) == crops.colour).float().mean().item(),
-        (shape.argmax(1) == crops.shape).float().mean().item(),
-    )

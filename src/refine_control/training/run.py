@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from refine_control.config import Recipe, fingerprint, resolved_yaml
-from refine_control.data.cache import Cache, model_mark, refuse_sizes
+from refine_control.config import DataConfig, Recipe, fingerprint, resolved_yaml
+from refine_control.data.cache import Cache, model_mark, refuse_sizes, teacher_mark
 from refine_control.data.prompt_memory import PromptMemory
 from refine_control.data.records import LABELED, UNLABELED
 from refine_control.errors import InvalidInputError, MissingError
@@ -19,8 +20,8 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
-from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet
-from refine_control.storage import MANIFEST, only_writer, read_manifest, write_atomic
+from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
+from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Batches, Objective, Progress, fit
 from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
@@ -140,7 +141,7 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
     teacher = backbone.pipeline.controlnet if recipe.objective.kind != "from_scratch" else None
     if device.type == "cpu":
         use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
-    for part in (backbone.transformer, backbone.pipeline.controlnet, student):
+    for part in (backbone.transformer, student, *([teacher] if teacher is not None else [])):
         part.to(device)  # type: ignore[arg-type]
     if recipe.training.validate_every:
         backbone.vae.to(device)
@@ -165,20 +166,37 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
     return backbone, networks
 
 
-def _done(run_dir: Path, mark: str) -> Trained | None:
-    """The finished student of the same recipe, verified; None where there is none."""
-    folder = run_dir / STUDENT
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(folder)
-    if manifest["fingerprint"] != mark:
-        raise InvalidInputError(f"{run_dir} holds the student of another recipe; choose another --run-dir")
-    return Trained(folder, manifest["steps"], 0.0)
+def run_mark(recipe: Recipe, backbone: Backbone) -> str:
+    """What a run's weights depend on, by hash: the recipe, and in place of its names and paths what lies there.
+
+    So a run may be moved and found again, and one whose teacher, model, data or start have changed is another."""
+    bare = recipe.model_copy(
+        update={"model": "", "teacher": None, "init_from": None, "data": DataConfig(prompts=recipe.data.prompts)}
+    )
+    told = [fingerprint(bare), model_mark(backbone), teacher_mark(backbone)]
+    told += [weights_mark(student_folder(recipe.init_from))] if recipe.init_from else []
+    for role in recipe.objective.roles:
+        manifest = Path(getattr(recipe.data, role) or "") / MANIFEST
+        told += [sha256_file(manifest)] if manifest.is_file() else []  # `Cache` says what is wrong with others
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Trained:
+def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path]) -> Trained | None:
+    """The finished student of the same run, verified; None where there is none."""
+    for folder in (run_dir / STUDENT, *(other / STUDENT for other in elsewhere)):
+        if (folder / MANIFEST).is_file() and read_manifest(folder, verify=False)["fingerprint"] == mark:
+            return Trained(folder, read_manifest(folder)["steps"], 0.0)
+    if (run_dir / STUDENT / MANIFEST).is_file():
+        raise InvalidInputError(
+            f"{run_dir} holds the student of another recipe, teacher or data; choose another folder"
+        )
+    return None
+
+
+def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsewhere: Iterable[Path] = ()) -> Trained:
     """Runs a recipe in `run_dir`, from its last checkpoint where it has one; finished runs are left as they are.
 
+    `elsewhere` are folders of runs of which one may be the very same, finished: then its student is the answer.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
     mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.threads:
@@ -191,13 +209,10 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None) -> Tr
     with only_writer(run_dir) if main else nullcontext():
         device = training_device()
         backbone, networks = prepare(recipe, device)
-        model = model_mark(backbone)
-        start = student_folder(recipe.init_from) / MANIFEST if recipe.init_from else None
-        born = json.loads(start.read_text())["files"] if start and start.is_file() else recipe.init_from
-        mark = hashlib.sha256(f"{fingerprint(recipe)} {model} {json.dumps(born)}".encode()).hexdigest()
-        if done := _done(run_dir, mark):
+        mark = run_mark(recipe, backbone)
+        if done := _done(run_dir, mark, elsewhere):
             return done
-        objective, batches = _objective_and_batches(recipe, networks, model, device)
+        objective, batches = _objective_and_batches(recipe, networks, model_mark(backbone), device)
         if main:
             write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None

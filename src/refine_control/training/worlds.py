@@ -16,7 +16,7 @@ import torch
 
 from refine_control.config import SamplerConfig
 from refine_control.data import scenes
-from refine_control.data.small_photos import SmallPhotos, category_words, read_small_photos
+from refine_control.data.small_photos import SmallPhotos, category_words, read_small_photos, small_photos_mark
 from refine_control.errors import InvalidInputError
 from refine_control.evaluation.bounds import decoded
 from refine_control.evaluation.metrics import psnr
@@ -40,6 +40,8 @@ class World(Protocol):
 
     card: dict[str, Any]
     """What the bundle's card says of it."""
+    mark: str
+    """What its pictures are known by."""
     has_oracle: bool
     """Does a classifier belong to its bundles?"""
 
@@ -71,6 +73,7 @@ class World(Protocol):
 class SceneWorld:
     """The shipped miniature's."""
 
+    mark = "scenes"
     has_oracle = True
     card: dict[str, Any] = {  # noqa: RUF012
         "name": "mini",
@@ -114,7 +117,7 @@ class PhotoWorld:
     has_oracle = False
 
     def __init__(self, folder: Path, progress: Progress | None = None):
-        self.folder = folder
+        self.folder, self.mark = folder, small_photos_mark(folder)
         self.photos = read_small_photos(folder, "teacher", progress=progress)
         self.card = {
             "name": "mini, photographs",
