@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHOWN = re.compile(r"^\$ (refine-control .*)$", flags=re.MULTILINE)
 COMMANDS = SHOWN.findall(README)
-DATA_COMMANDS = SHOWN.findall((ROOT / "docs" / "data.md").read_text())
+DATA_COMMANDS = [c for page in ("data.md", "sd3.md") for c in SHOWN.findall((ROOT / "docs" / page).read_text())]
 
 
 @pytest.fixture

@@ -91,12 +91,16 @@ def data_build(
     prompts: Prompts = "given",
     describer: Describer = QWEN,
     server: Server = SERVER,
-    size: Annotated[int, typer.Option(help="Side of the square samples in pixels.")] = 64,
+    size: Annotated[
+        int, typer.Option(help="Side of the square samples in pixels; 64 is the mini model's, 1024 SD3's.")
+    ] = 64,
     buckets: Annotated[
         bool, typer.Option("--buckets", help="Keep the photo's shape: sizes of about --size^2 pixels, 1:2 to 2:1.")
     ] = False,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of photos kept for the test.")] = 0.2,
-    unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the others without pixels.")] = 0.5,
+    unlabeled_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the others that become D_ssl.")
+    ] = 0.5,
     seed: Seed = 0,
     image_format: Annotated[
         Literal["webp", "png", "jpg"], typer.Option("--format", help="webp is lossless here.")
@@ -168,7 +172,7 @@ def data_reword(
     out: Path,
     kind: Annotated[
         Literal["template", "shuffled", "global"],
-        typer.Option("--as", help="Of the category, another photo's, or the whole's."),
+        typer.Option("--as", help="`a CATEGORY`; those of other photos; or of whole photos."),
     ],
     images: Images = None,
     seed: Seed = 0,
@@ -253,14 +257,14 @@ def cache(
     shards: Annotated[Path, InFolder],
     out: Path,
     model: Model = "mini",
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of what is stored.")] = "fp32",
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number type of what is stored.")] = "fp32",
     prompts: Annotated[
         Literal["full", "int8", "none"],
         typer.Option(help="Embeddings in --dtype, in 8 bits with scales, or none: train by data.prompts=encode."),
     ] = "full",
     teacher: Annotated[
         str | None,
-        typer.Option(help="ControlNet folder or hub id, which --complete paints with; the model's by default."),
+        typer.Option(help="ControlNet that --complete paints with, a folder or hub id; by default the model's."),
     ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],

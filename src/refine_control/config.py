@@ -178,11 +178,11 @@ class SamplerConfig(Section):
 
 
 class DataConfig(Section):
-    """Cache folders by role; `refine-control cache` makes them."""
+    """Caches of the training roles, which `refine-control cache` makes, and shards of the test."""
 
     labeled: str | None = Field(default=None, description="cache of (image, mask, local prompt), D_sl")
     unlabeled: str | None = Field(default=None, description="cache of (masked image, mask, local prompt), D_ssl")
-    test: str | None = Field(default=None, description="cache of held-out triplets, D_test")
+    test: str | None = Field(default=None, description="shards of held-out samples, for training.validate_every")
     prompts: Literal["cached", "encode"] = Field(
         default="cached",
         description="prompt embeddings from the caches, or encoded in training (caches by `cache --prompts none`)",

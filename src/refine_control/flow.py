@@ -46,5 +46,5 @@ def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def logit_normal_sigmas(normals: torch.Tensor, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> torch.Tensor:
-    """Standard normals (B,) -> sigmas (B,) in (0, 1): sigmoid of N(mean, std^2), then the shift (PAPER trap 9)."""
+    """Standard normals (B,) -> sigmas (B,) in (0, 1): sigmoid of N(mean, std^2), shifted (docs/paper.md, trap 9)."""
     return shift_sigmas(torch.sigmoid(mean + std * normals), shift)

@@ -56,7 +56,7 @@ def feature_losses(
 
     f are ControlNet residuals after their zero-linears, (B,N,D) each: injected totals are compared.
     `relative` divides each layer by the mean square of its own total, so no layer drowns another
-    (not in the paper; measured in docs/results.md)."""
+    (not in the paper; `reproduce losses` measures it)."""
     parts = []
     for own, total, sites in zip(
         student, teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites), strict=True

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
     """Stock but for one method: `prepare_image_with_mask` may use the posterior's mean instead of a draw.
 
-    With `latents_mode` "sample" every step is stock's, and so is the picture, bit for bit (PAPER trap 3)."""
+    With `latents_mode` "sample" every step is stock's, and so is the picture, bit for bit (docs/paper.md, trap 3)."""
 
     latents_mode: Literal["mean", "sample"] = "mean"
 

@@ -38,7 +38,7 @@ def test_a_variant_is_named_by_what_it_changes(changed, name):
     assert Variant(**changed).name == name
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.5, 6), (0.26, 4), (0.07 * 100 / 12, 7), (0.001, 1), (1.0, 12)])
+@pytest.mark.parametrize(("share", "count"), [(0.5, 6), (0.26, 4), (3 * 0.1 / 1.2, 3), (0.001, 1), (1.0, 12)])
 def test_a_share_is_the_first_samples(source, tmp_path, share, count):
     before, after = made(source, tmp_path / "out", LABELED, share=share)
     assert len(after) == count

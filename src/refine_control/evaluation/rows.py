@@ -39,7 +39,7 @@ from refine_control.storage import write_atomic
 from refine_control.training.run import train
 
 FORMAT = 2
-"""Raised when equal recipes no longer give equal numbers."""
+"""Raised when equal recipes give numbers that differ by more than rounding."""
 PICTURES, PICTURES_MARK = "images.npy", "images.mark"
 _DIGITS, _PICTURES = 5, 64
 

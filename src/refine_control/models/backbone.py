@@ -96,7 +96,7 @@ class Backbone:
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, shifted and scaled (PAPER trap 3)."""
+        """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, normalised (docs/paper.md, trap 3)."""
         return by_parts(self.vae, lambda part: encode_images(self.vae, part), pixel_values)
 
     @torch.no_grad()

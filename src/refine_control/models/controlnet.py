@@ -50,7 +50,7 @@ def control_residuals(
 ) -> list[torch.Tensor]:
     """The L residuals (B,N,D) after the zero-linears, before injection.
 
-    The pooled projection is zeros, as the inpainting pipeline feeds it (PAPER trap 1)."""
+    The pooled projection is zeros, as the inpainting pipeline feeds it (docs/paper.md, trap 1)."""
     dtype = controlnet.dtype
     return _forward(
         controlnet,
@@ -104,8 +104,8 @@ def from_transformer(
 ) -> SD3ControlNetModel:
     """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero.
 
-    Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (PAPER trap 4).
-    Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
+    Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (docs/paper.md,
+    trap 4). Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
     sites = len(transformer.transformer_blocks) - 1
     if not 1 <= num_layers <= sites:
         raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")

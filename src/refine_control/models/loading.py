@@ -1,7 +1,7 @@
 """Strict loading of models in diffusers layout: what is on disk is what you get, or a sentence says why not.
 
 A model is named `mini`, by a folder, or by a hub id. Weights are safetensors only. diffusers itself accepts
-a folder whose config and weights disagree in layer count, without a word (PAPER trap 5).
+a folder whose config and weights disagree in layer count, without a word (docs/paper.md, trap 5).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], 
 def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNetModel:
     """An fp32 ControlNet on the CPU from a folder or hub id, loaded strictly.
 
-    `extra_channels` stands in for a config without `extra_conditioning_channels` (the published teacher's; PAPER
-    trap 6). Raises InvalidInputError when config and weights disagree or a weight is not finite."""
+    `extra_channels` stands in for a config without `extra_conditioning_channels` (the published teacher's;
+    docs/paper.md, trap 6). Raises InvalidInputError when config and weights disagree or a weight is not finite."""
     from safetensors.torch import load_file
 
     path = resolve(folder)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BUNDLE = Path(__file__).parent / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
 MAX_SEQUENCE_LENGTH = 0
-"""No T5: no zero tokens are appended, in training and in use alike (PAPER trap 10)."""
+"""No T5: no zero tokens are appended, in training and in use alike (docs/paper.md, trap 10)."""
 CARD = "refine_control.json"
 """A bundle's own word of itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
