@@ -54,7 +54,8 @@ def test_after_a_signal_what_runs_ends_and_nothing_begins(number, tmp_path):
     script.write_text(CODE)
     (tmp_path / "tasks").mkdir()
     command = [sys.executable, str(script), str(tmp_path / "tasks")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         end = time.monotonic() + 60
         while not list(tmp_path.glob("tasks/*/begun")) and time.monotonic() < end:
             time.sleep(0.05)
@@ -62,8 +63,8 @@ def test_after_a_signal_what_runs_ends_and_nothing_begins(number, tmp_path):
             os.killpg(process.pid, number)  # as a terminal sends it
         else:
             process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "")
     assert "run the same command to continue" in out
     begun, ended = (len(list(tmp_path.glob(f"tasks/*/{mark}"))) for mark in ("begun", "ended"))
     assert begun == ended <= 2

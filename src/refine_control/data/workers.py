@@ -51,9 +51,9 @@ def workers(count: int) -> Iterator[InOrder]:
 
     def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
         coming = iter(tasks)
-        ahead: deque[Future[Result]] = deque(
-            pool.submit(_do, work, task) for task in itertools.islice(coming, _AHEAD * count)
-        )
+        ahead: deque[Future[Result]] = deque()
+        with _interrupts_held():  # these start the workers, and an interrupt would end one that is half awake
+            ahead.extend(pool.submit(_do, work, task) for task in itertools.islice(coming, _AHEAD * count))
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(pool.submit(_do, work, task) for task in itertools.islice(coming, 1))
@@ -94,6 +94,16 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """SIGINT waits; processes that are started here have it held until they let it go (`_start`)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _stopped: Event | None = None
 """In a worker: set when no further task is to begin."""
 
@@ -109,6 +119,7 @@ def _start(stopped: Event) -> None:
     global _stopped  # noqa: PLW0603
     _stopped = stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
     def leave() -> None:
