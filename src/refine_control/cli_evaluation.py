@@ -56,8 +56,8 @@ def evaluate(
     from refine_control.evaluation.evaluate import evaluate as run
 
     sampler, bar = SamplerConfig(**chosen), progress_bar("evaluate")
-    told = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
-    show(told, as_json)
+    made = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
+    show(made.summary if as_json else made.text, as_json)
 
 
 def reproduce(

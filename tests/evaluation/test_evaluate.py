@@ -111,7 +111,7 @@ def refuse(word):
 def test_what_is_written_is_what_was_measured(tmp_path, result):
     cost = ModelCost(3, 10, 0.5, 1.5, 0.01, 1 << 20)
     summary = summarise(result, "ours", "fc")
-    report = write_results(tmp_path, "Title", PHOTOS, result, summary, {"ours": cost}, {"model": "tiny"})
+    made = write_results(tmp_path, "Title", PHOTOS, result, summary, {"ours": cost}, {"model": "tiny"})
     written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
     assert written["keys"] == [p.key for p in PHOTOS]
     assert written["samples"] == len(PHOTOS)
@@ -128,8 +128,14 @@ def test_what_is_written_is_what_was_measured(tmp_path, result):
             assert values["mean"] <= values["high"] + 1e-9
             np.testing.assert_allclose(scores, result.scores[name][metric], atol=1e-6)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-    text = report.read_text()
-    assert f"{written['models']['ours']['psnr']['mean']:.2f}" in text
+    mean = f"{written['models']['ours']['psnr']['mean']:.2f}"
+    for text in (made.report.read_text(), made.text, (tmp_path / "tables.md").read_text()):
+        assert mean in text
+        assert "teacher - ours" in text
+    share = written["gap_closed"]["psnr_region"]
+    assert f"ours closes {100 * share['mean']:.0f} % [" in made.text
+    assert max(map(len, made.text.split("report: ")[0].splitlines())) < 200
+    assert (tmp_path / "tables.tex").read_text().count(r"\toprule") == 3
 
 
 def shards(folder, role, count):

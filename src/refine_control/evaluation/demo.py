@@ -10,11 +10,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from refine_control.comparison import read_budget, read_rows
 from refine_control.evaluation.compare import compare
-from refine_control.evaluation.evaluate import TEACHER, sampler_facts, summarise, write_results
+from refine_control.evaluation.evaluate import TEACHER, Written, sampler_facts, summarise, write_results
 from refine_control.evaluation.feature_metrics import FeatureNetworks
 from refine_control.evaluation.loss_curves import layer_curves, term_curves
 from refine_control.evaluation.materials import Comparison, prepare_data
@@ -22,7 +22,6 @@ from refine_control.evaluation.model_cost import model_costs
 from refine_control.evaluation.obedience import load_classifier
 from refine_control.evaluation.rows import sampler_of, train_row
 from refine_control.evaluation.signatures import signatures
-from refine_control.evaluation.tables import cost_table, difference_table, quality_table, text_table
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.mini import BUNDLE
@@ -34,14 +33,6 @@ Progress = Callable[[int, int, str], None]
 
 SHOWN = {"fc": "fc_inherit", "ours": "inherit"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
-
-
-class Demonstrated(NamedTuple):
-    """What the demo leaves: the report's path, the tables as text, and all numbers."""
-
-    report: Path
-    text: str
-    summary: dict[str, Any]
 
 
 def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> list[str]:
@@ -67,9 +58,7 @@ def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> l
     return out + [s for name in SHOWN for s in signatures(name, differences[f"{TEACHER} - {name}"])]
 
 
-def run_demo(
-    out: Path, *, seed: int = 0, budget: str = "demo", steps: int | None = None, bar: Any = None
-) -> Demonstrated:
+def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | None = None, bar: Any = None) -> Written:
     """Runs the comparison of `budget` (a row of recipes/mini/budgets.yaml) with one training seed in `out`.
 
     `bar(label)` gives a progress callback for each part. The same call continues what was interrupted.
@@ -108,7 +97,7 @@ def run_demo(
         sentences = _sentences(summary, costs, numbers)
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
         title = "A 23-layer ControlNet distilled into 12 layers"
-        report = write_results(
+        return write_results(
             out,
             title,
             photos,
@@ -120,25 +109,3 @@ def run_demo(
             sentences=sentences,
             curves=[*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))],
         )
-    shown = [text_table(t) for t in (_terminal(quality_table(summary)), difference_table_short(summary))]
-    head = f"{facts['pictures']} pictures, {facts['sampler']}; {facts['training']}"
-    text = "\n\n".join(
-        [head, *shown, text_table(cost_table(costs, result.seconds)), "\n".join(sentences), f"report: {report}"]
-    )
-    return Demonstrated(report, text, {**summary, "report": str(report)})
-
-
-_SHORT = ("model", "pair", "PSNR region dB", "PSNR dB", "SSIM", "colour obeyed %", "shape obeyed %", "both obeyed %")
-
-
-def _terminal(table: Any) -> Any:
-    """The columns that fit a terminal."""
-    kept = [i for i, c in enumerate(table.columns) if c in _SHORT]
-    return table.__class__(
-        table.caption, [table.columns[i] for i in kept], [[r[i] for i in kept] for r in table.rows], table.notes
-    )
-
-
-def difference_table_short(summary: dict[str, Any]) -> Any:
-    """The paired differences in the columns that fit a terminal."""
-    return _terminal(difference_table(summary))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from refine_control.evaluation.tables import (
     cost_table,
     difference_table,
     quality_table,
+    short,
+    text_table,
+    write_tables,
 )
 from refine_control.models.devices import best_device, device_name
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
@@ -77,6 +80,14 @@ def summarise(result: Result, ours: str | None = None, baseline: str | None = No
     return out
 
 
+class Written(NamedTuple):
+    """What an evaluation leaves: the report's path, the tables for a terminal, and all numbers."""
+
+    report: Path
+    text: str
+    summary: dict[str, Any]
+
+
 def pictures(
     photos: Sequence[Photo], images: Mapping[str, Sequence[np.ndarray] | np.ndarray], count: int = 12
 ) -> PictureGrid:
@@ -104,8 +115,8 @@ def write_results(
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
     made_by: Sequence[str] = (),
-) -> Path:
-    """metrics.json (with every picture's scores), grid.png and report.html in `out`; returns the report's path."""
+) -> Written:
+    """metrics.json (with every picture's scores), grid.png, tables.md, tables.tex and report.html in `out`."""
     per_image = {n: {m: [round(float(x), 6) for x in v] for m, v in s.items()} for n, s in result.scores.items()}
     described = {n: c._asdict() for n, c in costs.items()}
     keys = [p.key for p in photos]
@@ -116,19 +127,32 @@ def write_results(
     write_atomic(out / "grid.png", picture_grid(grid))
     known = next(iter(summary["models"].values()))
     told = [*metric_notes(known, len(photos)), *(networks.missing.values() if networks else ())]
-    shown = [quality_table(summary, told), cost_table(costs, result.seconds)]
-    if len(result.scores) > 1:
-        shown.insert(1, difference_table(summary))
-    signed = [f"refine-control {__version__}", *made_by]
-    data = ReportData(title, list(sentences), facts, [*shown, *tables], [grid], list(curves), signed)
-    write_report(out / "report.html", data)
-    return out / "report.html"
+    compared = [quality_table(summary, told), *([difference_table(summary)] if len(result.scores) > 1 else [])]
+    shown = [*compared, cost_table(costs, result.seconds), *tables]
+    write_tables(out, shown)
+    signed, found = [f"refine-control {__version__}", *made_by], [*sentences, *_gap_sentences(summary)]
+    report = out / "report.html"
+    write_report(report, ReportData(title, found, facts, shown, [grid], list(curves), signed))
+    head = "; ".join(facts[fact] for fact in ("pictures", "sampler", "training") if fact in facts)
+    lines = map(text_table, [*map(short, compared), *shown[len(compared) :]])
+    missing = list(networks.missing.values()) if networks else []
+    text = "\n\n".join([head, *lines, "\n".join([*found, *missing]), f"report: {report}"])
+    return Written(report, text, {**summary, "not_computed": missing, "report": str(report)})
+
+
+def _gap_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What share of the gap `ours` closes, where there is one."""
+    return [
+        f"ours closes {100 * v['mean']:.0f} % [{100 * v['low']:.0f}, {100 * v['high']:.0f}] of the gap between fc and "
+        f"the teacher in {HEADINGS[m]}."
+        for m, v in summary.get("gap_closed", {}).items()
+    ]
 
 
 def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
     """How the pictures were sampled, for the report and the terminal."""
     return {
-        "pictures": str(count),
+        "pictures": f"{count} pictures",
         "sampler": f"Euler, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}, "
         f"conditioning scale {sampler.conditioning_scale:g}, injection {sampler.injection}, seed {sampler.seed}, "
         f"{sampler.precision}",
@@ -176,8 +200,8 @@ def evaluate(
     baselines: Mapping[str, str] | None = None,
     weights: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Teacher and students on test shards; writes `out` and returns the summary with the report's path.
+) -> Written:
+    """Teacher and students on test shards, measured and written to `out` as `write_results` does.
 
     `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
     `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
@@ -215,5 +239,4 @@ def evaluate(
             *([f"teacher: {weights_mark(teacher)}"] if teacher else []),
             *(_hashed(n, _weights(f)) for n, f in students.items()),
         ]
-        report = write_results(out, title, photos, result, summary, costs, facts, **shown)
-    return {**summary, "not_computed": list(networks.missing.values()), "report": str(report)}
+        return write_results(out, title, photos, result, summary, costs, facts, **shown)

@@ -51,7 +51,7 @@ from refine_control.evaluation.rows import (
     train_row,
 )
 from refine_control.evaluation.signatures import prompt_signature
-from refine_control.evaluation.tables import to_latex, to_markdown
+from refine_control.evaluation.tables import write_tables
 from refine_control.evaluation.targets import FIGURE2, FIGURE3, TARGETS, held_against, measured_rows
 from refine_control.randomness import derive_seed
 from refine_control.storage import only_writer, write_atomic, write_json
@@ -285,9 +285,7 @@ def reproduce(
 
 def _write(made: _Made, title: str, out: Path, facts: Mapping[str, str]) -> Reproduced:
     pictures = [f"{name}: {out / name}" for name in made.grids] if not made.tables else []
-    text = "\n\n".join([*map(to_markdown, made.tables), *made.absent, *pictures])
-    write_atomic(out / "tables.md", text + "\n")
-    write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, made.tables)) + "\n")
+    text = write_tables(out, made.tables, [*made.absent, *pictures])
     write_json(out / "tables.json", made.summary)
     for name, grid in made.grids.items():
         write_atomic(out / name, picture_grid(grid))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_control.evaluation.metrics import CONVENTIONS
 from refine_control.evaluation.model_cost import ModelCost
 from refine_control.evaluation.report import Table
+from refine_control.storage import write_atomic
 
 HEADINGS = {
     "psnr": "PSNR dB",
@@ -127,6 +129,16 @@ def baseline_table(ways: Mapping[str, BaselineWay]) -> Table:
     return Table("Baselines", [*columns, *(f"paper's {PAPER[m]}" for m in told)], lines, notes)
 
 
+_SHORT = ("model", "pair", "PSNR region dB", "PSNR dB", "SSIM", "colour obeyed %", "shape obeyed %", "both obeyed %")
+
+
+def short(table: Table) -> Table:
+    """Of a quality or difference table the columns that fit a terminal."""
+    kept = [i for i, column in enumerate(table.columns) if column in _SHORT]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table(table.caption, [table.columns[i] for i in kept], rows, table.notes)
+
+
 def text_table(table: Table) -> str:
     """The table for a terminal."""
     rows = [list(table.columns), *(list(r) for r in table.rows)]
@@ -139,6 +151,14 @@ def to_markdown(table: Table) -> str:
     head = [f"### {table.caption}", "", f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
     rows = [f"| {' | '.join(row)} |" for row in table.rows]
     return "\n".join([*head, *rows, *(f"\n{note}" for note in table.notes)])
+
+
+def write_tables(out: Path, tables: Sequence[Table], told: Sequence[str] = ()) -> str:
+    """`tables.md`, with what else is `told`, and `tables.tex` in `out`; returns the first."""
+    text = "\n\n".join([*map(to_markdown, tables), *told])
+    write_atomic(out / "tables.md", text + "\n")
+    write_atomic(out / "tables.tex", "\n\n".join(map(to_latex, tables)) + "\n")
+    return text
 
 
 _LATEX = str.maketrans(
