@@ -187,6 +187,8 @@ RECORD = [f"{size}/{row}" for size in ("mini", "sd3") for row in ("fc", "ours_st
 
 def test_the_packaged_recipes_are_these():
     ablations = (
+        "balanced_stage1",
+        "balanced_stage2",
         "fc_inherit",
         "fc_plain",
         "fc_random",

@@ -47,7 +47,7 @@ def somewhere(tmp_path, monkeypatch):
 
 def test_the_readme_shows_the_main_job():
     verbs = [" ".join(c.split()[1:3]) for c in COMMANDS]
-    assert {"data build", "cache runs/photos/labeled", "train mini/inherit_stage1", "train mini/fc_inherit"} <= set(
+    assert {"data build", "cache runs/photos/labeled", "train mini/balanced_stage1", "train mini/fc_inherit"} <= set(
         verbs
     )
 

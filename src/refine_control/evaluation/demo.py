@@ -31,7 +31,7 @@ from refine_control.training.run import fast_precision
 Progress = Callable[[int, int, str], None]
 
 
-SHOWN = {"fc": "fc_inherit", "ours": "inherit"}
+SHOWN = {"fc": "fc_inherit", "ours": "balanced"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
 
 
