@@ -90,15 +90,14 @@ def inpaint(
     dry_run: DryRun = False,
 ) -> None:
     """Repaint the white of the mask in one image."""
-    chosen = sampling(model, steps, guidance, scale, seed=seed, injection=injection)
+    sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection)
     options: dict[str, Any] = {"model": model, "controlnet": controlnet, "size": size, "composite": composite}
     if dry_run:
-        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **chosen}
+        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **sampler.model_dump()}
         return show(plan, as_json=False)
-    from refine_control.config import SamplerConfig
     from refine_control.pipeline import inpaint_file
 
-    print(inpaint_file(image, mask, prompt, out, sampler=SamplerConfig(**chosen), **options))
+    print(inpaint_file(image, mask, prompt, out, sampler=sampler, **options))
 
 
 @mini_app.command("train")

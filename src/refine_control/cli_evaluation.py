@@ -48,14 +48,13 @@ def evaluate(
     """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
     students = named_folders(student, "--student")
     baselines = named_sources(baseline or [], "--baseline")
-    chosen = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
+    sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
     if dry_run:
         named = {"teacher": teacher, "students": students, "baselines": baselines}
-        return show({**named, "test": test, "out": out, **chosen}, as_json)
-    from refine_control.config import SamplerConfig
+        return show({**named, "test": test, "out": out, **sampler.model_dump()}, as_json)
     from refine_control.evaluation.evaluate import evaluate as run
 
-    sampler, bar = SamplerConfig(**chosen), progress_bar("evaluate")
+    bar = progress_bar("evaluate")
     made = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
     show(made.summary if as_json else made.text, as_json)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from refine_control.config import SamplerConfig
 
 
 def sampling(
     model: str, steps: int | None, guidance: float | None, scale: float | None, **others: Any
-) -> dict[str, Any]:
-    """Fields of SamplerConfig: what was given, else the model's own, else SD3's."""
+) -> SamplerConfig:
+    """What was given, else the model's own, else SD3's."""
     from refine_control.config import SamplerConfig
     from refine_control.models.mini import own_sampling
 
     given = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale}
     chosen = {**own_sampling(model), **{name: value for name, value in given.items() if value is not None}, **others}
-    return SamplerConfig(**chosen).model_dump()
+    return SamplerConfig(**chosen)
 
 
 def make_app(**options: Any) -> typer.Typer:
