@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "refine_control"
 
 # A module may import from its own floor or a lower one. The longest prefix decides.
 FLOORS = {
-    **dict.fromkeys(["", "errors", "storage", "comparison", "config", "strict_yaml", "randomness"], 0),
+    **dict.fromkeys(["", "errors", "storage", "comparison", "config", "strict_yaml", "randomness", "pixels"], 0),
     **dict.fromkeys(["flow", "injection", "losses"], 0),
     **dict.fromkeys(["data.records", "data.vocabulary"], 0),
     **dict.fromkeys(["models", "data"], 1),

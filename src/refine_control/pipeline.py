@@ -23,6 +23,7 @@ from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, masked_pixels, predict_velocity
 from refine_control.models.controlnet import SD3ControlNetModel, control_cond, control_residuals, injected
 from refine_control.models.devices import best_device, pictures_at_once
+from refine_control.pixels import from_images, to_images
 from refine_control.randomness import slot_normals
 
 Progress = Callable[[int, int, str], None]
@@ -112,7 +113,7 @@ def run_pipeline(
         text |= {f"{kind}prompt_embeds": embeds.to(dtype), f"{kind}pooled_prompt_embeds": pooled.to(dtype)}
     result = cast(Any, pipeline)(
         **text,
-        control_image=torch.tensor(image)[None].permute(0, 3, 1, 2).float() / 127.5 - 1,
+        control_image=from_images(image[None]),
         control_mask=torch.from_numpy(mask)[None, None].float(),
         height=height,
         width=width,
@@ -155,7 +156,7 @@ def inpaint(
     count, out = pictures_at_once(backbone.device, height, width, batch_size), []
     for a in range(0, len(images), count):
         b = min(a + count, len(images))
-        pixels = torch.from_numpy(images[a:b]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_images(images[a:b])
         mask = torch.from_numpy(masks[a:b])[:, None].float()
         masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
         noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
@@ -169,8 +170,7 @@ def inpaint(
             sampler,
             noise,
         )
-        decoded = (backbone.decode_latents(latents).float().cpu() / 2 + 0.5).clamp(0, 1)
-        out.append((decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        out.append(to_images(backbone.decode_latents(latents)))
         if progress:
             progress(b, len(images), "inpaint")
     return np.concatenate(out)

@@ -30,6 +30,7 @@ from refine_control.data.records import UNLABELED, Photo
 from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone, by_parts, masked_pixels
 from refine_control.models.controlnet import mask_at_latents
+from refine_control.pixels import from_images
 from refine_control.storage import finish_folder, fsync_path, storage_errors, write_json
 
 SAMPLES = "samples.jsonl"
@@ -81,7 +82,7 @@ def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tens
     if len(sizes) > 1:
         told = ", ".join(f"{width} x {height}" for height, width in sizes)
         raise InvalidInputError(f"samples of several sizes ({told}) are no batch; take those of one size")
-    images = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = from_images(np.stack([p.image for p in photos]))
     return images, torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
 
 

@@ -18,6 +18,7 @@ import torch
 
 from refine_control.data import vocabulary
 from refine_control.data.vocabulary import BACKGROUNDS, COLOURS, SHAPES
+from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, uniforms
 
 SIZE = 64
@@ -276,6 +277,6 @@ def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
         shade = (0.3 * u[:, 9, 0])[:, None, None, None] * fields.roll((leaf * 7 + 5, leaf * 3), (2, 3))[:, :1]
         picture = torch.lerp(picture, paint + shade, alpha)
     out = torch.empty(count, 3, SIZE, SIZE)
-    out[torch.from_numpy(~odd)] = plain.permute(0, 3, 1, 2).float() / 127.5 - 1
+    out[torch.from_numpy(~odd)] = from_images(plain)
     out[torch.from_numpy(odd)] = picture.clamp(-1, 1)
     return out

@@ -22,6 +22,7 @@ from refine_control.evaluation.report import Table
 from refine_control.injection import groups, layer_of_site
 from refine_control.models.backbone import Backbone, masked_pixels, predict_velocity
 from refine_control.models.controlnet import control_cond, control_residuals
+from refine_control.pixels import from_images
 from refine_control.randomness import slot_normals
 
 
@@ -122,7 +123,7 @@ class _Points(NamedTuple):
 
 def _points(backbone: Backbone, photos: Sequence[Photo], seed: int, first: int) -> _Points:
     device = backbone.device
-    pixels = torch.from_numpy(np.stack([p.image for p in photos])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = from_images(np.stack([p.image for p in photos]))
     mask = torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
     latents = backbone.encode_images(pixels).to(device).float()
     masked = backbone.encode_images(masked_pixels(pixels, mask)).to(device).float()

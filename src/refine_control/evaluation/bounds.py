@@ -13,6 +13,7 @@ from refine_control.data.buckets import grouped
 from refine_control.data.records import Photo
 from refine_control.evaluation.metrics import Images, Mask, psnr
 from refine_control.models.backbone import Backbone
+from refine_control.pixels import from_images, to_images
 
 _BATCH = 64
 Bounds = dict[str, dict[str, float]]
@@ -24,9 +25,9 @@ def decoded(backbone: Backbone, images: Images) -> Images:
     """(N, H, W, 3) uint8 through the autoencoder and back: what is left when nothing has to be painted."""
     out = []
     for first in range(0, len(images), _BATCH):
-        pixels = torch.from_numpy(images[first : first + _BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_images(images[first : first + _BATCH])
         back = backbone.decode_latents(backbone.encode_images(pixels)).float().cpu()
-        out.append(((back / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        out.append(to_images(back))
     return np.concatenate(out)
 
 

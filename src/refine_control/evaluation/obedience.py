@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from refine_control.data.vocabulary import COLOURS, SHAPES
 from refine_control.errors import MissingError
+from refine_control.pixels import from_images
 
 CROP = 32
 WEIGHTS = "classifier.safetensors"
@@ -110,7 +111,7 @@ def read_regions(classifier: Classifier, images: np.ndarray, masks: np.ndarray, 
     """Images (N,H,W,3) uint8, masks (N,H,W) bool -> colour and shape of what stands in each region."""
     colours, shapes = [], []
     for a in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(images[a : a + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_images(images[a : a + batch_size])
         colour, shape = classifier(region_crops(pixels, torch.from_numpy(masks[a : a + batch_size])))
         colours.append(colour.argmax(1).numpy())
         shapes.append(shape.argmax(1).numpy())

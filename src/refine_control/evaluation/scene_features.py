@@ -24,6 +24,7 @@ from refine_control.evaluation.distances import (
 from refine_control.evaluation.drawn_sets import gaussian_mmd_of_draws
 from refine_control.evaluation.metrics import Images, Mask, PerImage, check_mask
 from refine_control.evaluation.obedience import Classifier, region_crops
+from refine_control.pixels import from_images
 
 SCENE_SIGMA = 1.0
 """Of the order of the distance between two features of length 1, at most 2. CMMD's 10 would see little but means."""
@@ -40,7 +41,7 @@ def scene_features(classifier: Classifier, images: Images, masks: Mask, batch_si
     parts = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        pixels = torch.from_numpy(np.ascontiguousarray(images[part])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_images(images[part])
         crops = region_crops(pixels, torch.from_numpy(np.ascontiguousarray(masks[part])))
         parts.append(classifier.features(crops.to(device)).float().cpu().numpy())
     return np.concatenate(parts)

@@ -18,6 +18,7 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.models import flux_inpainting
 from refine_control.models.baselines import Baseline
+from refine_control.pixels import from_images, to_images
 from refine_control.randomness import derive_seed, slot_normals
 
 Progress = Callable[[int, int, str], None]
@@ -54,7 +55,7 @@ def model_pixels(images: np.ndarray, masks: np.ndarray, height: int, width: int)
 
     Where the size changes, the hole becomes gray before (so that nothing of it bleeds into its surroundings), and a
     pixel belongs to the hole that any pixel of the hole overlaps."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = from_images(images)
     mask = torch.from_numpy(masks)[:, None].float()
     if images.shape[1:3] == (height, width):
         return pixels, mask
@@ -71,7 +72,7 @@ def to_pictures(pixels: torch.Tensor, height: int, width: int) -> np.ndarray:
     pixels = pixels.float().cpu().clamp(-1, 1)
     if tuple(pixels.shape[-2:]) != (height, width):
         pixels = _resize(pixels, height, width).clamp(-1, 1)
-    return ((pixels / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return to_images(pixels)
 
 
 @torch.no_grad()

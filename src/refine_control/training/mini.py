@@ -25,6 +25,7 @@ from refine_control.models.controlnet import (
     mask_at_latents,
     trainable_parameters,
 )
+from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Draw
 from refine_control.training.optimizer import compute_in
@@ -80,7 +81,7 @@ class SceneBatches:
     def _encode(self, draw: Draw, number: int) -> SceneBatch:
         each = self.steps_in_pool // self.repeats
         rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots]
-        images = torch.cat([r.images for r in rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = from_images(torch.cat([r.images for r in rows]))
         masks = torch.cat([r.masks for r in rows])[:, None].float()
         images, masks = images.to(self.vae.device), masks.to(self.vae.device)
         parts = zip(images.split(64), masks.split(64), strict=True)

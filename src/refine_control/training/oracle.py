@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from refine_control.data import scenes
 from refine_control.evaluation.obedience import Classifier, region_crops
+from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed
 from refine_control.training.loop import Draw
 
@@ -35,7 +36,7 @@ class Crops(NamedTuple):
 def scene_crops(seed: int, start: int, count: int) -> Crops:
     """The regions of scenes as the oracle sees them."""
     rendered = scenes.render(seed, start, count)
-    pixels = rendered.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = from_images(rendered.images)
     crops = region_crops(pixels, rendered.masks)
     return Crops(crops, torch.from_numpy(rendered.colour), torch.from_numpy(rendered.shape))
 

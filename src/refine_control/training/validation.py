@@ -19,6 +19,7 @@ from refine_control.evaluation.pictures import PictureGrid, picture_grid
 from refine_control.models.backbone import masked_pixels
 from refine_control.models.controlnet import mask_at_latents
 from refine_control.pipeline import complete_latents
+from refine_control.pixels import to_images
 from refine_control.randomness import slot_normals
 from refine_control.storage import write_atomic
 from refine_control.training.objectives import Networks
@@ -71,7 +72,7 @@ class Validation:
             for name, parameter in parameters.items():
                 parameter.copy_(trained[name])
         decoded = self.networks.backbone.decode_latents(latents.to(self.networks.backbone.vae.device))
-        painted = ((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        painted = to_images(decoded)
         png = picture_grid(
             PictureGrid(
                 ["original", f"student at step {step}"],

@@ -26,6 +26,7 @@ from refine_control.models.controlnet import mask_at_latents
 from refine_control.models.loading import load_backbone, load_pipeline
 from refine_control.models.mini import BUNDLE, new_pipeline, with_new_words
 from refine_control.pipeline import inpaint
+from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.check import CHECK_SAMPLER, check_bundle
 from refine_control.training.loop import Draw
@@ -98,7 +99,7 @@ class SceneWorld:
     def some(self, seed: int, count: int) -> torch.Tensor:
         """Scenes of a seed of their own."""
         rendered = scenes.render(derive_seed(seed, "normalise"), 0, count).images
-        return rendered.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return from_images(rendered)
 
     def oracle(self, start: Path | None) -> Classifier | None:
         """Who measures stays the same from sitting to sitting, so that their figures compare."""
@@ -158,7 +159,7 @@ class PhotoWorld:
     def some(self, seed: int, count: int) -> torch.Tensor:
         """The first in a random order."""
         rows = permutation(derive_seed(seed, "normalise"), len(self.photos.keys))[:count]
-        return _pixels(self.photos.images[rows])
+        return from_images(self.photos.images[rows])
 
     def oracle(self, start: Path | None) -> None:
         """Nobody reads 200 categories off 64 pixels as surely as an oracle must."""
@@ -181,11 +182,6 @@ def photo_skill(bundle: Path, photos: SmallPhotos, sampler: SamplerConfig) -> di
         region, whole = psnr(photos.images, painted, photos.masks), psnr(photos.images, painted)
         out[f"teacher_{name}"] = {"psnr_region": float(region.mean()), "psnr": float(whole.mean())}
     return out
-
-
-def _pixels(images: np.ndarray) -> torch.Tensor:
-    """(N,H,W,3) uint8 -> (N,3,H,W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class _Order:
@@ -217,7 +213,7 @@ class PhotoPictures:
 
     def batch(self, draw: Draw) -> torch.Tensor:
         """(B,3,64,64) in [-1, 1]."""
-        pixels = _pixels(self.photos.images[self.order.rows(draw)])
+        pixels = from_images(self.photos.images[self.order.rows(draw)])
         mirrored = (draw.uniforms("mirror") < 0.5)[:, None, None, None]
         return torch.where(mirrored, pixels.flip(3), pixels)
 
@@ -240,7 +236,7 @@ class PhotoBatches:
         """2N rows: the photographs, then their mirror images."""
         parts = []
         for flipped in (False, True):
-            pixels = _pixels(self.photos.images)
+            pixels = from_images(self.photos.images)
             masks = torch.from_numpy(self.photos.masks)[:, None].float()
             for image, mask in zip(pixels.split(64), masks.split(64), strict=True):
                 both = (image.flip(3), mask.flip(3)) if flipped else (image, mask)
