@@ -79,16 +79,16 @@ def test_a_table_of_known_numbers():
 @pytest.mark.slow
 def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
     here, results = Comparison(BUDGET, tmp_path / "runs"), tmp_path / "results"
-    todo = plan("figure2", here, [0], (), results)["rows"]
+    todo = plan("figure2", here, [0], ["ours"], results)["rows"]
     assert todo == dict.fromkeys(["alike/teacher-0", "alike/fc-0", "alike/ours-0", "alike/inherit-0"], "to do")
-    made = reproduce("figure2", here, results=results, bar=lambda label: None)
-    assert set(plan("figure2", here, [0], (), results)["rows"].values()) == {"finished"}
+    made = reproduce("figure2", here, rows=["ours"], results=results, bar=lambda label: None)
+    assert set(plan("figure2", here, [0], ["ours"], results)["rows"].values()) == {"finished"}
     written = json.loads((tmp_path / "runs" / "tables.json").read_text())["figure2"]["rows"]
     assert set(written["ours"]["mean"]) == {f"{k} {m}" for k in ("local", "global") for m in ("both", "interference")}
     assert "figure2.png" in {p.name for p in (tmp_path / "runs").iterdir()}
     assert "Figure 2" in (tmp_path / "runs" / "report.html").read_text()
     monkeypatch.setattr(collecting, "_make", refuse)
-    again = reproduce("figure2", here, results=results, bar=lambda label: None)
+    again = reproduce("figure2", here, rows=["ours"], results=results, bar=lambda label: None)
     assert again.text == made.text
     # pictures of another budget in the same folder are not shown as this one's
     rows = {key: row for key, row in read_rows().items() if key in ("teacher", "inherit")}
