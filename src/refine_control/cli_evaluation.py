@@ -74,6 +74,7 @@ def reproduce(
             "data",
             "prompts",
             "scarce",
+            "parts",
             "all",
         ],
         typer.Argument(help="A table or figure of the paper, an ablation, or all: Tables 1 and 3 and Figure 2."),

@@ -39,6 +39,7 @@ TARGETS = {
     "data": Target("How much of the data, and how good", studies=("data",)),
     "prompts": Target("Prompts of stage 2", studies=("prompts",)),
     "scarce": Target("Table 3 with ten labelled scenes", studies=("scarce",), against="labeled_1"),
+    "parts": Target("Table 3 of the balanced recipe", studies=("parts",), against="balanced"),
     "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), figure=FIGURE2),
 }
 """By the word of the command line."""
