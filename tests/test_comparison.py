@@ -5,8 +5,8 @@ import json
 import pytest
 
 from refine_control.comparison import read_budget, read_rows, reference_of, row_recipes, stage_steps
-from refine_control.config import load_recipe
 from refine_control.errors import InvalidInputError
+from refine_control.recipe_files import load_recipe
 
 SCALES = ("mini", "sd3")
 ROWS = {(scale, key): row for scale in SCALES for key, row in read_rows(scale).items()}

@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from refine_control.config import (
-    OptimizerConfig,
-    Recipe,
-    fingerprint,
-    learning_rate_at,
-    load_recipe,
-    recipe_names,
-    resolved_yaml,
-)
+from refine_control.config import OptimizerConfig, Recipe, fingerprint, learning_rate_at, resolved_yaml
 from refine_control.errors import InvalidInputError
+from refine_control.recipe_files import load_recipe, recipe_names
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "refine_control"
 
 # A module may import from its own floor or a lower one. The longest prefix decides.
 FLOORS = {
-    **dict.fromkeys(["", "errors", "storage", "comparison", "config", "strict_yaml", "randomness", "pixels"], 0),
+    **dict.fromkeys(
+        ["", "errors", "storage", "comparison", "config", "recipe_files", "strict_yaml", "randomness", "pixels"], 0
+    ),
     **dict.fromkeys(["flow", "injection", "losses"], 0),
     **dict.fromkeys(["data.records", "data.vocabulary"], 0),
     **dict.fromkeys(["models", "data"], 1),
@@ -41,7 +43,7 @@ DOORS = {
     "transformers": ["models", "pipeline", "evaluation.features"],
     "accelerate": ["training"],
     "typer": ["cli", "cli_data", "cli_evaluation", "cli_options"],
-    "pydantic": ["config", "comparison"],
+    "pydantic": ["config", "recipe_files", "comparison"],
     "yaml": ["strict_yaml"],
     "ray": ["data.engines"],
     "fastapi": ["data.review"],

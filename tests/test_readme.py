@@ -82,6 +82,6 @@ def test_the_tree_is_there():
 
 
 def test_recipes_that_the_readme_names_exist():
-    from refine_control.config import recipe_names
+    from refine_control.recipe_files import recipe_names
 
     assert set(re.findall(r"\b(mini/\w+)\b", README)) <= set(recipe_names())

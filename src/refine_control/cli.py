@@ -62,7 +62,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train by RECIPE; the same command again continues, or does nothing when it is done."""
-    from refine_control.config import load_recipe, resolved_yaml
+    from refine_control.config import resolved_yaml
+    from refine_control.recipe_files import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:

@@ -177,7 +177,7 @@ def bench_step(
     as_json: Json = False,
 ) -> None:
     """Time, memory and operations of one training step."""
-    from refine_control.config import load_recipe
+    from refine_control.recipe_files import load_recipe
     from refine_control.training.bench import bench_step as run
 
     show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from refine_control.config import RECIPES, Recipe, Section, Seed, load_recipe
+from refine_control.config import Recipe, Section, Seed
 from refine_control.errors import InvalidInputError
+from refine_control.recipe_files import RECIPES, load_recipe
 from refine_control.strict_yaml import read_yaml
 
 Scale = Literal["mini", "sd3"]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from refine_control.comparison import Budget, Row, Scale, row_recipes
-from refine_control.config import load_recipe
 from refine_control.data.cache import build_cache, completion_sampler
 from refine_control.data.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.data.scene_shards import build_scenes
@@ -27,6 +26,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.models.mini import BUNDLE
+from refine_control.recipe_files import load_recipe
 from refine_control.storage import MANIFEST, sha256_file
 
 Bar = Callable[[str], Callable[[int, int, str], None] | None]
