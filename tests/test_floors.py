@@ -27,6 +27,7 @@ FLOORS = {
             "data.cache",
             "data.cache_writer",
             "data.annotate",
+            "data.annotator",
             "evaluation.bounds",
             "evaluation.cost",
             "evaluation.obedience",

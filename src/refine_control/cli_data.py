@@ -75,7 +75,8 @@ def data_annotate(
     options |= {"per_photo": per_photo, "dilate": dilate, "shape": shape, "seed": seed, "limit": limit}
     if dry_run:
         return show({"verb": "data annotate", "source": source, "out": out, "engine": engine, **options}, as_json)
-    from refine_control.data.annotate import Annotation, annotate
+    from refine_control.data.annotate import annotate
+    from refine_control.data.annotator import Annotation
 
     chosen, how = Annotation(**options), _engine(engine, workers, gpus)
     summary = annotate(source, out, chosen, images=images, engine=how, progress=progress_bar("photos"))
@@ -124,7 +125,8 @@ def data_build(
     from refine_control.data.build import build
 
     if (masks, prompts) != ("given", "given"):
-        from refine_control.data.annotate import Annotation, annotate
+        from refine_control.data.annotate import annotate
+        from refine_control.data.annotator import Annotation
 
         found: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
         chosen = Annotation(**found, server=server, seed=seed, limit=limit)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from refine_control.data import annotate as module
-from refine_control.data.annotate import Annotation, Annotator, annotate
+from refine_control.data import annotator as module
+from refine_control.data.annotate import annotate
 from refine_control.data.annotation_parts import PHOTOS_PER_PART, Part
+from refine_control.data.annotator import Annotation, Annotator
 from refine_control.data.build import build
 from refine_control.data.decisions import append_decision, decide
 from refine_control.data.engines import local, ray_actors
@@ -115,7 +116,8 @@ def test_every_engine_gives_the_same_bytes(made, photos, tmp_path, engine):
 def test_a_kill_loses_no_finished_part(made, photos, tmp_path):
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from refine_control.data.annotate import Annotation, annotate
+        from refine_control.data.annotate import annotate
+        from refine_control.data.annotator import Annotation
         def told(done, total):
             print(done, flush=True)
         source, out = Path({str(photos)!r}), Path({str(tmp_path / "out")!r})
