@@ -191,6 +191,7 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
     assert {row.data.labeled for key, row in scarce.items() if key not in ("teacher", "fc")} == {0.01}
     assert held_against(TARGETS["scarce"], against="fc") == "fc"
     assert held_against(TARGETS["table3"]) == "inherit"
+    assert held_against(TARGETS["parts"]) == "balanced" in rows_of(TARGETS["parts"])
     with pytest.raises(InvalidInputError, match="no rows of scarce at the scale sd3"):
         rows_of(TARGETS["scarce"], scale="sd3")
     with pytest.raises(InvalidInputError, match="there is no row our"):
