@@ -2,7 +2,16 @@
 
 import pytest
 
-from refine_control.evaluation.signatures import advised_once, prompt_signature, signatures, stage_signature
+from refine_control.evaluation.signatures import (
+    INIT,
+    NORMALISED,
+    X0,
+    advised_once,
+    prompt_signature,
+    signatures,
+    stage_signature,
+)
+from refine_control.recipe_files import load_recipe
 
 
 def behind(excludes: bool = True, **means: float):
@@ -53,3 +62,33 @@ def test_the_same_advice_is_given_once():
         "fc obeys 35 points less than the teacher; ours obeys 35 points less than the teacher. Try"
     )
     assert advised_once([]) == []
+
+
+def advice(*recipes: str) -> str:
+    lacks = behind(both=35.0, psnr=5.0, psnr_region=1.0)
+    return " ".join(signatures("ours", lacks, [load_recipe(name) for name in recipes]))
+
+
+def test_what_a_student_does_already_is_not_advised():
+    unknown = advice()
+    for choice in (INIT, X0, NORMALISED, "weights.output above 0"):
+        assert choice in unknown
+    paper = advice("mini/ours_stage1", "mini/ours_stage2")
+    assert "Try more steps, init: teacher, x0_source: teacher in stage 2, feature_normalisation: layer." in paper
+    assert "weights.output above 0" not in paper
+    inherit = advice("mini/inherit_stage1", "mini/inherit_stage2")
+    assert "Try more steps, feature_normalisation: layer." in inherit
+    assert advice("mini/balanced_stage1", "mini/balanced_stage2").endswith("Try more steps.")
+
+
+def test_who_has_no_teacher_and_no_second_stage_is_not_advised_about_them():
+    assert advice("mini/fc").endswith("Try more steps, init: teacher.")
+    assert "weights.output above 0" in advice("mini/fc_inherit")
+
+
+def test_blurry_and_a_harmful_second_stage_by_what_was_tried():
+    blurry, harmed = behind(ssim=0.08, psnr=1.0, psnr_region=1.0), behind(psnr_region=0.7)
+    for name, told in (("ours", True), ("balanced", False)):
+        recipes = [load_recipe(f"mini/{name}_stage{n}") for n in (1, 2)]
+        assert (NORMALISED in signatures("ours", blurry, recipes)[0]) == told
+        assert (X0 in stage_signature(harmed, recipes)[0]) == told

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refine_control.comparison import read_budget, read_rows
+from refine_control.comparison import Budget, read_budget, read_rows, row_recipes
 from refine_control.evaluation.compare import compare
 from refine_control.evaluation.evaluate import TEACHER, Written, sampler_facts, summarise, write_results
 from refine_control.evaluation.feature_metrics import FeatureNetworks
@@ -35,7 +35,7 @@ SHOWN = {"fc": "fc_inherit", "ours": "balanced"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
 
 
-def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> list[str]:
+def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Budget) -> list[str]:
     """What came out, whatever it is."""
     teacher, ours = costs[TEACHER], costs["ours"]
     out = [
@@ -55,7 +55,10 @@ def _sentences(summary: dict[str, Any], costs: dict[str, Any], budget: Any) -> l
             f"Ours against fc: {d['mean']:+.2f} {unit}, 95 % interval [{d['low']:+.2f}, {d['high']:+.2f}], "
             f"which {verdict}."
         )
-    return out + [s for name in SHOWN for s in signatures(name, differences[f"{TEACHER} - {name}"])]
+    for name, key in SHOWN.items():
+        recipes = list(row_recipes(read_rows()[key], budget, 0).values())
+        out += signatures(name, differences[f"{TEACHER} - {name}"], recipes)
+    return out
 
 
 def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | None = None, bar: Any = None) -> Written:

@@ -198,7 +198,7 @@ def _make_tables(
     made.tables += tables_of(made.summary, rows, comparison, title, _bounds(comparison))
     made.marks += [f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts['machine']}" for key in found for r in found[key]]
     made.absent += absent.values()
-    made.told += [*absent.values(), *findings(made.summary, rows)]
+    made.told += [*absent.values(), *findings(made.summary, rows, comparison.budget)]
     made.curves += [*cost_curves(made.summary, rows), *_loss_curves(rows, against, comparison, how["seeds"])]
     made.draw("figure3.png", _figure3(rows, comparison, how["seeds"][0]))
 

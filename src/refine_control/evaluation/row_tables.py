@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refine_control.comparison import Row
+from refine_control.comparison import Budget, Row, row_recipes
 from refine_control.evaluation.curves import Curve
 from refine_control.evaluation.distances import set_difference, set_interval
 from refine_control.evaluation.feature_metrics import NETWORK_METRICS, SET_METRICS, metric_notes, not_computed
@@ -176,16 +176,18 @@ def _share_cell(share: Mapping[str, float] | None) -> str:
     return cell({name: 100 * share[name] for name in ("mean", "low", "high")}, 0)
 
 
-def findings(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
+def findings(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Budget) -> list[str]:
     """The failure signatures of every trained row, and of the second stage of ours."""
     found = summary["rows"]
+    recipes = {key: list(row_recipes(rows[key], budget, 0).values()) for key in found}
     out = []
     if TEACHER in found:
         for key, row in found.items():
-            if "teacher_minus" in row:
-                out += signatures(rows[key].title, row["teacher_minus"])
-    staged = "sl" in found and rows[summary["against"]].reference
-    return advised_once(out) + (stage_signature(found["sl"]["minus"]) if staged else [])
+            if "teacher_minus" in row and recipes[key]:
+                out += signatures(rows[key].title, row["teacher_minus"], recipes[key])
+    against = summary["against"]
+    staged = "sl" in found and rows[against].reference
+    return advised_once(out) + (stage_signature(found["sl"]["minus"], recipes[against]) if staged else [])
 
 
 def _baselines(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Table]:
