@@ -1,4 +1,4 @@
-"""Pictures as people keep them and pictures as networks take them: the one place where 255 becomes 1."""
+"""Pictures as people keep them, and as SD3's autoencoder takes and gives them."""
 
 # B pictures, H W pixels
 
@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 def from_images(images: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
-    given = (
-        images if isinstance(images, torch.Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    )
-    return given.permute(0, 3, 1, 2).float() / 127.5 - 1
+    if isinstance(images, np.ndarray):  # copied where nobody may write it: torch takes no such array
+        images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: torch.Tensor) -> NDArray[np.uint8]:

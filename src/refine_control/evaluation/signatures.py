@@ -55,7 +55,7 @@ def signatures(name: str, teacher_minus_student: Difference, recipes: Sequence[R
     if whole > region + SEEN_DB:
         out.append(
             f"{name} is {whole:.1f} dB behind the teacher on the whole picture and {region:.1f} dB in the region: what "
-            f"ought to be kept changes. The mask weight gives the rest of the picture next to nothing; try "
+            "ought to be kept changes. The mask weight gives the rest of the picture next to nothing; try "
             f"{'' if heard else OUTPUT}a smaller alpha."
         )
     elif region > whole + SEEN_DB:
