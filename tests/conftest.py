@@ -68,7 +68,7 @@ def _disturb(controlnet: ControlNet, seed: int) -> ControlNet:
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """An untrained backbone with a noisy 23-layer teacher; shared, so leave it as it is."""
-    from refine_control.models import mini
+    from refine_control.miniature import networks as mini
     from refine_control.models.backbone import Backbone
 
     narrow = {"attention_head_dim": 16, "caption_projection_dim": 32}

@@ -10,26 +10,27 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from refine_control import cli_data
-from refine_control import pipeline as pipeline_module
+from refine_control.cache.reader import Cache, write_cache
+from refine_control.cli import data as cli_data
 from refine_control.config import Recipe, SamplerConfig
-from refine_control.data.cache import Cache, write_cache
-from refine_control.data.records import LABELED
-from refine_control.data.scene_shards import scene_photos
-from refine_control.evaluation import evaluate as evaluate_module
-from refine_control.evaluation import feature_metrics
-from refine_control.evaluation.alignment import teacher_alignment
-from refine_control.evaluation.compare import compare
-from refine_control.evaluation.feature_metrics import FeatureNetworks
-from refine_control.evaluation.features import Inception, Lpips, inception_features
-from refine_control.evaluation.model_cost import model_costs
-from refine_control.evaluation.obedience import Classifier
+from refine_control.metrics.features import Inception, Lpips, inception_features
+from refine_control.miniature import check
+from refine_control.miniature.obedience import Classifier
+from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models import backbone as backbone_module
 from refine_control.models import devices, loading
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
-from refine_control.pipeline import inpaint, inpaint_file, make_pipeline, run_pipeline
-from refine_control.training import check
+from refine_control.pipeline import painting as pipeline_module
+from refine_control.pipeline.files import inpaint_file
+from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
+from refine_control.records import LABELED
+from refine_control.study import evaluate as evaluate_module
+from refine_control.study import feature_metrics
+from refine_control.study.alignment import teacher_alignment
+from refine_control.study.compare import compare
+from refine_control.study.feature_metrics import FeatureNetworks
+from refine_control.study.model_cost import model_costs
 from refine_control.training.objectives import Networks
 from refine_control.training.validation import Validation
 
@@ -214,7 +215,7 @@ def test_models_are_compared_and_costed_there(own, tiny_student, gpu, monkeypatc
     assert near(found.images["ours"], expected.images["ours"])
     for name in ("psnr", "lpips"):
         np.testing.assert_allclose(found.scores["ours"][name], expected.scores["ours"][name], rtol=1e-3)
-    monkeypatch.setattr("refine_control.evaluation.model_cost._peak_in_fresh_process", lambda *_: 0)
+    monkeypatch.setattr("refine_control.study.model_cost._peak_in_fresh_process", lambda *_: 0)
     assert model_costs(own, {"ours": student}, "tiny", {"ours": None}, repeats=1)["ours"].num_layers == 1
 
 

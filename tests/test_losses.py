@@ -7,14 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_control.injection import groups, layer_of_site
-from refine_control.losses import (
-    combine,
-    feature_losses,
-    mask_weight,
-    output_loss,
-    task_loss,
-    teacher_totals,
-)
+from refine_control.losses import combine, feature_losses, mask_weight, output_loss, task_loss, teacher_totals
 
 ALPHA = 0.975
 

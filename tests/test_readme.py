@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refine_control import cli
-from refine_control.data.records import ROLES, Photo
-from refine_control.data.shards import ShardWriter
+from refine_control.cli import app as cli
+from refine_control.photos.shards import ShardWriter
+from refine_control.records import ROLES, Photo
 from refine_control.storage import only_writer
 
 ROOT = Path(__file__).parent.parent

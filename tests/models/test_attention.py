@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
+from refine_control.miniature.networks import build_controlnet
 from refine_control.models.attention import PlainJointAttention, use_plain_attention
-from refine_control.models.mini import build_controlnet
 
 
 def answers(attention, image, text):

@@ -7,16 +7,15 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
 
+from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
 from refine_control.errors import InvalidInputError
 from refine_control.injection import expand_residuals, groups
-from refine_control.models.backbone import encode_images, masked_pixels
+from refine_control.models.backbone import encode_images
 from refine_control.models.controlnet import (
     build_student,
-    control_cond,
     control_residuals,
     from_transformer,
     injected,
-    mask_at_latents,
     trainable_parameters,
 )
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from refine_control import flow
+from refine_control.cache.reader import Cache, write_cache
 from refine_control.config import LossWeights, OptimizerConfig, SigmaConfig, TrainingConfig
-from refine_control.data.cache import Cache, write_cache
-from refine_control.data.records import LABELED, UNLABELED, Photo
-from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
 from refine_control.losses import feature_losses, mask_weight, one_to_one_losses, output_loss, task_loss
+from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.controlnet import build_student
+from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.training import objectives
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Draw, fit

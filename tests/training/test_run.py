@@ -11,13 +11,13 @@ import torch
 from diffusers import SD3ControlNetModel
 from safetensors.torch import load_file, save_file
 
+from refine_control.cache.reader import Cache, write_cache
 from refine_control.config import Recipe
-from refine_control.data.cache import Cache, write_cache
-from refine_control.data.prompt_memory import PromptMemory
-from refine_control.data.records import LABELED, UNLABELED, Photo
-from refine_control.data.scene_shards import scene_photos
 from refine_control.errors import InvalidInputError
+from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.loading import load_backbone
+from refine_control.models.prompt_memory import PromptMemory
+from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.storage import write_json
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Draw

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
-from refine_control.data.vocabulary import only_known
 from refine_control.injection import Injection, expand_residuals
 from refine_control.models.devices import (
     ENCODED_PIXELS,
@@ -21,6 +20,7 @@ from refine_control.models.devices import (
     missing_bytes,
     pictures_at_once,
 )
+from refine_control.models.words import only_known
 
 logger = logging.getLogger(__name__)
 _NO_ROOM = "%s has %.1f GB for weights, and %s need %.1f: they stay where they are"
@@ -36,10 +36,10 @@ class Backbone:
         self,
         pipeline: StableDiffusion3ControlNetInpaintingPipeline,
         max_sequence_length: int,
-        closed_vocabulary: bool = False,
+        vocabulary: frozenset[str] | None = None,
     ):
         self.pipeline = pipeline
-        self.closed_vocabulary = closed_vocabulary
+        self.vocabulary = vocabulary
         self.max_sequence_length = max_sequence_length
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
         for part in (pipeline.vae, pipeline.transformer, *self.text_encoders, pipeline.controlnet):
@@ -110,7 +110,7 @@ class Backbone:
 
     def readable(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
-        return [only_known(p) for p in prompts] if self.closed_vocabulary else list(prompts)
+        return list(prompts) if self.vocabulary is None else [only_known(p, self.vocabulary) for p in prompts]
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code.
@@ -177,8 +177,3 @@ def predict_velocity(
         block_controlnet_hidden_states=None if residuals is None else expand_residuals(residuals, blocks, injection),
         return_dict=False,
     )[0]
-
-
-def masked_pixels(pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Pixels (B,3,H,W) in [-1, 1] with the hole set to -1; mask (B,1,H,W), 1 = inpaint."""
-    return torch.where(mask > 0.5, -1.0, pixel_values)

@@ -18,10 +18,10 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPi
 
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
+from refine_control.models.card import BUNDLE, CARD
 from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.hub import folder_of
-from refine_control.models.mini import BUNDLE, CARD
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -176,6 +176,16 @@ def _card(model: str | Path) -> dict[str, Any]:
     return json.loads(card.read_text()) if card.is_file() else {}
 
 
+def _vocabulary(card: dict[str, Any]) -> frozenset[str] | None:
+    """The words that a bundle's text encoders were trained on; None where any word may be read."""
+    return frozenset(card["vocabulary"]) if card.get("vocabulary") else None
+
+
+def closed_vocabulary(model: str | Path) -> frozenset[str] | None:
+    """The words that a model reads, by its card, without loading it; None where any word may be read."""
+    return _vocabulary(_card(model))
+
+
 def load_backbone(
     model: str | Path,
     controlnet: SD3ControlNetModel | None = None,
@@ -198,7 +208,7 @@ def load_backbone(
     backbone = Backbone(
         pipeline,
         card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH),
-        closed_vocabulary=card.get("closed_vocabulary", False),
+        vocabulary=_vocabulary(card),
     ).to(device, painting)
     if cpu_kernels and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, pipeline.controlnet)

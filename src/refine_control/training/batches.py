@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from refine_control.data.cache import Cache
-from refine_control.data.prompt_memory import Encode
+from refine_control.cache.reader import Cache
 from refine_control.errors import InvalidInputError
+from refine_control.models.prompt_memory import Encode
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import LabeledBatch, MixedBatch, UnlabeledBatch
 from refine_control.training.order import Order, Turn

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from refine_control import flow
+from refine_control.conditions.inpainting import control_cond
 from refine_control.config import LossWeights, SigmaConfig
 from refine_control.losses import (
     Losses,
@@ -22,7 +23,7 @@ from refine_control.losses import (
     task_loss,
 )
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import ControlNet, control_cond, control_residuals, trainable_parameters
+from refine_control.models.controlnet import ControlNet, control_residuals, trainable_parameters
 from refine_control.training.loop import Draw
 from refine_control.training.optimizer import compute_in
 

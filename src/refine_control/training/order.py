@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refine_control.data.buckets import Size
+from refine_control.photos.buckets import Size
 from refine_control.randomness import derive_seed, permutation
 
 

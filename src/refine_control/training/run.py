@@ -11,16 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from refine_control.cache.reader import Cache, model_mark, refuse_sizes, teacher_mark
 from refine_control.config import DataConfig, Recipe, fingerprint, resolved_yaml
-from refine_control.data.cache import Cache, model_mark, refuse_sizes, teacher_mark
-from refine_control.data.prompt_memory import PromptMemory
-from refine_control.data.records import LABELED, UNLABELED
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
+from refine_control.models.prompt_memory import PromptMemory
+from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Batches, Objective, Progress, fit

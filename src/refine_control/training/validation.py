@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from refine_control.cache.writer import photos_as_tensors
+from refine_control.conditions.inpainting import mask_at_latents, masked_pixels
 from refine_control.config import Recipe
-from refine_control.data.buckets import sizes_of
-from refine_control.data.cache_writer import photos_as_tensors
-from refine_control.data.shards import Shards
-from refine_control.evaluation.pictures import PictureGrid, picture_grid
-from refine_control.models.backbone import masked_pixels
-from refine_control.models.controlnet import mask_at_latents
-from refine_control.pipeline import complete_latents
+from refine_control.photos.buckets import sizes_of
+from refine_control.photos.shards import Shards
+from refine_control.picture_grid import PictureGrid, picture_grid
+from refine_control.pipeline.painting import complete_latents
 from refine_control.pixels import to_images
 from refine_control.randomness import slot_normals
 from refine_control.storage import write_atomic

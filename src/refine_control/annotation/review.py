@@ -1,0 +1,254 @@
+"""`data review`: a page on this machine where people accept, mend or refuse regions and their prompts.
+
+The page is one file, `review.html`; it speaks to the addresses under /api, and all its words travel as JSON:
+
+| address | answer |
+| --- | --- |
+| GET /api/rows | what does not change: ids, number of problems and scores of all rows, column by column |
+| GET /api/state?reviewer | that reviewer's decisions, and where reviewers disagree |
+| GET /api/row?id&reviewer&others | one row: prompt, problems, facts and, once decided (or with others=1), the others' |
+| GET /api/picture, /api/mask?id&view | JPEG and grey PNG of one size, the `whole` photo or the `close` view |
+| POST /api/decide {id, action, prompt, reviewer} | the row's new state, after the line is on the disk |
+| POST /api/undo {reviewer} | the same of the row that this reviewer decided last |
+
+Only this machine is served, unless the caller allows others. A foreign page cannot speak to it: the Host must be one
+of ours, a post must come from the page itself, and the address holds a secret that stays the same from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, quote
+
+from refine_control.annotation.review_state import Review
+from refine_control.errors import InvalidInputError, MissingError, RefineControlError
+from refine_control.records import Rejected
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SECRET_NAME = ".review-secret"
+_PAGE = Path(__file__).with_name("review.html")
+_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+)
+_POLICY = (
+    "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def make_app(
+    folder: Path, reviewer: str | None = None, *, secret: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK
+) -> FastAPI:
+    """The application for `folder`, which holds manifest.jsonl.
+
+    With `reviewer` the page asks nobody's name. With `secret` every address needs `?secret=`. `hosts` are the names
+    under which a browser may know this machine, None: any. Raises MissingError without the extra `review`, and what
+    `Review` raises."""
+    return _app_of(Review(folder, reviewer), secret, hosts)
+
+
+def _app_of(review: Review, secret: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
+    """Addresses -> what `Review` answers."""
+    try:
+        from fastapi import Body, FastAPI
+        from fastapi.responses import HTMLResponse, JSONResponse, Response
+    except ImportError as error:
+        raise _missing(error) from error
+    app = FastAPI(title="review", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(RefineControlError)
+    def refuse(request: Any, error: RefineControlError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422 if isinstance(error, InvalidInputError) else 507)
+
+    @app.exception_handler(Rejected)
+    def not_shown(request: Any, error: Rejected) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422)
+
+    @app.get("/", response_class=HTMLResponse)
+    def page() -> Any:
+        nonce = secrets.token_urlsafe(12)
+        html = _PAGE.read_text("utf-8").replace("<script>", f'<script nonce="{nonce}">')
+        return HTMLResponse(html, headers={"content-security-policy": _POLICY.format(nonce=nonce)})
+
+    @app.get("/api/rows")
+    def rows() -> Any:
+        return review.columns()
+
+    @app.get("/api/state")
+    def state(reviewer: str = "") -> Any:
+        return review.state(reviewer)
+
+    @app.get("/api/row")
+    def row(id: str, reviewer: str = "", others: bool = False) -> Any:
+        return review.row(id, reviewer, others)
+
+    @app.get("/api/picture")
+    def picture(id: str, view: str = "whole") -> Any:
+        return Response(review.view(id, view == "close").jpeg, media_type="image/jpeg")
+
+    @app.get("/api/mask")
+    def mask(id: str, view: str = "whole") -> Any:
+        made = review.view(id, view == "close")
+        if made.mask is None:
+            return JSONResponse({"detail": made.problem}, 422)
+        return Response(made.mask, media_type="image/png")
+
+    @app.post("/api/decide")
+    def decided(body: dict[str, Any] = Body()) -> Any:
+        text = {name: body.get(name) for name in ("id", "action", "reviewer", "prompt")}
+        if not all(isinstance(value, str) for name, value in text.items() if name != "prompt"):
+            raise InvalidInputError("a decision is {id, action, reviewer} and, for an edit, the prompt")
+        return review.decide(text["id"] or "", text["action"] or "", text["reviewer"] or "", text["prompt"])
+
+    @app.post("/api/undo")
+    def undo(body: dict[str, Any] = Body()) -> Any:
+        return review.undo(str(body.get("reviewer") or ""))
+
+    app.add_middleware(_Guard, secret=secret, hosts=hosts)
+    return app
+
+
+def _missing(error: ImportError) -> MissingError:
+    return MissingError(f"the review needs {error.name}; install it by pip install 'refine-control[review]'")
+
+
+class _Guard:
+    """ASGI: lets through only what a page of this server asks for, and adds the headers that keep it so."""
+
+    def __init__(self, app: Any, secret: str | None, hosts: tuple[str, ...] | None) -> None:
+        self.app, self.secret, self.hosts = app, secret, hosts
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        fault = self._fault(scope)
+        if fault is not None:
+            status, body = fault[0], json.dumps({"detail": fault[1]}).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS]})
+            return await send({"type": "http.response.body", "body": body})
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        return await self.app(scope, receive, with_headers)
+
+    def _fault(self, scope: Message) -> tuple[int, str] | None:
+        """(status, why) of a request that is refused."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "")
+        if self.hosts is not None and _name_of(host) not in self.hosts:
+            return 403, f"this machine is not known as {host!r}; open the address that the review printed"
+        if scope["method"] not in ("GET", "HEAD"):
+            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+            if origin not in (None, f"http://{host}", f"https://{host}") or site not in ("same-origin", "none"):
+                return 403, "another page may not decide here"
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("secret", [""])[0]
+        if self.secret is not None and not hmac.compare_digest(given.encode(), self.secret.encode()):
+            return 403, "the secret is wrong; open the address that the review printed"
+        return None
+
+
+def _name_of(host: str) -> str:
+    """`localhost:8765` -> localhost, `[::1]:8765` -> ::1."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _secret_of(folder: Path) -> str:
+    """The folder's secret, made once: a page that is open goes on after the server was started again."""
+    path = folder / SECRET_NAME
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(18))
+    secret = path.read_text("utf-8").strip()
+    if not secret:  # a kill came between the two lines above
+        path.unlink()
+        return _secret_of(folder)
+    return secret
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket: who calls between the telling of its address and the server's start waits, and is served."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(64)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise InvalidInputError(
+            f"cannot listen on {host}:{port} ({error}); name another port, 0 takes a free one"
+        ) from error
+    return listening
+
+
+def serve(
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    *,
+    reviewer: str | None = None,
+    allow_remote: bool = False,
+    announce: Callable[[str], None] = lambda address: print(address, flush=True),
+) -> None:
+    """Serves the review of `folder` until a signal; `port` 0 takes a free one, `announce` is told the address.
+
+    Raises InvalidInputError for a host that others can reach unless `allow_remote`, and for a taken port; MissingError
+    without the extra `review`; StorageError where the folder cannot be written."""
+    if host not in LOOPBACK and not allow_remote:
+        raise InvalidInputError(
+            f"{host} can be reached by others, who could see the photos and decide; use 127.0.0.1 and ssh -L, "
+            "or allow it explicitly"
+        )
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise _missing(error) from error
+    review = Review(folder, reviewer)
+    secret = _secret_of(review.folder)
+    app = _app_of(review, secret, LOOPBACK if host in LOOPBACK else None)
+    listening = _listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    with listening, _stopped_by_signal():
+        announce(f"http://{shown}:{listening.getsockname()[1]}/?secret={quote(secret)}")
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """SIGTERM and Ctrl+C are how a server is meant to end; uvicorn raises them again after it has answered all.
+
+    Both end it from here on, before uvicorn listens to them too, and where a shell started it with SIGINT ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    ending = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ending}
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

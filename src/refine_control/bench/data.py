@@ -1,0 +1,184 @@
+"""`refine-control bench data`: what the data pipeline costs beside the bare work that nobody can avoid, as ratios.
+
+- build: `data build` with given masks against a loop that decodes, crops, resizes and encodes the same photos and
+  nothing else (no hashes, no shards, no checks).
+- cache: `cache` against the same encoders called on the same batches, their results thrown away.
+- batches: reading from the cache against what the training step needs.
+- memory: peak memory of a build of few and of many photos, each in a fresh process. The kernel's count for the memory
+  image of that process alone: `ru_maxrss` would begin with that of the parent, which is larger than any build.
+"""
+
+# H W pixels
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from refine_control.bench.step import Spread
+from refine_control.cache.reader import Cache, build_cache
+from refine_control.cache.writer import BATCH, photos_as_tensors
+from refine_control.conditions.inpainting import masked_pixels
+from refine_control.metrics.cost import Timing, interleaved, ratio
+from refine_control.miniature import scenes
+from refine_control.models.loading import load_backbone
+from refine_control.photos.build import build
+from refine_control.photos.load import crop_box, load_mask
+from refine_control.photos.shards import IMAGE_FORMATS, Shards
+from refine_control.photos.sources import entries
+from refine_control.records import LABELED, Entry
+from refine_control.training.batches import LabeledBatches
+from refine_control.training.loop import Draw
+
+_SEED = 7
+_STEP_SAMPLES = 32
+
+
+class DataBench(NamedTuple):
+    """Ratios of one run on one machine; above 1 means faster than what it is held against."""
+
+    photos: int
+    threads: int
+    build_of_bare: Spread
+    """Photos a second of `data build` over those of the bare loop."""
+    build_photos_per_second: float
+    cache_of_bare: Spread
+    """Samples a second of `cache` over those of the encoders alone."""
+    batches_per_second: float
+    """Batches of 32 read from the cache."""
+    seconds_per_photo: dict[str, float]
+    """Of builds of few and of many photos, by their number: the cost is linear where these are equal."""
+    peak_memory: dict[str, int]
+    """Bytes of fresh processes that build few and many photos, by their number."""
+
+
+def write_photos(folder: Path, count: int, side: int) -> None:
+    """Rendered scenes as `name.jpg`, `name.mask.png` and `name.txt`, enlarged to `side` pixels."""
+    folder.mkdir(parents=True)
+    for first in range(0, count, 256):
+        rendered = scenes.render(_SEED, first, min(256, count - first))
+        for i, prompt in enumerate(rendered.local_prompts):
+            name = folder / f"{first + i:06d}"
+            image = Image.fromarray(rendered.images[i].numpy()).resize((side, side), Image.Resampling.BICUBIC)
+            image.save(name.with_suffix(".jpg"), quality=92)
+            mask = Image.fromarray(rendered.masks[i].numpy()).resize((side, side), Image.Resampling.NEAREST)
+            mask.save(name.with_suffix(".mask.png"))
+            name.with_suffix(".txt").write_text(prompt)
+
+
+def _bare(found: list[Entry], size: int) -> None:
+    """Decode, crop, resize and encode, and keep nothing."""
+    for entry in found:
+        mask = load_mask(entry)
+        x, y, side = crop_box(mask)
+        with Image.open(entry.image_path) as opened:
+            image = (
+                opened.convert("RGB").crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS)
+            )
+        hole = Image.fromarray(mask[y : y + side, x : x + side].astype(np.float32))
+        small = np.asarray(hole.resize((size, size), Image.Resampling.BOX)) > 0.5
+        image.save(io.BytesIO(), **IMAGE_FORMATS["webp"])
+        Image.fromarray(small.astype(np.uint8) * 255).save(io.BytesIO(), **IMAGE_FORMATS["png"])
+
+
+def _encoders(shards: Shards, backbone: Any) -> None:
+    """What a cache of these samples has to compute."""
+    for first in range(0, len(shards), BATCH):
+        chunk = [shards[row] for row in range(first, min(first + BATCH, len(shards)))]
+        pixels, mask = photos_as_tensors(chunk)
+        backbone.encode_images(masked_pixels(pixels, mask))
+        backbone.encode_images(pixels)
+    prompts = sorted({shards[row].prompt for row in range(len(shards))})
+    for first in range(0, len(prompts), BATCH):
+        backbone.encode_prompts(prompts[first : first + BATCH])
+
+
+_CHILD = """
+import json, sys, time
+from pathlib import Path
+from refine_control.data.build import build
+began = time.perf_counter()
+build(Path(sys.argv[1]), Path(sys.argv[2]), size=64)
+taken = time.perf_counter() - began
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(json.dumps([taken, int(status["VmHWM"].split()[0]) * 1024]))
+"""
+
+
+def _fresh_build(source: Path, out: Path) -> tuple[float, int]:
+    """Seconds and peak memory of a build in a process of its own."""
+    command = [sys.executable, "-c", _CHILD, str(source), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    seconds, peak = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak
+
+
+def _numbers(many: int) -> list[int]:
+    """Of how many photos time and memory are compared."""
+    return sorted({1000, many} | ({8000} if many > 8000 else set())) if many else []
+
+
+def _spread(timings: dict[str, Timing], reference: str, ours: str) -> Spread:
+    return Spread(*ratio(timings[reference], timings[ours])[:3])
+
+
+def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: int = 512) -> DataBench:
+    """Measures on `source` (a folder of photos with masks and prompts; else rendered scenes of `size` pixels).
+
+    Time and memory are those of 1,000, of 8,000 where `many` is more, and of `many` rendered scenes; 0 leaves that
+    out."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if source is None:
+            source = work / "photos"
+            write_photos(source, photos, size)
+        found = [entry for entry in entries(source) if entry.problem is None][:photos]
+        numbers = iter(range(10**6))
+        side = min(256, size)
+
+        def ours() -> None:
+            build(source, work / f"build-{next(numbers)}", size=side, limit=photos)
+
+        build_times = interleaved({"bare": lambda: _bare(found, side), "build": ours}, repeats)
+        build(source, work / "shards", size=64, limit=photos, test_fraction=0.0, unlabeled_fraction=0.0)
+        shards, backbone = Shards(work / "shards" / LABELED), load_backbone("mini")
+
+        def cached() -> None:
+            build_cache(work / "shards" / LABELED, work / f"cache-{next(numbers)}", backbone)
+
+        cache_times = interleaved({"bare": lambda: _encoders(shards, backbone), "cache": cached}, repeats)
+        build_cache(work / "shards" / LABELED, work / "cache", backbone)
+        batches = LabeledBatches(Cache(work / "cache"), _STEP_SAMPLES)
+        began, count = time.perf_counter(), 200
+        for step in range(count):
+            batches.batch(Draw(0, "bench", step, range(_STEP_SAMPLES)))
+        rate = count / (time.perf_counter() - began)
+        seconds: dict[str, float] = {}
+        memory: dict[str, int] = {}
+        for number in _numbers(many):
+            write_photos(work / f"many-{number}", number, 64)
+            taken, memory[str(number)] = _fresh_build(work / f"many-{number}", work / f"built-{number}")
+            seconds[str(number)] = taken / number
+            shutil.rmtree(work / f"many-{number}")
+        return DataBench(
+            photos=len(found),
+            threads=torch.get_num_threads(),
+            build_of_bare=_spread(build_times, "bare", "build"),
+            build_photos_per_second=len(found) / build_times["build"].median,
+            cache_of_bare=_spread(cache_times, "bare", "cache"),
+            batches_per_second=rate,
+            seconds_per_photo=seconds,
+            peak_memory=memory,
+        )

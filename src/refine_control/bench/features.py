@@ -1,0 +1,187 @@
+"""`refine-control bench features`: what the metrics that need a network cost beside that network alone, as ratios.
+
+- features: pictures to features as `evaluate` does it, bytes first, against the bare network on prepared tensors of
+  the same batch size, in the layout that suits it best.
+- distances: seconds of each distance of sets, and of its drawn sets, at three numbers of pictures.
+
+The networks have random weights, on the device that `evaluate` takes: what they cost does not depend on what they know.
+"""
+
+# N pictures, H W pixels, n pictures of a batch, D width of a feature, R drawn sets
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from refine_control.bench.step import Spread
+from refine_control.metrics import features
+from refine_control.metrics.cost import Timing, interleaved, ratio, time_call
+from refine_control.metrics.distances import INCEPTION_WIDTH, Distance, OfDraws, cmmd, frechet_distance, kid
+from refine_control.metrics.drawn_sets import cmmd_of_draws, frechet_of_draws, kid_of_draws
+from refine_control.metrics.features import clip, inception
+from refine_control.metrics.features.batches import in_full_precision, slices
+from refine_control.metrics.image_pairs import Images
+from refine_control.models.devices import best_device, device_name
+
+_SEED = 7
+_BATCH, _CLIP_BATCH = 32, 16  # those that `evaluate` takes
+
+DISTANCES: Mapping[str, tuple[Distance, OfDraws]] = {
+    "frechet": (frechet_distance, frechet_of_draws),
+    "kid": (lambda reference, generated: kid(reference, generated).mean, kid_of_draws),
+    "cmmd": (cmmd, cmmd_of_draws),
+}
+
+
+class FeatureBench(NamedTuple):
+    """Ratios of one run on one machine; above 1 means faster than what it is held against."""
+
+    device: str
+    threads: int
+    size: int
+    """Pixels of a side."""
+    pictures: dict[str, int]
+    """By network; of LPIPS the pairs."""
+    of_bare: dict[str, Spread]
+    """Pictures a second of the whole path over those of the bare network."""
+    pictures_per_second: dict[str, float]
+    bare_pictures_per_second: dict[str, float]
+    seconds_per_picture: dict[str, float]
+    """Inception, of a quarter of the pictures and of all, by their number: linear where these are equal."""
+    distance_seconds: dict[str, dict[int, float]]
+    """By distance and number of pictures on each side, D = 2048."""
+    drawn_seconds: dict[str, dict[int, float]]
+    """The same of one drawn set, where all are drawn together."""
+    distance_growth: dict[str, float]
+    """The power of N by which a distance grows from the second number of pictures to the third: 1 is linear."""
+    drawn_growth: dict[str, float]
+
+
+class _Compared(NamedTuple):
+    """A path and its bare network, on the same pictures."""
+
+    ours: Callable[[Images], Any]
+    network: Callable[[torch.Tensor], Any]
+    side: int
+    """Pixels of the prepared tensors."""
+    batch_size: int
+    device: torch.device
+
+
+def _random_pictures(count: int, size: int) -> Images:
+    return np.random.default_rng(_SEED).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def _networks(size: int, with_clip: bool, device: torch.device) -> dict[str, _Compared]:
+    """LPIPS looks at each picture twice: as its own reference."""
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        sees = inception.placed(features.Inception(), device).eval()
+        pairs = features.Lpips().to(device).eval()
+        tower = clip.untrained() if with_clip else None
+    found = {
+        "inception": _Compared(
+            lambda images: features.inception_features(sees, images, _BATCH), sees.pool3, inception.SIDE, _BATCH, device
+        ),
+        "lpips": _Compared(
+            lambda images: features.lpips(pairs, images, images, _BATCH), lambda p: pairs(p, p), size, _BATCH, device
+        ),
+    }
+    if tower is not None:
+        torch.nn.Module.to(tower, device)  # in place; transformers' own `to` is annotated as taking no device
+        found["clip"] = _Compared(
+            lambda images: features.clip_features(tower, images, _CLIP_BATCH),
+            lambda pixels: tower(pixel_values=pixels).image_embeds,
+            clip.LARGE_336["image_size"],
+            _CLIP_BATCH,
+            device,
+        )
+    return found
+
+
+def _timings(compared: _Compared, images: Images, repeats: int) -> dict[str, Timing]:
+    """Of `ours` on all pictures and on a quarter of them, and of `bare`."""
+    generator = torch.Generator().manual_seed(_SEED)
+    prepared = torch.rand(len(images), 3, compared.side, compared.side, generator=generator) * 2 - 1
+    on_cpu = compared.device.type == "cpu"
+    prepared = prepared.to(compared.device, memory_format=torch.channels_last if on_cpu else torch.contiguous_format)
+
+    @in_full_precision()
+    def bare() -> None:
+        for part in slices(len(prepared), compared.batch_size):
+            compared.network(prepared[part])
+
+    quarter = images[: _quarter(len(images))]
+    calls = {"bare": bare, "ours": lambda: compared.ours(images), "quarter": lambda: compared.ours(quarter)}
+    return interleaved(calls, repeats)
+
+
+def _quarter(count: int) -> int:
+    return max(1, count // 4)
+
+
+def _distance_times(count: int, resamples: int) -> dict[str, tuple[float, float]]:
+    """By distance: seconds of one, and of one of `resamples` drawn sets; features are random."""
+    random = np.random.default_rng(_SEED)
+    left, right = (random.random((count, INCEPTION_WIDTH)) for _ in range(2))
+    rows = random.integers(count, size=(resamples, count))
+    return {
+        name: (
+            time_call(lambda once=distance: once(left, right), warmup=0, repeats=1).median,
+            time_call(lambda all_of=of_draws: all_of(left, right, rows, None), warmup=0, repeats=1).median / resamples,
+        )
+        for name, (distance, of_draws) in DISTANCES.items()
+    }
+
+
+def _growth(seconds: Mapping[int, float]) -> float:
+    before, last = sorted(seconds)[-2:]
+    return math.log(seconds[last] / seconds[before]) / math.log(last / before)
+
+
+def bench_features(
+    pictures: int = 64,
+    size: int = 256,
+    repeats: int = 3,
+    *,
+    clip_pictures: int = 0,
+    set_size: int = 500,
+    resamples: int = 200,
+) -> FeatureBench:
+    """Measures features of `pictures` random pictures of `size` pixels, and distances of `set_size`, twice and four
+    times as many random features.
+
+    CLIP's tower costs seconds a picture on a CPU and is left out with `clip_pictures` 0; so are the distances with
+    `set_size` 0."""
+    timings, numbers, device = {}, {}, best_device()
+    for name, compared in _networks(size, clip_pictures > 0, device).items():
+        numbers[name] = clip_pictures if name == "clip" else pictures
+        timings[name] = _timings(compared, _random_pictures(numbers[name], size), repeats)
+    times = {count: _distance_times(count, resamples) for count in (set_size, 2 * set_size, 4 * set_size) if set_size}
+    seconds, drawn = (
+        {name: {count: found[name][part] for count, found in times.items()} for name in DISTANCES if times}
+        for part in (0, 1)
+    )
+    fid = timings["inception"]
+    return FeatureBench(
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        size=size,
+        pictures=numbers,
+        of_bare={name: Spread(*ratio(t["bare"], t["ours"])[:3]) for name, t in timings.items()},
+        pictures_per_second={name: numbers[name] / t["ours"].median for name, t in timings.items()},
+        bare_pictures_per_second={name: numbers[name] / t["bare"].median for name, t in timings.items()},
+        seconds_per_picture={
+            str(_quarter(pictures)): fid["quarter"].median / _quarter(pictures),
+            str(pictures): fid["ours"].median / pictures,
+        },
+        distance_seconds=seconds,
+        drawn_seconds=drawn,
+        distance_growth={name: _growth(values) for name, values in seconds.items()},
+        drawn_growth={name: _growth(values) for name, values in drawn.items()},
+    )

@@ -1,0 +1,258 @@
+"""`refine-control bench step`: our training step of stage 1 against a plain loop over stock diffusers modules.
+
+Both start from the same networks and see the same batch, noise and sigmas; their first losses and gradients are
+compared before they are timed, alternately, in one process. Peak memory is read in fresh ones.
+"""
+
+# B batch, h w latents, N image tokens, D width
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from refine_control.bench.stock_step import StockStep
+from refine_control.config import Recipe
+from refine_control.errors import InvalidInputError, MissingError
+from refine_control.metrics.cost import Timing, count_flops, interleaved, peak_memory, ratio, time_call
+from refine_control.models.backbone import Backbone
+from refine_control.training.loop import Draw
+from refine_control.training.objectives import LabeledBatch, Supervised
+from refine_control.training.optimizer import MasterWeights
+from refine_control.training.run import fast_precision, prepare, training_device
+
+STOCK, STOCK_OPEN, OURS_FP32, OURS = "stock", "stock, nothing frozen", "ours in fp32", "ours"
+
+
+class Spread(NamedTuple):
+    """A median with the 5th and the 95th percentile of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class StepBench(NamedTuple):
+    """Our step against a plain eager loop. `stock` freezes what need not learn and runs the teacher without a graph,
+    as diffusers' own training script does; `stock, nothing frozen` does neither."""
+
+    device: str
+    threads: int
+    precision: str
+    """Of `ours`; the stock loops are fp32."""
+    batch_size: int
+    loss_difference: dict[str, float]
+    """|ours - stock| / stock, before the first update."""
+    gradient_difference: dict[str, float]
+    """2-norm of the difference of the student's gradients over the norm of stock's."""
+    seconds: dict[str, Spread]
+    """One step."""
+    speedup: dict[str, Spread]
+    """How many times longer `stock` takes, paired round by round."""
+    samples_per_second: dict[str, float]
+    phases: dict[str, float]
+    """Seconds of the parts of `ours`."""
+    gflops: float
+    """Matrix products and attentions of one step of `stock`; 1 multiply-add = 2 FLOP."""
+    matmul_gflops: dict[str, float]
+    """By precision: GFLOP a second of torch's products at the shapes of a feed-forward, (B N, D) and (B N, 4 D)."""
+    floor_seconds: dict[str, float]
+    """By precision: `gflops` over that rate; no step that multiplies at this rate takes less."""
+    fraction_of_floor: dict[str, float]
+    """Floor over measured time, each in its own precision."""
+    peak_memory: dict[str, int]
+    """Bytes of a fresh process that loads the networks and makes three steps (GPU: allocated by torch)."""
+
+
+class OurStep:
+    """A step as `refine-control train` makes it."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, precision: str):
+        training = recipe.training.model_copy(update={"precision": precision})
+        self.recipe = recipe
+        self.backbone, self.networks = prepare(recipe.model_copy(update={"training": training}), device)
+        self.objective = Supervised(self.networks, recipe.objective.weights)
+        optimizer = recipe.optimizer
+        self.master = MasterWeights(
+            self.objective.trainable().items(),
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def backward(self, batch: LabeledBatch, draw: Draw) -> float:
+        """The loss, with gradients in `parameters`."""
+        loss = self.objective.losses(batch, draw).loss
+        loss.backward()
+        return float(loss.detach())
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.objective.trainable())
+
+    def update(self) -> None:
+        """One update of the weights, which clears the gradients."""
+        self.master.accumulate()
+        self.master.step(self.recipe.optimizer.learning_rate, 0, self.recipe.optimizer.max_grad_norm)
+
+    def phases(self, batch: LabeledBatch, draw: Draw) -> dict[str, float]:
+        """Seconds of the parts of one step; the teacher runs twice, once to be timed alone."""
+
+        def seconds(part: Callable[[], Any]) -> float:
+            return time_call(part, warmup=0, repeats=1).median
+
+        losses: list[torch.Tensor] = []
+        at = self.networks.noised(batch.latents, draw)
+        teacher = seconds(lambda: self.networks.teacher_answer(at, batch))
+        forward = seconds(lambda: losses.append(self.objective.losses(batch, draw).loss))
+        return {
+            "teacher forward": teacher,
+            "student forward and losses": forward - teacher,
+            "backward": seconds(losses[0].backward),
+            "optimiser": seconds(self.update),
+        }
+
+
+def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurStep | StockStep]]:
+    """How each step that is compared comes to be; `ours` in fp32 apart only where there is a faster type."""
+    fast = fast_precision(device)
+    makers: dict[str, Callable[[], OurStep | StockStep]] = {
+        STOCK: partial(StockStep, recipe, device),
+        STOCK_OPEN: partial(StockStep, recipe, device, everything=True),
+        OURS: partial(OurStep, recipe, device, fast),
+    }
+    return makers if fast == "fp32" else {**makers, OURS_FP32: partial(OurStep, recipe, device, "fp32")}
+
+
+def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[LabeledBatch, Draw]:
+    """A random batch of the model's own shapes."""
+    count = recipe.training.device_batch_size or recipe.training.batch_size
+    draw = Draw(recipe.training.seed, "bench", 0, range(count))
+    config = backbone.transformer.config
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    embeds, pooled = (t[0] for t in backbone.encode_prompts([""]))
+    tensors = (
+        draw.normals("latents", *shape),
+        draw.normals("masked_latents", *shape),
+        (draw.normals("mask", 1, *shape[1:]) > 1).float(),
+        draw.normals("prompt_embeds", *embeds.shape),
+        draw.normals("pooled_prompt_embeds", *pooled.shape),
+    )
+    return LabeledBatch(*(tensor.to(device) for tensor in tensors)), draw
+
+
+def _whole(step: OurStep | StockStep, batch: LabeledBatch, draw: Draw) -> None:
+    step.backward(batch, draw)
+    step.update()
+
+
+def _first_answer(step: OurStep | StockStep, batch: LabeledBatch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients before the first update; that update follows."""
+    loss = step.backward(batch, draw)
+    grads = {name: p.grad.float().clone() for name, p in step.parameters.items() if p.grad is not None}
+    step.update()
+    return loss, grads
+
+
+def _distance(grads: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    if grads.keys() != reference.keys():
+        raise AssertionError(f"gradients of other parameters: {sorted(grads.keys() ^ reference.keys())}")
+    squares = sum(float((grads[name] - grad).square().sum()) for name, grad in reference.items())
+    return (squares / sum(float(grad.square().sum()) for grad in reference.values())) ** 0.5
+
+
+def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP a second of the two products of the image stream's feed-forward."""
+    config = backbone.transformer.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    rows = batch_size * (config["sample_size"] // config["patch_size"]) ** 2
+    wide, narrow = (torch.randn(rows, n * width, device=device).to(dtype) for n in (4, 1))
+    into, out_of = (
+        torch.randn(4 * width, width, device=device).to(dtype),
+        torch.randn(width, 4 * width, device=device).to(dtype),
+    )
+
+    def products() -> None:
+        for _ in range(10):
+            functional.linear(narrow, into)
+            functional.linear(wide, out_of)
+
+    return 10 * 2 * 8 * rows * width**2 / time_call(products, warmup=1, repeats=10).median
+
+
+def _peak_in_fresh_process(recipe: Recipe, name: str) -> int:
+    command = [sys.executable, "-m", "refine_control.bench.step", name, str(torch.get_num_threads())]
+    made = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise MissingError(f"the process that measures the memory of {name!r} failed: {made.stderr.strip()[-300:]}")
+    return int(made.stdout.split()[-1])
+
+
+def _spread(timing: Timing) -> Spread:
+    return Spread(timing.median, timing.low, timing.high)
+
+
+def bench_step(recipe: Recipe, *, repeats: int) -> StepBench:
+    """Compares, times and weighs the step of a supervised recipe on this machine, on a random batch.
+
+    Raises InvalidInputError for a recipe of another objective."""
+    if recipe.objective.kind != "supervised":
+        raise InvalidInputError(f"objective.kind is {recipe.objective.kind}; bench step measures supervised recipes")
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+    device = training_device()
+    steps = {name: make() for name, make in _makers(recipe, device).items()}
+    backbone = steps[STOCK].backbone
+    batch, draw = _batch(recipe, backbone, device)
+    answers = {name: _first_answer(step, batch, draw) for name, step in steps.items()}
+    timings = interleaved({n: partial(_whole, step, batch, draw) for n, step in steps.items()}, repeats=repeats)
+    ours = steps[OURS]
+    assert isinstance(ours, OurStep)
+    laps = [ours.phases(batch, draw) for _ in range(repeats)]
+    size, precision = len(batch.latents), fast_precision(device)
+    flops = count_flops(partial(_whole, steps[STOCK], batch, draw))
+    rates = {
+        name: _matmul_rate(backbone, size, dtype, device)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    types = {name: precision if name == OURS else "fp32" for name in steps}
+    compared = [name for name in steps if name != STOCK]
+    loss, grads = answers[STOCK]
+    return StepBench(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        precision=precision,
+        batch_size=size,
+        loss_difference={n: abs(answers[n][0] - loss) / abs(loss) for n in compared},
+        gradient_difference={n: _distance(answers[n][1], grads) for n in compared},
+        seconds={name: _spread(timing) for name, timing in timings.items()},
+        speedup={n: _spread(ratio(timings[STOCK], timings[n])) for n in compared},
+        samples_per_second={name: size / timing.median for name, timing in timings.items()},
+        phases={name: sorted(lap[name] for lap in laps)[len(laps) // 2] for name in laps[0]},
+        gflops=flops / 1e9,
+        matmul_gflops={name: rate / 1e9 for name, rate in rates.items()},
+        floor_seconds={name: flops / rate for name, rate in rates.items()},
+        fraction_of_floor={n: flops / rates[types[n]] / timings[n].median for n in steps},
+        peak_memory={name: _peak_in_fresh_process(recipe, name) for name in (STOCK, OURS)},
+    )
+
+
+def _main(name: str, threads: str) -> None:
+    """Reads a recipe from stdin, makes three steps of `name`, prints the peak."""
+    torch.set_num_threads(int(threads))
+    recipe, device = Recipe.model_validate_json(sys.stdin.read()), training_device()
+    step = _makers(recipe, device)[name]()
+    batch, draw = _batch(recipe, step.backbone, device)
+    for _ in range(3):
+        _whole(step, batch, draw)
+    print(peak_memory(device.type))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,200 @@
+"""The verbs that measure: `evaluate`, `reproduce`, `cost` and `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from refine_control.cli.options import (
+    DryRun,
+    Guidance,
+    Injection,
+    Json,
+    MetricWeights,
+    Model,
+    Scale,
+    Seed,
+    SmallPhotos,
+    Steps,
+    make_app,
+    sampling,
+)
+from refine_control.cli.output import named_folders, named_sources, progress_bar, show
+
+bench_app = make_app(help="Measure this machine.")
+
+
+def evaluate(
+    student: Annotated[list[str], typer.Option(help="NAME=FOLDER, as often as needed.")],
+    test: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Shards of held-out samples.")],
+    out: Annotated[Path, typer.Option(help="Where tables and report land.")],
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER, or dreamshaper8, sd2, flux; as often as needed.")
+    ] = None,
+    model: Model = "mini",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scale: Scale = None,
+    injection: Injection = "exact",
+    seed: Seed = 0,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the denoisers.")] = "fp32",
+    weights: MetricWeights = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
+    students = named_folders(student, "--student")
+    baselines = named_sources(baseline or [], "--baseline")
+    sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
+    if dry_run:
+        named = {"teacher": teacher, "students": students, "baselines": baselines}
+        return show({**named, "test": test, "out": out, **sampler.model_dump()}, as_json)
+    from refine_control.study.evaluate import evaluate as run
+
+    bar = progress_bar("evaluate")
+    made = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
+    show(made.summary if as_json else made.text, as_json)
+
+
+def reproduce(
+    target: Annotated[
+        Literal[
+            "table1",
+            "table2",
+            "table3",
+            "figure2",
+            "figure3",
+            "layers",
+            "split",
+            "init",
+            "losses",
+            "data",
+            "prompts",
+            "scarce",
+            "parts",
+            "all",
+        ],
+        typer.Argument(help="A table or figure of the paper, an ablation, or all: Tables 1 and 3 and Figure 2."),
+    ],
+    scale: Annotated[
+        Literal["mini", "sd3"], typer.Option(help="Whose recipes and rows: of the mini model, or of SD3.")
+    ] = "mini",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="A row of the scale's budgets.yaml: tables, photos, folder, long, demo; paper, short."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; by default the budget's.")
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="This row alone, as often as needed; beside it the teacher, the row of --against and, "
+            "where anything is trained, fc."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The row that the others are held against; by default the scale's or study's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where runs, tables and report land; runs/reproduce/mini/tables and so on.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Finished rows, read and written; results/mini, results/sd3 and so on.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another model: the bundle of photographs, a folder or a hub id.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder or a hub id.")] = None,
+    photos: SmallPhotos = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of `data build` in place of rendered scenes; sd3 needs one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
+    weights: MetricWeights = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train and measure what is missing of a table or figure, and write it with intervals."""
+    from refine_control.study.comparison import read_budget
+    from refine_control.study.materials import Comparison, results_name
+    from refine_control.study.reproduce import plan
+    from refine_control.study.reproduce import reproduce as run
+
+    usual = "paper" if scale == "sd3" else "photos" if photos else "folder" if data else "tables"
+    name = budget or usual
+    material = {"model": model, "teacher": teacher, "photos": photos, "data": data, "weights": weights}
+    kept = Path(results_name(scale, photos, data)) / name
+    comparison = Comparison(read_budget(name, scale=scale), out or "runs/reproduce" / kept, scale, **material)
+    comparison.check()
+    rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
+    folder = results / name if results else "results" / kept
+    if dry_run:
+        return show(plan(target, comparison, chosen, rows, folder, against), as_json)
+    how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}
+    made = run(target, comparison, seeds=chosen, rows=rows, against=against, **how)
+    show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
+
+
+def cost(
+    controlnet: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, as often as needed.")] = None,
+    model: Model = "mini",
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, operations and time of a denoising step with each ControlNet, the teacher first."""
+    from refine_control.study.model_cost import compare
+
+    show(compare(model, named_folders(controlnet or [], "--controlnet"), teacher), as_json)
+
+
+@bench_app.command("data")
+def bench_data(
+    source: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones by default.")
+    ] = None,
+    photos: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
+    many: Annotated[
+        int, typer.Option(min=0, help="Photos of the memory measurement beside 1,000 and 8,000; 0: none.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time the build, the cache and its batches against the bare work that nobody can avoid."""
+    from refine_control.bench.data import bench_data as run
+
+    show(run(source, photos, many, repeats)._asdict(), as_json)
+
+
+@bench_app.command("step")
+def bench_step(
+    recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/ours_stage1",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time, memory and operations of one training step."""
+    from refine_control.bench.step import bench_step as run
+    from refine_control.recipe_files import load_recipe
+
+    show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)
+
+
+@bench_app.command("features")
+def bench_features(
+    pictures: Annotated[int, typer.Option(min=1, help="How many, of random noise.")] = 64,
+    size: Annotated[int, typer.Option(min=31, help="Pixels of a side.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    clip_pictures: Annotated[int, typer.Option(min=0, help="Pictures for CLIP, seconds each on a CPU; 0: none.")] = 0,
+    set_size: Annotated[int, typer.Option(min=0, help="Distances at this N, 2 N and 4 N (2 or more); 0: none.")] = 500,
+    resamples: Annotated[int, typer.Option(min=2, help="Drawn sets.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Time the networks of FID, LPIPS and CMMD against the bare networks, and the distances of sets as N grows."""
+    from refine_control.bench.features import bench_features as run
+
+    made = run(pictures, size, repeats, clip_pictures=clip_pictures, set_size=set_size, resamples=resamples)
+    show(made._asdict(), as_json)

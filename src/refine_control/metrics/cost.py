@@ -1,0 +1,205 @@
+"""What a model costs: parameters, FLOPs, seconds and memory, measured and never looked up.
+
+One multiply-accumulate (MAC) is 2 FLOPs everywhere in this project; papers that count MACs report half.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from refine_control.errors import InvalidInputError, MissingError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Timing(NamedTuple):
+    """Wall-clock seconds of one call: the median, the 5th and the 95th percentile, and all of them in order."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """In milliseconds: `12.3 ms [11.9, 13.0]`."""
+        return f"{1e3 * self.median:.1f} ms [{1e3 * self.low:.1f}, {1e3 * self.high:.1f}]"
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """The number of parameters, trainable or frozen; a tensor that two layers share counts once, buffers not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_flops(fn: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products, convolutions and attentions of one call of `fn()`; 1 MAC = 2 FLOPs.
+
+    Counts what runs: a backward pass inside `fn` too (a fused attention's is 2.5 times its forward, for it
+    computes the scores again), guidance twice. Norms, activations and other
+    elementwise work are left out, as usual, and attention under a causal mask counts in full.
+    torch's counter does not know the CPU's fused attention or matrix-times-vector products and calls them
+    free; here they count, so that a CPU and a GPU report the same number."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
+        fn()
+    return int(counter.get_total_flops())
+
+
+def _missing_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas, from shapes to FLOPs, for operators that torch 2.13's own registry lacks."""
+    import torch
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    def matrix_vector(matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
+        return 2 * matrix[0] * matrix[1]
+
+    def add_matrix_vector(bias: Any, matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
+        return 2 * matrix[0] * matrix[1]
+
+    def linear(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(hidden) * weight[0]
+
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten.mv: matrix_vector,
+        aten.addmv: add_matrix_vector,
+    }
+    if torch.backends.mkldnn.is_available():  # models/cpu_kernels.py
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+    return formulas
+
+
+def time_call(fn: Callable[[], Any], warmup: int = 1, repeats: int = 10) -> Timing:
+    """Seconds of `fn()` over `repeats` calls, after `warmup` calls that are not counted.
+
+    The GPU's queue is emptied before each reading of the clock when CUDA is in use.
+    Raises InvalidInputError for repeats < 1 or warmup < 0."""
+    return interleaved({"fn": fn}, repeats=repeats, warmup=warmup)["fn"]
+
+
+def interleaved(fns: dict[str, Callable[[], Any]], repeats: int = 10, warmup: int = 1) -> dict[str, Timing]:
+    """Times several callables alternately in one run, so that a machine that slows down slows all of them.
+
+    Each round calls every one once; every second round goes backwards, which also cancels a steady drift
+    within rounds. Compare two by `ratio`, which pairs them round by round.
+    Raises InvalidInputError for no callables, repeats < 1 or warmup < 0."""
+    if not fns or repeats < 1 or warmup < 0:
+        raise InvalidInputError(
+            f"cannot time {len(fns)} callables with {repeats} repeats after {warmup} warm-up calls; "
+            "give at least one callable, one repeat and no negative warm-up"
+        )
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    for fn in fns.values():
+        for _ in range(warmup):
+            fn()
+    for round_number in range(repeats):
+        for name in list(fns)[:: -1 if round_number % 2 else 1]:
+            samples[name].append(_seconds(fns[name]))
+    return {name: _timing(seconds) for name, seconds in samples.items()}
+
+
+def ratio(numerator: Timing, denominator: Timing) -> Timing:
+    """How many times longer `numerator` takes: the quotients of the rounds of one `interleaved` run.
+
+    The fields are then pure numbers. Raises InvalidInputError when the two have different round counts."""
+    if len(numerator.samples) != len(denominator.samples):
+        raise InvalidInputError(
+            f"timings of {len(numerator.samples)} and {len(denominator.samples)} rounds cannot be paired; "
+            "time both in one interleaved run"
+        )
+    return _timing([a / b for a, b in zip(numerator.samples, denominator.samples, strict=True)])
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """The most memory used so far, in bytes.
+
+    "cpu": resident memory of this whole process since it started, which nothing resets: measure in a fresh
+    process. "cuda" or "cuda:1": tensors that torch allocated there since the last
+    `torch.cuda.reset_peak_memory_stats`. Raises InvalidInputError for another device, MissingError
+    without a GPU."""
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return _peak_resident_memory()
+    if kind != "cuda":
+        raise InvalidInputError(f"peak memory of device {device!r} is not known here; give cpu or cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MissingError("torch sees no GPU on this machine; measure with device cpu")
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _peak_resident_memory() -> int:
+    """Bytes. On Linux from VmHWM: after fork and exec `ru_maxrss` still holds the parent's peak."""
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _synchronize() -> None:
+    """Waits for the GPU, if this process has used one; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _seconds(fn: Callable[[], Any]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    fn()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _timing(seconds: list[float]) -> Timing:
+    import numpy as np
+
+    low, high = np.quantile(seconds, [0.05, 0.95])
+    return Timing(statistics.median(seconds), float(low), float(high), tuple(seconds))
+
+
+class CountedCost(NamedTuple):
+    """What can be counted of one ControlNet in one model, whatever the machine."""
+
+    num_layers: int
+    num_params: int
+    """Of the ControlNet."""
+    gflops_controlnet: float
+    """One forward pass of a single picture at the model's own size; 1 multiply-add = 2 FLOP."""
+    gflops_step: float
+    """ControlNet and transformer: one denoising step without guidance."""
+
+
+class ModelCost(NamedTuple):
+    """One ControlNet in one model, a single picture at the model's own size, without guidance."""
+
+    num_layers: int
+    num_params: int
+    """Of the ControlNet."""
+    gflops_controlnet: float
+    """One forward pass; 1 multiply-add = 2 FLOP."""
+    gflops_step: float
+    """ControlNet and transformer: one denoising step."""
+    step_seconds: float
+    """Median of one denoising step, timed alternately with the others."""
+    peak_memory: int
+    """Bytes of resident (GPU: allocated) memory in a process that does nothing but sample; 0 = not measured."""

@@ -1,0 +1,263 @@
+"""Frechet distance, KID and CMMD between two sets of pictures; pure functions of features, reference before generated.
+
+# N reference pictures, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
+# R drawn sets of N pictures each; rows (R, N) say which were drawn
+
+All sums are float64. A distance of sets has no value for each picture, so `metrics` and `statistics` cannot
+hold it; `drawn_distance` and `set_interval` give its intervals by drawing pictures, the same ones for every model.
+
+In N the Frechet distance is linear from D pictures on and KID from two blocks on; CMMD, as published, is a mean over
+all pairs of pictures. `drawn_sets` has the same distances of many drawn sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refine_control.errors import InvalidInputError
+from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sum
+from refine_control.metrics.statistics import Interval
+
+Rows = NDArray[np.integer]
+Distance = Callable[[Features, Features], float]
+Progress = Callable[[int, int], None]
+"""Told how many of the drawn sets are done, and of how many."""
+OfDraws = Callable[[Features, Features, Rows, Progress | None], NDArray[np.float64]]
+"""A distance of each pair of sets (R,) that `rows` (R, N) draw from both sides."""
+
+INCEPTION_WIDTH = 2048
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
+
+_QR_ROWS = 4096
+
+
+class BlockEstimate(NamedTuple):
+    """The mean over disjoint blocks of pictures, and what is known of its error."""
+
+    mean: float
+    standard_error: float | None
+    """Of the mean, from the spread between blocks; None for one block, which says nothing of its own error."""
+    blocks: int
+
+
+class SetScore(NamedTuple):
+    """A distance between the reference and one model's pictures."""
+
+    value: float
+    drawn: NDArray[np.float64]
+    """(R,) the same between R sets of N pictures, drawn from these with repetition."""
+
+
+def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
+    """|m_r - m_g|^2 + tr C_r + tr C_g - 2 tr (C_r C_g)^(1/2), of means and covariances (over N - 1).
+
+    FID when the features are Inception's. With C = R^T R the last trace is the sum of the singular values of
+    R_r R_g^T. The centred features are such an R, and QR makes one of D rows where N > D: no covariance is ever
+    formed and no root of a noisy eigenvalue taken, so that N < D, where C is singular, loses no digits. Equal sets
+    give 0 up to rounding, in any order. Raises InvalidInputError for features that are not (N, D), differ in D, hold
+    fewer than two pictures or are not finite."""
+    left, right = check_features(reference, generated, minimum=2)
+    return weighted_frechet(left, np.ones(len(left)), right, np.ones(len(right)))
+
+
+def kid(reference: ArrayLike, generated: ArrayLike, block_size: int = 1000, seed: int = 0) -> BlockEstimate:
+    """The unbiased squared MMD with the kernel (x . y / D + 1)^3, mean over disjoint blocks.
+
+    Both sets are shuffled apart from each other and cut into as many blocks as the smaller fills with `block_size`
+    pictures (or one block of all); the rest is spread, none is left out. For equal distributions the mean is zero
+    whatever N is, and single values lie on both sides of it. The sets count as independent: pictures which
+    belong in pairs are shuffled apart, but in a single block they still pull it down, in the order of 1/N.
+    Raises InvalidInputError as `frechet_distance` does, and for block_size < 2 or seed < 0."""
+    left, right = check_features(reference, generated, minimum=2)
+    blocks = kid_blocks(len(left), len(right), block_size, seed)
+    values = np.array([_unbiased_mmd(left[a], right[b]) for a, b in blocks])
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return BlockEstimate(float(values.mean()), error, len(values))
+
+
+def cmmd(reference: ArrayLike, generated: ArrayLike) -> float:
+    """1000 times the squared MMD with a Gaussian kernel of sigma 10, of L2-normalised CLIP features.
+
+    The biased estimator (each picture with itself too), as published. On features of length 1 this wide kernel is
+    almost straight: with d the difference of the means, the value lies between 9.90 d^2 and 9.90 d^2 + 0.1, where
+    9.90 = 10 exp(-1/100) and the rest is what tells the second moments apart.
+    Raises InvalidInputError for features that are not (N, D), differ in D, are none or are not finite."""
+    return CMMD_SCALE * gaussian_mmd(reference, generated, CMMD_SIGMA)
+
+
+def gaussian_mmd(reference: ArrayLike, generated: ArrayLike, sigma: float) -> float:
+    """The squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)), biased estimator: 0 for equal sets, else above.
+
+    Raises InvalidInputError as `cmmd` does, and for sigma <= 0."""
+    left, right = check_features(reference, generated, minimum=1)
+    kernel = gaussian_kernel(sigma)
+    within = kernel_sum(left, left, kernel) / len(left) ** 2 + kernel_sum(right, right, kernel) / len(right) ** 2
+    return max(0.0, within - 2.0 * kernel_sum(left, right, kernel) / (len(left) * len(right)))
+
+
+def drawn_distance(
+    distance: Distance,
+    reference: ArrayLike,
+    generated: ArrayLike,
+    seed: int,
+    resamples: int = 200,
+    progress: Progress | None = None,
+    of_draws: OfDraws | None = None,
+) -> SetScore:
+    """A distance of two sets in pairs, and the same of `resamples` sets drawn from them.
+
+    Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`: models measured apart,
+    in other runs or on other machines, were measured on the same drawn pictures, and what pictures share drops out of
+    their differences. `of_draws` is the same distance of drawn sets, which need not cost one `distance` for each: see
+    `drawn_sets`.
+    Raises InvalidInputError as `distance` does, for another number of pictures than the reference's, seed < 0 and
+    resamples < 2."""
+    if resamples < 2:
+        raise InvalidInputError(f"resamples is {resamples}; give at least 2, and hundreds to trust the ends")
+    draws = _generator(seed)
+    left, right = check_features(reference, generated, minimum=2)
+    if len(left) != len(right):
+        raise InvalidInputError(
+            f"{len(right)} pictures are held against a reference of {len(left)}; pictures are drawn in pairs, so "
+            "give as many of each, in one order"
+        )
+    rows = np.stack([draws.integers(len(left), size=len(left)) for _ in range(resamples)])
+    draw = of_draws or partial(one_by_one, distance)
+    return SetScore(distance(left, right), draw(left, right, rows, progress))
+
+
+def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
+    """The mean over training seeds of a distance, with its two-level interval: seeds, then pictures.
+
+    Drawn sets repeat pictures and therefore lie farther apart than the sets themselves: the interval is that of the
+    drawn values moved by (value - their mean). It tells the spread at this N; the bias which a distance has at this N
+    (`bias_note`) stays in it, and drops out of a difference in the main.
+    Raises InvalidInputError for no scores, for other numbers of draws, and for a level outside (0, 1)."""
+    counts = {len(score.drawn) for score in scores}
+    if len(counts) != 1:
+        raise InvalidInputError(f"scores of {sorted(counts)} draws; give at least one, all of one number of draws")
+    if not 0.0 < level < 1.0:
+        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    values, drawn = np.array([s.value for s in scores]), np.stack([s.drawn for s in scores])
+    shares = _generator(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), size=drawn.shape[1])
+    means = (shares / len(scores) * drawn.T).sum(1)
+    low, high = np.quantile(means - means.mean(), [(1.0 - level) / 2.0, (1.0 + level) / 2.0]) + values.mean()
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
+    """`set_interval` of a - b, paired by picture and training seed; a single score stands beside every seed's.
+
+    Raises InvalidInputError as `set_interval` does, and for numbers of seeds that do not pair."""
+    count = max(len(a), len(b))
+    if {len(a), len(b)} - {1, count}:
+        raise InvalidInputError(f"{len(a)} and {len(b)} training seeds make no pairs; give as many of each, or one")
+    pairs = zip(list(a) * (count // len(a)), list(b) * (count // len(b)), strict=True)
+    return set_interval([SetScore(x.value - y.value, x.drawn - y.drawn) for x, y in pairs], seed, level)
+
+
+def bias_note(n: int, width: int = INCEPTION_WIDTH) -> str:
+    """What a table must say beside a Frechet distance over `n` pictures in `width` features."""
+    if n < width:
+        return (
+            f"Frechet distance over {n} pictures in {width} features: with fewer pictures than features it is biased "
+            "upward by much, and comparable only between models at this same number of pictures."
+        )
+    return f"Frechet distance over {n} pictures: biased upward in the order of 1/N; compare at equal N only."
+
+
+def check_features(reference: ArrayLike, generated: ArrayLike, minimum: int = 1) -> tuple[Features, Features]:
+    """Both as float64.
+
+    Raises InvalidInputError unless they are (N, D) and (M, D), finite, and of `minimum` pictures each."""
+    arrays = []
+    for name, values in (("reference", reference), ("generated", generated)):
+        array = np.asarray(values, dtype=np.float64)
+        if array.ndim != 2 or array.shape[1] == 0:
+            raise InvalidInputError(f"{name} features have shape {array.shape}; give (pictures, features)")
+        if len(array) < minimum:
+            raise InvalidInputError(
+                f"{name} features are of {len(array)} picture{'s' * (len(array) != 1)}; this distance needs at "
+                f"least {minimum}"
+            )
+        bad = int((~np.isfinite(array)).sum())
+        if bad:
+            raise InvalidInputError(f"{name} features: {bad} of {array.size} numbers are not finite")
+        arrays.append(array)
+    left, right = arrays
+    if left.shape[1] != right.shape[1]:
+        raise InvalidInputError(
+            f"reference features have width {left.shape[1]} and generated ones {right.shape[1]}; take both from one "
+            "network"
+        )
+    return left, right
+
+
+def one_by_one(
+    distance: Distance, left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """`distance` of each drawn pair of sets, (R,)."""
+    out = np.empty(len(rows))
+    for number, drawn in enumerate(rows):
+        out[number] = distance(left[drawn], right[drawn])
+        if progress:
+            progress(number + 1, len(rows))
+    return out
+
+
+def weighted_frechet(left: Features, left_counts: NDArray, right: Features, right_counts: NDArray) -> float:
+    """`frechet_distance` of sets that hold row i `counts[i]` times; such a row costs as much as one."""
+    mean_l, root_l = _mean_and_root(left, left_counts)
+    mean_r, root_r = _mean_and_root(right, right_counts)
+    cross = np.linalg.svd(root_l @ root_r.T, compute_uv=False).sum()
+    traces = np.square(root_l).sum() + np.square(root_r).sum()
+    return max(0.0, float(np.square(mean_l - mean_r).sum() + traces - 2.0 * cross))
+
+
+def _mean_and_root(features: Features, counts: NDArray) -> tuple[Features, Features]:
+    """The mean (D,) and R (at most D rows) with R^T R the covariance, of a set that holds row i `counts[i]` times.
+
+    More than D rows are taken in one chunk after another."""
+    pictures, width = counts.sum(), features.shape[1]
+    mean = counts @ features / pictures
+    weights, scale = np.sqrt(counts)[:, None], np.sqrt(pictures - 1)
+    if len(features) <= width:
+        return mean, (features - mean) * weights / scale
+    root = np.empty((0, width))
+    for start in range(0, len(features), _QR_ROWS):
+        part = slice(start, start + _QR_ROWS)
+        root = np.linalg.qr(np.concatenate([root, (features[part] - mean) * weights[part]]), mode="r")
+    return mean, root / scale
+
+
+def kid_blocks(left: int, right: int, block_size: int, seed: int) -> list[tuple[Rows, Rows]]:
+    """Places of the pictures of each block on both sides, disjoint and shuffled apart; none is left out."""
+    if block_size < 2:
+        raise InvalidInputError(f"block_size is {block_size}; give at least 2")
+    shuffle = _generator(seed)
+    blocks = max(1, min(left, right) // block_size)
+    sides = [np.array_split(shuffle.permutation(count), blocks) for count in (left, right)]
+    return list(zip(*sides, strict=True))
+
+
+def _unbiased_mmd(left: Features, right: Features) -> float:
+    kernel = cubic_kernel(left.shape[1])
+
+    def within(features: Features) -> float:
+        itself = cubic_of_itself(features).sum()
+        return (kernel_sum(features, features, kernel) - itself) / (len(features) * (len(features) - 1))
+
+    across = kernel_sum(left, right, kernel) / (len(left) * len(right))
+    return float(within(left) + within(right) - 2.0 * across)
+
+
+def _generator(seed: int) -> np.random.Generator:
+    if seed < 0:
+        raise InvalidInputError(f"seed is {seed}; give 0 or more")
+    return np.random.default_rng(seed)

@@ -1,0 +1,97 @@
+"""Distances of many sets that were drawn from one pair of sets, at a fraction of the cost of one after another.
+
+# N pictures on each side, in pairs; D width of a feature
+# R drawn sets of N pictures each, U ~ 0.63 N different pictures in one of them; rows (R, N) say which were drawn
+
+Each is what `distances.one_by_one` gives with the distance of its name, up to rounding: a picture that was drawn
+k times counts k times instead of standing there k times. The kernel of two pictures is the same in every drawn set,
+so it is taken once for all of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refine_control.metrics.distances import (
+    CMMD_SCALE,
+    CMMD_SIGMA,
+    Progress,
+    Rows,
+    kid,
+    kid_blocks,
+    one_by_one,
+    weighted_frechet,
+)
+from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sums
+
+_COUNT_VALUES = 1 << 24  # numbers of times that pictures were drawn, held at a time: 128 MB
+
+
+def frechet_of_draws(
+    left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """`frechet_distance` of each drawn pair of sets, (R,): a picture drawn k times is one row of weight k, so that
+    singular values are those of a U x U matrix (D x D at most)."""
+    out = np.empty(len(rows))
+    for number, drawn in enumerate(rows):
+        seen, counts = np.unique(drawn, return_counts=True)
+        out[number] = weighted_frechet(left[seen], counts, right[seen], counts)
+        if progress:
+            progress(number + 1, len(rows))
+    return out
+
+
+def kid_of_draws(
+    left: Features,
+    right: Features,
+    rows: Rows,
+    progress: Progress | None = None,
+    *,
+    block_size: int = 1000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """The mean of `kid` of each drawn pair of sets, (R,).
+
+    While the numbers of times that each block holds each picture, 2 R N^2 / block_size in all, fit in memory, the
+    kernel is taken once for all of them; beyond, each set's blocks are taken alone, linear in N."""
+    blocks = kid_blocks(len(left), len(right), block_size, seed)
+    if 2 * len(blocks) * rows.size > _COUNT_VALUES:
+        return one_by_one(lambda a, b: kid(a, b, block_size, seed).mean, left, right, rows, progress)
+
+    kernel = cubic_kernel(left.shape[1])
+    counts_l, counts_r = (
+        np.concatenate([_counts(rows[:, places], len(left)) for places in side]) for side in zip(*blocks, strict=True)
+    )
+
+    def within(features: Features, counts: Features) -> NDArray[np.float64]:
+        sizes = counts.sum(1)
+        itself = counts @ cubic_of_itself(features)
+        return (kernel_sums(features, counts, features, counts, kernel) - itself) / (sizes * (sizes - 1))
+
+    across = kernel_sums(left, counts_l, right, counts_r, kernel) / (counts_l.sum(1) * counts_r.sum(1))
+    values = within(left, counts_l) + within(right, counts_r) - 2.0 * across
+    if progress:
+        progress(len(rows), len(rows))
+    return values.reshape(len(blocks), len(rows)).mean(0)
+
+
+def cmmd_of_draws(left: Features, right: Features, rows: Rows, progress: Progress | None = None) -> NDArray[np.float64]:
+    """`cmmd` of each drawn pair of sets, (R,)."""
+    return CMMD_SCALE * gaussian_mmd_of_draws(left, right, rows, progress, sigma=CMMD_SIGMA)
+
+
+def gaussian_mmd_of_draws(
+    left: Features, right: Features, rows: Rows, progress: Progress | None = None, *, sigma: float
+) -> NDArray[np.float64]:
+    """`gaussian_mmd` of each drawn pair of sets, (R,): the kernel of every two pictures is taken once for all sets."""
+    kernel, counts = gaussian_kernel(sigma), _counts(rows, len(left))
+    sums = [kernel_sums(a, counts, b, counts, kernel) for a, b in ((left, left), (right, right), (left, right))]
+    if progress:
+        progress(len(rows), len(rows))
+    return np.maximum(0.0, (sums[0] + sums[1] - 2.0 * sums[2]) / rows.shape[1] ** 2)
+
+
+def _counts(rows: Rows, pictures: int) -> Features:
+    """(R, N) rows -> (R, pictures): how often each picture was drawn."""
+    return np.stack([np.bincount(drawn, minlength=pictures) for drawn in rows]).astype(np.float64)

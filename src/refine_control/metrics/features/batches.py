@@ -1,0 +1,67 @@
+"""Pictures to a network, some at a time."""
+
+# N pictures, H W pixels, n pictures of a batch
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from refine_control.errors import InvalidInputError
+from refine_control.metrics.image_pairs import Images
+
+Progress = Callable[[int, int], None]
+"""Told after every batch: pictures done, pictures in all."""
+
+
+def check_set(images: Images) -> None:
+    """Raises InvalidInputError unless `images` are (N, H, W, 3) uint8 with N, H, W > 0."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise InvalidInputError(f"the images are {kind}; give a uint8 array with values from 0 to 255")
+    if images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+        raise InvalidInputError(f"the images have shape {images.shape}; give (N, H, W, 3) with at least one pixel")
+
+
+def slices(count: int, batch_size: int) -> Iterator[slice]:
+    """0 to `count` in steps. Raises InvalidInputError for batch_size < 1."""
+    if batch_size < 1:
+        raise InvalidInputError(f"batch_size is {batch_size}; give at least 1")
+    return (slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
+
+
+def beside(network: nn.Module, images: Images) -> torch.Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) uint8 on the network's device; the channels stay last in memory."""
+    device = next(network.parameters()).device
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+
+
+def to_pixels(images: Images, network: nn.Module) -> torch.Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 255], on the network's device."""
+    return beside(network, images).float()
+
+
+@contextmanager
+def in_full_precision() -> Iterator[None]:
+    """No gradients, and fp32 convolutions on a GPU as on a CPU: cuDNN would round what goes in to TF32's ten bits."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@in_full_precision()
+def features_of(
+    compute: Callable[[Images], torch.Tensor], images: Images, batch_size: int, progress: Progress | None
+) -> NDArray[np.float32]:
+    """`compute` of each batch, (n, D), in one array (N, D). Raises InvalidInputError as `check_set` does."""
+    check_set(images)
+    parts = []
+    for part in slices(len(images), batch_size):
+        parts.append(compute(images[part]).float().cpu().numpy())
+        if progress:
+            progress(part.stop, len(images))
+    return np.concatenate(parts)

@@ -1,0 +1,91 @@
+"""CMMD's features: OpenAI's CLIP ViT-L/14 at 336 pixels, projected and of length 1."""
+
+# n pictures of a batch, H W pixels, S side of the network's input, D width of its projection
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from refine_control.metrics.features.batches import Progress, features_of, to_pixels
+from refine_control.metrics.features.weights import CLIP, load_strictly, read_weights
+from refine_control.metrics.image_pairs import Images
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+TEXT = ("text_model.", "text_projection.", "logit_scale")
+"""The file holds both towers; these belong to the other one."""
+POSITIONS = "vision_model.embeddings.position_ids"  # 0, 1, 2, ...: old files hold it, today's class computes it
+
+
+def load_clip(weights: Path | None = None, device: str | torch.device = "cpu") -> CLIPVisionModelWithProjection:
+    """The published network, fp32. `weights` is its file or a folder that holds it; without, it is looked for.
+
+    Raises MissingError when it is nowhere, DamagedError for a file with another sha256."""
+    from transformers import CLIPVisionConfig
+
+    network = assemble(CLIPVisionConfig(**LARGE_336), read_weights(CLIP, weights))
+    torch.nn.Module.to(network, device)  # transformers' own `to` is annotated as taking no device
+    return network
+
+
+def untrained(settings: Mapping[str, Any] = LARGE_336) -> CLIPVisionModelWithProjection:
+    """The network of that size, frozen, with weights drawn by torch's generator: it answers nothing, at full cost."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).eval().requires_grad_(False)
+
+
+def assemble(config: CLIPVisionConfig, tensors: Mapping[str, torch.Tensor]) -> CLIPVisionModelWithProjection:
+    """The picture tower of a CLIP. Raises InvalidInputError unless `tensors` hold it whole, and no more of it."""
+    from transformers import CLIPVisionModelWithProjection
+
+    network = CLIPVisionModelWithProjection(config)
+    load_strictly(network, {k: v for k, v in tensors.items() if not k.startswith(TEXT) and k != POSITIONS}, "CLIP")
+    return network
+
+
+def clip_features(
+    network: CLIPVisionModelWithProjection, images: Images, batch_size: int = 16, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """(N, H, W, 3) uint8 -> (N, 768) of length 1, for `distances.cmmd`.
+
+    As published: the largest central square, resized by PIL's bicubic filter (which does antialias).
+    Raises InvalidInputError for images of another form and for batch_size < 1."""
+    side = network.config.image_size
+    assert isinstance(side, int), "transformers allows a height and a width; CLIP's pictures are square"
+
+    def compute(part: Images) -> torch.Tensor:
+        pixels = to_pixels(np.stack([central_square(image, side) for image in part]), network) / 255.0
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD))
+        return torch.nn.functional.normalize(network(pixel_values=(pixels - mean) / std).image_embeds)
+
+    return features_of(compute, images, batch_size, progress)
+
+
+def central_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W, 3) -> (side, side, 3)."""
+    height, width, _ = image.shape
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = Image.fromarray(image[top : top + short, left : left + short])
+    return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))

@@ -1,0 +1,126 @@
+"""The oracle: which colour and shape stand in the repainted region of a scene.
+
+A small network reads a square crop around the mask (never the prompt, never the original). It is trained on
+clean, blurred, noisy and wrongly coloured renders by `mini train` and ships with the bundle; `mini check`
+measures it again: clean renders, pure noise, and the surroundings alone.
+"""
+
+# N scenes, H W pixels; crops are 32 x 32
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from refine_control.errors import MissingError
+from refine_control.miniature.vocabulary import COLOURS, SHAPES
+from refine_control.pixels import from_images
+
+CROP = 32
+WEIGHTS = "classifier.safetensors"
+
+
+class Reading(NamedTuple):
+    """What the oracle sees: indices into COLOURS and SHAPES, each (N,)."""
+
+    colour: np.ndarray
+    shape: np.ndarray
+
+
+class Obedience(NamedTuple):
+    """Did the region become what the prompt says? Each (N,) bool."""
+
+    colour: np.ndarray
+    shape: np.ndarray
+
+    @property
+    def both(self) -> np.ndarray:
+        return self.colour & self.shape
+
+
+class Classifier(nn.Module):
+    """Crops (N,3,32,32) in [-1, 1] -> logits of colours (N,8) and shapes (N,6); `features` (N,64) before them."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        channels = (3, width, 2 * width, 2 * width)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, padding=1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+                nn.Conv2d(b, b, 3, stride=2, padding=1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+            )
+            for a, b in pairwise(channels)
+        )
+        self.hidden = nn.Linear(2 * width * 16, 64)
+        self.colour, self.shape = nn.Linear(64, len(COLOURS)), nn.Linear(64, len(SHAPES))
+
+    def features(self, crops: torch.Tensor) -> torch.Tensor:
+        """(N,3,32,32) -> (N,64)."""
+        for stage in self.stages:
+            crops = stage(crops)
+        return functional.silu(self.hidden(crops.flatten(1)))
+
+    def forward(self, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.features(crops)
+        return self.colour(hidden), self.shape(hidden)
+
+
+def region_crops(pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Pixels (N,3,H,W) in [-1, 1], masks (N,H,W) bool -> (N,3,32,32): the square around each mask, bilinear.
+
+    Squares that leave the picture see its border repeated. Raises ValueError for an empty mask."""
+    if not masks.flatten(1).any(1).all():
+        raise ValueError("an empty mask has no region")
+    height, width = masks.shape[1:]
+    columns, rows = masks.any(1).float(), masks.any(2).float()
+    left, right = columns.argmax(1), width - columns.flip(1).argmax(1)
+    top, bottom = rows.argmax(1), height - rows.flip(1).argmax(1)
+    half = torch.maximum(right - left, bottom - top).float() / 2
+    centre_x, centre_y = (left + right).float() / 2, (top + bottom).float() / 2
+    steps = (torch.arange(CROP) + 0.5) / CROP * 2 - 1
+    x = (centre_x[:, None] + half[:, None] * steps) / width * 2 - 1
+    y = (centre_y[:, None] + half[:, None] * steps) / height * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(-1, CROP, -1), y[:, :, None].expand(-1, -1, CROP)], -1)
+    return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def load_classifier(bundle: Path) -> Classifier:
+    """The shipped oracle. Raises MissingError when the bundle has none."""
+    from safetensors.torch import load_file
+
+    path = bundle / WEIGHTS
+    if not path.is_file():
+        raise MissingError(f"the oracle's weights are not at {path}; make them with `refine-control mini train`")
+    classifier = Classifier()
+    classifier.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return classifier.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read_regions(classifier: Classifier, images: np.ndarray, masks: np.ndarray, batch_size: int = 256) -> Reading:
+    """Images (N,H,W,3) uint8, masks (N,H,W) bool -> colour and shape of what stands in each region."""
+    colours, shapes = [], []
+    for a in range(0, len(images), batch_size):
+        pixels = from_images(images[a : a + batch_size])
+        colour, shape = classifier(region_crops(pixels, torch.from_numpy(masks[a : a + batch_size])))
+        colours.append(colour.argmax(1).numpy())
+        shapes.append(shape.argmax(1).numpy())
+    return Reading(np.concatenate(colours), np.concatenate(shapes))
+
+
+def obedience(
+    classifier: Classifier, images: np.ndarray, masks: np.ndarray, colour: np.ndarray, shape: np.ndarray
+) -> Obedience:
+    """Compares what stands in the regions with the wanted colours and shapes, (N,) indices each."""
+    seen = read_regions(classifier, images, masks)
+    return Obedience(seen.colour == colour, seen.shape == shape)

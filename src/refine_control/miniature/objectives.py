@@ -1,0 +1,230 @@
+"""`refine-control mini train`: the mini bundle from nothing but a seed, stage by stage, each resumable.
+
+autoencoder -> base (transformer and both text encoders, text to image) -> teacher (23-layer inpainting
+ControlNet on the frozen base) -> joint (base and teacher together) -> a complete diffusers pipeline folder with a card
+that says what it took. Every stage runs in the one loop of this project. Scenes are rendered as they are needed and
+never repeat between stages; `worlds` has photographs in their place.
+"""
+
+# B batch, H = W = 64 pixels, h = w = 8 latents
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from refine_control import flow
+from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
+from refine_control.miniature import scenes
+from refine_control.models.backbone import encode_images, encode_prompts, predict_velocity
+from refine_control.models.controlnet import control_residuals, trainable_parameters
+from refine_control.pixels import from_images
+from refine_control.randomness import derive_seed, permutation
+from refine_control.training.loop import Draw
+from refine_control.training.optimizer import compute_in
+
+
+class StageLosses(NamedTuple):
+    """What a stage of the bundle logs."""
+
+    loss: torch.Tensor
+    inside: torch.Tensor
+    """Mean square in the hole."""
+    outside: torch.Tensor
+
+
+class AutoencoderLosses(NamedTuple):
+    """The terms of the autoencoder's loss."""
+
+    loss: torch.Tensor
+    squared: torch.Tensor
+    absolute: torch.Tensor
+    divergence: torch.Tensor
+
+
+class SceneBatch(NamedTuple):
+    """Encoded scenes: latents and masked_latents (B,16,h,w), mask (B,1,h,w) 1 = inpaint, prompts as text."""
+
+    latents: torch.Tensor
+    masked_latents: torch.Tensor
+    mask: torch.Tensor
+    local_prompts: list[str]
+    global_prompts: list[str]
+
+
+class PictureBatches:
+    """Half scenes, half pictures with the statistics of photographs: (B,3,64,64) in [-1, 1]."""
+
+    def batch(self, draw: Draw) -> torch.Tensor:
+        """The pictures of a micro-batch; no picture is shown twice."""
+        start = draw.step * 100_000 + draw.slots[0]
+        return scenes.photo_mixture(derive_seed(draw.seed, draw.stage), start, len(draw.slots))
+
+
+class SceneBatches:
+    """Rendered scenes, encoded by the frozen autoencoder in bursts and shown `repeats` times with new noise.
+
+    A slot's scenes depend on (seed, stage, slot, step) alone, so any number of processes sees the same."""
+
+    def __init__(self, vae: Any, steps_in_pool: int = 32, repeats: int = 2):
+        self.vae, self.steps_in_pool, self.repeats = vae, steps_in_pool, repeats
+        self.pool: tuple[Any, SceneBatch] | None = None
+
+    @torch.no_grad()
+    def _encode(self, draw: Draw, number: int) -> SceneBatch:
+        each = self.steps_in_pool // self.repeats
+        rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots]
+        images = from_images(torch.cat([r.images for r in rows]))
+        masks = torch.cat([r.masks for r in rows])[:, None].float()
+        images, masks = images.to(self.vae.device), masks.to(self.vae.device)
+        parts = zip(images.split(64), masks.split(64), strict=True)
+        encoded = [(encode_images(self.vae, i), encode_images(self.vae, masked_pixels(i, m))) for i, m in parts]
+        latents = torch.cat([e[0] for e in encoded])
+        return SceneBatch(
+            latents,
+            torch.cat([e[1] for e in encoded]),
+            mask_at_latents(masks, latents),
+            [p for r in rows for p in r.local_prompts],
+            [p for r in rows for p in r.global_prompts],
+        )
+
+    def batch(self, draw: Draw) -> SceneBatch:
+        """One scene for each slot."""
+        number, within = divmod(draw.step, self.steps_in_pool)
+        key = (draw.seed, draw.stage, number, tuple(draw.slots))
+        if self.pool is None or self.pool[0] != key:
+            self.pool = (key, self._encode(draw, number))
+        each = self.steps_in_pool // self.repeats
+        turn = permutation(derive_seed(draw.seed, draw.stage, "turn", number, within // each), each)[within % each]
+        rows = np.arange(len(draw.slots)) * each + int(turn)
+        pool = self.pool[1]
+        index = torch.from_numpy(rows).to(pool.latents.device)
+        return SceneBatch(
+            pool.latents[index],
+            pool.masked_latents[index],
+            pool.mask[index],
+            [pool.local_prompts[r] for r in rows],
+            [pool.global_prompts[r] for r in rows],
+        )
+
+
+def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float = 0.1) -> list[str]:
+    """A prompt for each slot: empty, the target's own, or the whole scene's."""
+    picks = draw.uniforms("prompt").tolist()
+    return [
+        "" if u < empty else (l if u < empty + local else g)
+        for u, l, g in zip(picks, batch.local_prompts, batch.global_prompts, strict=True)
+    ]
+
+
+class AutoencoderObjective:
+    """Mean square and a little absolute error of the reconstruction, with a slight pull to the unit normal."""
+
+    def __init__(self, vae: Any, dtype: torch.dtype):
+        self.vae: Any = compute_in(vae, dtype)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All of the autoencoder."""
+        return dict(self.vae.named_parameters())
+
+    def losses(self, batch: torch.Tensor, draw: Draw) -> AutoencoderLosses:
+        """The reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
+        batch = batch.to(self.vae.device)
+        posterior = self.vae.encode(batch.to(self.vae.dtype)).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + (0.5 * logvar).exp() * draw.normals("posterior", *mean.shape[1:]).to(mean.device)
+        error = self.vae.decode(latents.to(self.vae.dtype)).sample.float() - batch
+        squared, absolute = error.square().mean(), error.abs().mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return AutoencoderLosses(squared + 0.05 * absolute + 3e-5 * divergence, squared, absolute, divergence)
+
+
+def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: float) -> StageLosses:
+    """Mean square error with the hole weighted `inside_weight` to 1: error (B,16,h,w), mask (B,1,h,w)."""
+    square = error.float().square().mean(1, keepdim=True)
+    loss = (square * (1 + (inside_weight - 1) * mask)).mean()
+    return StageLosses(
+        loss, (square * mask).sum() / mask.sum().clamp_min(1), (square * (1 - mask)).sum() / (1 - mask).sum()
+    )
+
+
+class BaseObjective:
+    """Text to image: the transformer and both text encoders learn the velocity together."""
+
+    def __init__(self, pipeline: Any, dtype: torch.dtype):
+        self.pipeline = pipeline
+        self.parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
+        for part in self.parts.values():
+            compute_in(part.requires_grad_(True), dtype)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """`transformer.*`, `text_encoder.*`, `text_encoder_2.*`."""
+        return {f"{n}.{k}": v for n, part in self.parts.items() for k, v in part.named_parameters()}
+
+    def losses(self, batch: SceneBatch, draw: Draw) -> StageLosses:
+        """E ||v - v_hat||^2 with 60 % local, 30 % global and 10 % empty prompts."""
+        device = batch.latents.device
+        sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)
+        noise = draw.normals("noise", *batch.latents.shape[1:]).to(device)
+        embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
+        noisy = flow.interpolate(batch.latents, noise, sigmas)
+        predicted = predict_velocity(self.parts["transformer"], noisy, sigmas, embeds, pooled)
+        return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, 1.0)
+
+
+class TeacherObjective:
+    """The 23-layer inpainting ControlNet on the frozen base; the hole weighs `inside_weight` times the rest."""
+
+    def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0):
+        self.pipeline, self.inside_weight = pipeline, inside_weight
+        for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+            part.to(dtype).requires_grad_(False)
+        self.parameters = trainable_parameters(pipeline.controlnet)
+        self.controlnet: Any = compute_in(pipeline.controlnet, dtype)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The ControlNet without the last block's text stream."""
+        return self.parameters
+
+    def losses(self, batch: SceneBatch, draw: Draw) -> StageLosses:
+        """E ||v - v_hat||^2, prompts as in the base; the same prompt goes to both networks."""
+        device = batch.latents.device
+        sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)
+        noise = draw.normals("noise", *batch.latents.shape[1:]).to(device)
+        with torch.no_grad():
+            embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
+        noisy = flow.interpolate(batch.latents, noise, sigmas)
+        cond = control_cond(batch.masked_latents, batch.mask)
+        residuals = control_residuals(self.controlnet, noisy, sigmas, embeds, cond, pooled.shape[-1])
+        residuals = self.controlled(residuals, draw)
+        predicted = predict_velocity(self.pipeline.transformer, noisy, sigmas, embeds, pooled, residuals)
+        return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, self.inside_weight)
+
+    def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
+        """Every sample sees its control."""
+        return residuals
+
+
+class JointObjective(TeacherObjective):
+    """Base and teacher together: the base learns to draw what it is told where the teacher says.
+
+    A `free` share of the samples goes without control, so that the base stays a text-to-image model."""
+
+    def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0, free: float = 0.15):
+        compute_in(pipeline.transformer.requires_grad_(True), dtype)
+        super().__init__(pipeline, dtype, inside_weight)
+        self.free = free
+        pipeline.transformer.requires_grad_(True)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """`transformer.*` and `controlnet.*`."""
+        base = {f"transformer.{n}": p for n, p in self.pipeline.transformer.named_parameters()}
+        return base | {f"controlnet.{n}": p for n, p in self.parameters.items()}
+
+    def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
+        """Zero residuals for the free samples."""
+        keep = (draw.uniforms("free") >= self.free).to(residuals[0])[:, None, None]
+        return [residual * keep for residual in residuals]

@@ -1,0 +1,76 @@
+"""Distances for the mini world, in the eyes of its own oracle: they need no download and no photograph.
+
+Names begin with `scene_` because none of them is FID, CMMD or LPIPS, nor comparable with them: the oracle has seen
+rendered shapes alone. It looks at the square around each mask, so that what was kept hardly counts.
+"""
+
+# N scenes, H W pixels, R drawn sets; features (N, 64)
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from refine_control.errors import InvalidInputError
+from refine_control.metrics.distances import Features, Progress, Rows, check_features, frechet_distance, gaussian_mmd
+from refine_control.metrics.drawn_sets import gaussian_mmd_of_draws
+from refine_control.metrics.image_pairs import Images, Mask, PerImage, check_mask
+from refine_control.miniature.obedience import Classifier, region_crops
+from refine_control.pixels import from_images
+
+SCENE_SIGMA = 1.0
+"""Of the order of the distance between two features of length 1, at most 2. CMMD's 10 would see little but means."""
+SCENE_SCALE = 1000.0
+
+
+@torch.no_grad()
+def scene_features(classifier: Classifier, images: Images, masks: Mask, batch_size: int = 256) -> NDArray[np.float32]:
+    """The oracle's last layer, (N, 64), for pictures (N, H, W, 3) uint8 with masks (N, H, W) bool.
+
+    Raises InvalidInputError for a mask that does not fit or has no inpainted pixel."""
+    check_mask(masks, images)
+    device = next(classifier.parameters()).device
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        pixels = from_images(images[part])
+        crops = region_crops(pixels, torch.from_numpy(np.ascontiguousarray(masks[part])))
+        parts.append(classifier.features(crops.to(device)).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def scene_frechet(reference: ArrayLike, generated: ArrayLike) -> float:
+    """Frechet distance of the oracle's features, as they come. Raises as `distances.frechet_distance` does."""
+    return frechet_distance(reference, generated)
+
+
+def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:
+    """1000 times the squared MMD of the oracle's features at length 1, Gaussian kernel of sigma 1, biased estimator.
+
+    Raises as `distances.cmmd` does."""
+    left, right = check_features(reference, generated)
+    return SCENE_SCALE * gaussian_mmd(_unit(left), _unit(right), SCENE_SIGMA)
+
+
+def scene_mmd_of_draws(
+    left: Features, right: Features, rows: Rows, progress: Progress | None = None
+) -> NDArray[np.float64]:
+    """`scene_mmd` of each drawn pair of sets, (R,)."""
+    return SCENE_SCALE * gaussian_mmd_of_draws(_unit(left), _unit(right), rows, progress, sigma=SCENE_SIGMA)
+
+
+def scene_perceptual(reference: ArrayLike, generated: ArrayLike) -> PerImage:
+    """Of each pair the squared distance of its features at length 1, (N,) in [0, 4]: 0 equal, 2 unrelated.
+
+    Raises as `scene_mmd` does, and InvalidInputError for different numbers of pictures."""
+    left, right = check_features(reference, generated)
+    if len(left) != len(right):
+        raise InvalidInputError(f"{len(left)} reference pictures and {len(right)} generated ones make no pairs")
+    return np.square(_unit(left) - _unit(right)).sum(1)
+
+
+def _unit(features: Features) -> Features:
+    """Rows at length 1; a row of zeros stays one."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.where(lengths == 0.0, 1.0, lengths)

@@ -1,0 +1,74 @@
+"""`refine-control data scenes`: rendered scenes as shards of the three roles, by the same door as photographs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from refine_control.errors import InvalidInputError
+from refine_control.miniature import scenes
+from refine_control.photos.shards import ShardWriter
+from refine_control.randomness import derive_seed
+from refine_control.records import LABELED, TEST, UNLABELED, Photo
+from refine_control.storage import MANIFEST, only_writer
+
+Progress = Callable[[int, int, str], None]
+
+
+def scene_photos(seed: int, start: int, count: int, kind: str = "any") -> Iterator[Photo]:
+    """Rendered scenes as photos with local and global prompts.
+
+    `meta` holds the target's `colour` and `shape`, `others` (colour and shape of each object that stays), and whether
+    one of them is `alike`."""
+    for first in range(start, start + count, 256):
+        rendered = scenes.render(seed, first, min(256, start + count - first), kind)
+        alike = rendered.alike
+        for i in range(len(rendered.colour)):
+            objects = zip(*(part[i].tolist() for part in rendered.objects[:3]), strict=True)  # present, colour, shape
+            others = [[c, s] for n, (here, c, s) in enumerate(objects) if here and n != rendered.target[i]]
+            meta = {"colour": int(rendered.colour[i]), "shape": int(rendered.shape[i])}
+            meta |= {"others": others, "alike": bool(alike[i])}
+            yield Photo(
+                f"scene-{first + i:08d}",
+                rendered.images[i].numpy(),
+                rendered.masks[i].numpy(),
+                rendered.local_prompts[i],
+                rendered.global_prompts[i],
+                meta,
+            )
+
+
+def build_scenes(
+    out: Path,
+    *,
+    labeled: int,
+    unlabeled: int,
+    test: int,
+    seed: int = 0,
+    test_seed: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Writes `out/labeled`, `out/unlabeled` and `out/test`; counts by role. Finished roles of the same parameters stay.
+
+    The seeds of the three roles are derived apart, so no scene is in two. Raises InvalidInputError when `out`
+    holds other scenes."""
+    counts = {LABELED: labeled, UNLABELED: unlabeled, TEST: test}
+    with only_writer(out):
+        for role, count in counts.items():
+            folder = out / role
+            described = {"scenes": count, "seed": derive_seed(test_seed if role == TEST else seed, "shards", role)}
+            if (folder / MANIFEST).is_file():
+                had = json.loads((folder / MANIFEST).read_text())
+                if {k: had.get(k) for k in described} != described:
+                    raise InvalidInputError(f"{folder} holds other scenes; choose another folder")
+                continue
+            if not count:
+                continue
+            writer = ShardWriter(folder, role, image_format="webp")
+            for done, photo in enumerate(scene_photos(described["seed"], 0, count), 1):
+                writer.add(photo)
+                if progress and done % 64 == 0:
+                    progress(done, count, role)
+            writer.finish(**described)
+    return counts

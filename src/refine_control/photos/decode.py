@@ -1,0 +1,141 @@
+"""The bytes of an image file -> a picture of 8 bits a channel, as a viewer shows it.
+
+What a file holds decides its format, not its name. EXIF orientation is applied. An embedded colour profile
+is applied (-> sRGB) and then, like all metadata, dropped. 16-bit grey is scaled by 1/257; transparency is
+laid on white in a photo and on black in a mask, so what is transparent in a mask is kept. Of a phone's
+multi-picture JPEG the first picture is the photo; anything else with two frames or pages is refused.
+"""
+
+# H W pixels as shown
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from refine_control.records import MAX_PIXELS, Rejected, RejectReason
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Header(NamedTuple):
+    """What a file says of its picture before any pixel is decoded."""
+
+    size: tuple[int, int]
+    """(W, H) as shown."""
+    orientation: int
+    """EXIF, 1 to 8: how the stored pixels are turned to be shown."""
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(W, H) of the stored pixels."""
+        width, height = self.size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The file as Pillow sees it, one picture of a bearable size; what fails inside becomes TRUNCATED."""
+    with warnings.catch_warnings():  # Pillow warns of odd metadata, and of bombs that are refused below
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise Rejected(RejectReason.BOMB, f"more than {MAX_PIXELS:,} pixels") from None
+        except Exception:  # Pillow's plugins raise nearly anything at bytes that are not an image
+            raise Rejected(RejectReason.UNREADABLE, f"not an image; known: {', '.join(FORMATS)}") from None
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected(RejectReason.BOMB, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+            try:
+                if image.format != "MPO" and getattr(image, "is_animated", False):
+                    raise Rejected(RejectReason.ANIMATED, f"{getattr(image, 'n_frames', 2)} frames or pages")
+                yield image
+            except Exception as error:  # as above, at bytes that stop or change half-way
+                raise error if isinstance(error, Rejected) else Rejected(RejectReason.TRUNCATED, str(error)) from None
+
+
+def _header(image: Image.Image) -> Header:
+    """Before the pixels are loaded; of a TIFF they are loaded here, because Pillow turns it by itself then."""
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = orientation if orientation in _TURNS else 1
+    if image.format == "TIFF":
+        image.load()
+        return Header(image.size, orientation)
+    return Header((image.height, image.width) if orientation >= 5 else image.size, orientation)
+
+
+def decode(data: bytes) -> tuple[Image.Image, Header]:
+    """The first picture, 8 bits a channel, as shown. Raises Rejected with the reason."""
+    with _opened(data) as image:
+        header = _header(image)
+        image.load()
+        turned = image.format == "TIFF"
+        return turn(_eight_bit(image), 1 if turned else header.orientation), header
+
+
+def read_header(data: bytes) -> Header:
+    """Size and orientation of a picture. Raises Rejected with the reason."""
+    with _opened(data) as image:
+        return _header(image)
+
+
+def thumbnail(data: bytes, side: int) -> tuple[np.ndarray, Header]:
+    """(side, side) uint8 grey, the whole picture as shown, its shape forgotten. Raises Rejected with the reason.
+
+    A JPEG is decoded at the smallest scale that suffices; colour profiles are left out."""
+    with _opened(data) as image:
+        header = _header(image)
+        whole = image.size
+        if image.format in ("JPEG", "MPO"):
+            image.draft("L", (2 * side, 2 * side))
+        image.load()
+        shrunk = round(whole[0] / image.width)  # by 1, 2, 4 or 8: the last column and row are then cut short
+        grey = on_ground(_eight_bit(image, profile=False), "white").convert("L")
+        box = (0.0, 0.0, min(whole[0] / shrunk, grey.width), min(whole[1] / shrunk, grey.height))
+        small = grey.resize((side, side), Image.Resampling.BOX, box=box)
+        return np.asarray(turn(small, 1 if image.format == "TIFF" else header.orientation)), header
+
+
+def _eight_bit(image: Image.Image, *, profile: bool = True) -> Image.Image:
+    """Modes I, I;16 -> L by v / 257; a profile -> sRGB; other modes as they are, apart from the file."""
+    if image.mode == "F":
+        raise Rejected(RejectReason.UNREADABLE, "floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.clip((np.asarray(image).astype(np.int64) + 128) // 257, 0, 255).astype(np.uint8))
+    embedded = image.info.get("icc_profile") if profile else None
+    if embedded and image.mode in ("RGB", "RGBA", "CMYK"):
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile means what no profile means
+            ours, theirs = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+            turned = ImageCms.profileToProfile(image, theirs, ours, outputMode=mode)
+            return turned if turned is not None else image.copy()
+    return image.copy()
+
+
+def on_ground(image: Image.Image, ground: str) -> Image.Image:
+    """RGB, with transparency laid on the colour `ground`."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA")).convert("RGB")
+
+
+def turn(picture: Image.Image, orientation: int) -> Image.Image:
+    """Stored pixels as shown, by an EXIF orientation from 1 to 8."""
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture

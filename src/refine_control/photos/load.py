@@ -1,0 +1,144 @@
+"""Photographs with given masks and prompts -> samples, by written rules; how files are decoded: `photos.decode`.
+
+Mask: a file, grey > 127 = inpaint, or a segmentation (`photos.regions`). It has the size of the photo as shown, or of
+the stored pixels, and then it turns with them. Where both sizes are the same (a square photo, or a turn by 180
+degrees) it is taken as shown. Polygons lie on the photo as shown, or on a plane of the `width` and `height` that the
+source gives.
+
+Crop: the largest square (side = the photo's shorter side) placed to hold as much of the hole as it can,
+as centred on the hole as possible. The hole of a wide photo may be wider than the square: it is cut, not
+the photo padded, because invented borders would enter the reference images of FID; at least half of the
+hole must remain. Image LANCZOS, mask area average > 0.5. The filter blends up to three pixels across the hole's
+outline, as any camera does. With buckets (`photos.buckets`) the same with the largest rectangle of the bucket's shape.
+"""
+
+# H W pixels of the photo as shown, h w pixels of a sample
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from refine_control.photos.buckets import Size, nearest
+from refine_control.photos.decode import Header, decode, on_ground, read_header, turn
+from refine_control.photos.files import exists, read_bytes
+from refine_control.photos.regions import decode_rle, polygons_to_mask
+from refine_control.records import MAX_PIXELS, Entry, Photo, Rejected, RejectReason
+
+MIN_HOLE_KEPT = 0.5
+
+
+def load_whole(entry: Entry) -> np.ndarray:
+    """(H, W, 3) uint8 sRGB: the whole photo as shown. Raises Rejected with the reason."""
+    return np.asarray(on_ground(_picture(entry)[0], "white"))
+
+
+def load_mask(entry: Entry) -> np.ndarray:
+    """(H, W) bool: the entry's region on the whole photo as shown. Raises Rejected with the reason."""
+    return _mask(entry, read_header(read_bytes(entry.root, entry.image)))
+
+
+def _picture(entry: Entry) -> tuple[Image.Image, Header]:
+    if entry.problem is not None:
+        raise Rejected(*entry.problem)
+    return decode(read_bytes(entry.root, entry.image))
+
+
+def _mask(entry: Entry, header: Header) -> np.ndarray:
+    """(H, W) bool of a photo with this header; Rejected by the rules above."""
+    given = _mask_file(entry) if entry.mask is not None else _drawn(entry, header)
+    if given.size == header.stored != header.size:
+        given = turn(given, header.orientation)
+    if given.size != header.size:
+        detail = f"mask {given.width} x {given.height}, photo {header.size[0]} x {header.size[1]}"
+        raise Rejected(RejectReason.MASK_SIZE_MISMATCH, detail)
+    grey = np.asarray(given)
+    if grey.max() <= 127:
+        raise Rejected(RejectReason.MASK_EMPTY, f"the largest value is {grey.max()}; over 127 means inpaint")
+    if grey.min() > 127:
+        raise Rejected(RejectReason.MASK_FULL, "every pixel is masked")
+    return grey > 127
+
+
+def _mask_file(entry: Entry) -> Image.Image:
+    """The mask's file in grey, as shown."""
+    if entry.mask is None or not exists(entry.root, entry.mask):
+        raise Rejected(RejectReason.NO_MASK, "the mask's file is not there")
+    try:
+        return on_ground(decode(read_bytes(entry.root, entry.mask))[0], "black").convert("L")
+    except Rejected as error:
+        outside = error.reason is RejectReason.OUTSIDE_TREE
+        raise Rejected(error.reason if outside else RejectReason.MASK_UNREADABLE, f"mask: {error.detail}") from None
+
+
+def _drawn(entry: Entry, header: Header) -> Image.Image:
+    """The segmentation in grey: run lengths in their own size, polygons on the photo or on the plane they name."""
+    if entry.segmentation is None:
+        raise Rejected(RejectReason.NO_MASK, "no mask is named")
+    if isinstance(entry.segmentation, dict):
+        return Image.fromarray(decode_rle(entry.segmentation)).convert("L")
+    width, height = entry.meta.get("width"), entry.meta.get("height")
+    if type(width) is not int or type(height) is not int or width < 1 or height < 1 or width * height > MAX_PIXELS:
+        width, height = header.size
+    return Image.fromarray(polygons_to_mask(entry.segmentation, height, width)).convert("L")
+
+
+def crop_box(mask: np.ndarray) -> tuple[int, int, int]:
+    """(H, W) bool, not empty -> (x, y, side) of the largest square that holds the most of the hole.
+
+    Of equal places the one nearest to the hole's centre. Rejected when under half of the hole fits."""
+    return crop_window(mask, (1, 1))[:3]
+
+
+def crop_window(mask: np.ndarray, shape: Size) -> tuple[int, int, int, int]:
+    """(H, W) bool, not empty -> (x, y, width, height) of the largest window as h : w that holds the most of the hole.
+
+    The photo's own shorter way is kept whole, the other is h : w to the nearest pixel. As `crop_box` otherwise."""
+    (height, width), (h, w) = mask.shape, shape
+    slides_along_x = width * h >= height * w
+    if slides_along_x:
+        crop_width, crop_height = min(width, max(1, (2 * height * w + h) // (2 * h))), height
+    else:
+        crop_width, crop_height = width, min(height, max(1, (2 * width * h + w) // (2 * w)))
+    line = mask.sum(axis=0 if slides_along_x else 1)  # pixels of the hole in each column, or in each row
+    side = crop_width if slides_along_x else crop_height
+    total = np.concatenate([[0], np.cumsum(line)])
+    held = total[side:] - total[:-side]
+    occupied = np.flatnonzero(line)
+    centre = (occupied[0] + occupied[-1] + 1 - side) / 2
+    best = np.flatnonzero(held == held.max())
+    start = int(best[np.argmin(np.abs(best - centre))])
+    if held[start] < MIN_HOLE_KEPT * total[-1]:
+        share, crop = held[start] / total[-1], "a square" if h == w else f"a crop as {w} : {h}"
+        raise Rejected(RejectReason.MASK_DOES_NOT_FIT, f"{share:.0%} of the hole fits into {crop}")
+    return (start, 0, crop_width, crop_height) if slides_along_x else (0, start, crop_width, crop_height)
+
+
+def load(entry: Entry, size: int | Sequence[Size], *, enlarge: bool = False) -> Photo:
+    """Decodes, crops and resizes one entry to image (h, w, 3) uint8 and mask (h, w) bool.
+
+    `size` is the side of a square, or the sizes (h, w) of which the photo gets the nearest in shape. `meta` gains
+    `photo`, `width`, `height` (as shown) and `crop`: [x, y, side] of a square, [x, y, width, height] with several
+    sizes. `enlarge` admits photos that are smaller than their sample. Raises Rejected with the reason."""
+    picture, header = _picture(entry)
+    h, w = (size, size) if isinstance(size, int) else nearest(picture.width, picture.height, size)
+    if (picture.width < w or picture.height < h) and not enlarge:
+        raise Rejected(RejectReason.TOO_SMALL, f"{picture.width} x {picture.height}, a sample has {w} x {h}")
+    mask = _mask(entry, header)
+    if entry.prompt is None:
+        raise Rejected(RejectReason.NO_PROMPT, "no words for the hole")
+    x, y, width, height = crop_window(mask, (h, w))
+    part = on_ground(picture.crop((x, y, x + width, y + height)), "white")
+    image = part.resize((w, h), Image.Resampling.LANCZOS)
+    hole = Image.fromarray(mask[y : y + height, x : x + width].astype(np.float32))
+    hole = np.asarray(hole.resize((w, h), Image.Resampling.BOX)) > 0.5
+    if not hole.any():
+        left_at = f"{w} pixels" if h == w else f"{w} x {h} pixels"
+        raise Rejected(RejectReason.MASK_EMPTY, f"nothing of the hole is left at {left_at}")
+    if hole.all():
+        raise Rejected(RejectReason.MASK_FULL, "nothing but the hole is left in the crop")
+    crop = [x, y, width] if isinstance(size, int) else [x, y, width, height]
+    where = {"photo": entry.photo, "width": picture.width, "height": picture.height, "crop": crop}
+    return Photo(entry.key, np.asarray(image), hole, entry.prompt, entry.global_prompt, {**entry.meta, **where})

@@ -1,0 +1,311 @@
+"""WebDataset shards: tar files that any tool reads, with an index and hashes that find every changed bit.
+
+A folder holds one role: `shard-00000.tar`..., `index.jsonl` (a line for each sample: where each member lies and
+its sha256) and `manifest.json`, written last (what the samples are, and the sha256 of index and shards).
+Members of sample KEY: `KEY.json` (prompt, global_prompt, meta), `KEY.mask.png` (0 keep, 255 inpaint) and
+`KEY.webp` (lossless), `KEY.png` or `KEY.jpg` (quality 95, 4:4:4). The same samples give the same bytes.
+
+Neither writer nor reader holds the samples: of each some 60 bytes are kept while writing, less than one while reading.
+
+In the role `unlabeled` the pixels of the hole do not exist: the hole is mid-grey (HOLE_FILL) before the
+image is encoded, and is filled again after decoding, because JPEG rings.
+"""
+
+# H W pixels
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from refine_control import __version__
+from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.photos.seen import Seen
+from refine_control.photos.shard_index import INDEX, Index, IndexWriter
+from refine_control.records import ROLES, UNLABELED, Photo
+from refine_control.storage import MANIFEST, TEMPORARY, fsync_path, sha256_file, storage_errors, write_atomic
+
+HOLE_FILL = 128
+IMAGE_FORMATS: dict[str, dict[str, Any]] = {
+    "webp": {"format": "WEBP", "lossless": True, "quality": 70, "method": 4},
+    "png": {"format": "PNG", "compress_level": 6},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+MADE_BY = {"refine_control": __version__, "pillow": PIL.__version__}
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_BLOCK = 512
+
+
+def fill_hole(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of (H, W, 3) uint8 with HOLE_FILL wherever `mask` (H, W) bool is True."""
+    return np.where(mask[..., None], np.uint8(HOLE_FILL), image)
+
+
+def _encode(array: np.ndarray, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def encode(photo: Photo, role: str, image_format: str) -> dict[str, bytes]:
+    """The files of one sample by extension, sorted: nearly all the work of writing it, and any process may do it."""
+    words = {"prompt": photo.prompt, "global_prompt": photo.global_prompt, "meta": photo.meta}
+    image = fill_hole(photo.image, photo.mask) if role == UNLABELED else photo.image
+    members = {
+        "json": json.dumps(words, sort_keys=True, allow_nan=False).encode(),
+        "mask.png": _encode(photo.mask.astype(np.uint8) * 255, IMAGE_FORMATS["png"]),
+        image_format: _encode(image, IMAGE_FORMATS[image_format]),
+    }
+    return dict(sorted(members.items()))
+
+
+def write_manifest(folder: Path, described: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
+    """Publishes `manifest.json`: what is `described`, size and sha256 of each of the `files`, and its own digest."""
+    listed = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in files}
+    manifest = {**described, "made_by": MADE_BY, "files": listed}
+    manifest["digest"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+    write_atomic(folder / MANIFEST, _canonical(manifest))
+    return manifest
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def open_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of shards or of a build, checked against its own digest.
+
+    Raises InvalidInputError where there is none, DamagedError where a bit of it has changed."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InvalidInputError(f"{folder} holds no finished shards (no {MANIFEST}); make them with `data build`")
+    text = path.read_bytes()
+    try:
+        manifest = json.loads(text)
+        without = {key: value for key, value in manifest.items() if key != "digest"}
+        whole = _canonical(manifest) == text and manifest["digest"] == hashlib.sha256(_canonical(without)).hexdigest()
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        raise DamagedError(f"{path} is damaged; delete {folder} and build it again")
+    return manifest
+
+
+class ShardWriter:
+    """Writes the shards of one role into `folder`; hold `storage.only_writer` around it.
+
+    `add` every sample, then `finish`. A shard appears whole or not at all; without `finish` there is no manifest."""
+
+    def __init__(self, folder: Path, role: str, samples_per_shard: int = 1000, image_format: str = "webp") -> None:
+        if role not in ROLES:
+            raise InvalidInputError(f"there is no role {role!r}; the roles are {', '.join(ROLES)}")
+        if image_format not in IMAGE_FORMATS:
+            raise InvalidInputError(f"there is no image format {image_format!r}; choose {', '.join(IMAGE_FORMATS)}")
+        if samples_per_shard < 1:
+            raise InvalidInputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+        self.folder, self.role, self.image_format = folder, role, image_format
+        self.samples_per_shard = samples_per_shard
+        self._open: tarfile.TarFile | None = None
+        self._pending: list[dict[str, Any]] = []
+        self._shards: list[str] = []
+        self._keys, self._photos, self._samples = Seen(), Seen(), 0
+        self._sources, self._licenses = Counter[str](), Counter[str]()
+        self._size: tuple[int, int] | None = None
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f".shard-*{TEMPORARY}"):  # by a writer that was killed
+                left.unlink()
+        self._index = IndexWriter(folder)
+
+    def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:
+        """Appends a sample; all have one size. `members` are its files where another process has encoded them.
+
+        Raises InvalidInputError for a bad key or array."""
+        height, width = photo.mask.shape if photo.mask.ndim == 2 else (0, 0)
+        if photo.mask.dtype != bool or photo.image.dtype != np.uint8 or photo.image.shape != (height, width, 3):
+            raise InvalidInputError(f"{photo.key}: want image (H, W, 3) uint8 and mask (H, W) bool of one size")
+        if not _KEY.fullmatch(photo.key) or photo.key in self._keys:
+            raise InvalidInputError(f"key {photo.key!r} is taken or holds other signs than letters, digits, _ and -")
+        if (self._size or (height, width)) != (height, width):
+            raise InvalidInputError(f"{photo.key} is {width} x {height}, the samples before it are not; use one size")
+        if len(self._pending) == self.samples_per_shard:
+            self.cut()
+        self._size = (height, width)
+        self._keys.add(photo.key)
+        with storage_errors(self.folder):
+            self._write(photo, members or encode(photo, self.role, self.image_format))
+
+    def _write(self, photo: Photo, encoded: dict[str, bytes]) -> None:
+        if self._open is None:
+            self._open = tarfile.open(self._temporary(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        members = {}
+        for extension, data in encoded.items():
+            info = tarfile.TarInfo(f"{photo.key}.{extension}")  # mtime, uid and gid are 0
+            info.size = len(data)
+            members[extension] = [self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest()]
+            self._open.addfile(info, io.BytesIO(data))
+        self._open.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+        told = {name: str(photo.meta.get(name) or "unknown") for name in ("source", "license")}
+        photo_id = str(photo.meta.get("photo") or photo.key)
+        shape = list(photo.mask.shape)
+        self._pending.append({"key": photo.key, "photo": photo_id, "shape": shape, **told, "members": members})
+
+    def _temporary(self) -> Path:
+        return self.folder / f".{self._name()}.{os.getpid()}{TEMPORARY}"
+
+    def _name(self) -> str:
+        return f"shard-{len(self._shards):05d}.tar"
+
+    def cut(self) -> list[dict[str, Any]]:
+        """Publishes the current shard now; its index records, none where nothing was added since the last."""
+        if self._open is None:
+            return []
+        name, published = self._name(), [{"shard": self._name(), **record} for record in self._pending]
+        with storage_errors(self.folder):
+            temporary = self._temporary()
+            self._open.close()
+            fsync_path(temporary)
+            temporary.replace(self.folder / name)
+            fsync_path(self.folder)
+        self._open, self._pending = None, []
+        self._take(published)
+        return published
+
+    def adopt(self, records: list[dict[str, Any]]) -> None:
+        """Takes over the next shard, published by an earlier run, with the records that `cut` gave for it."""
+        self._size = tuple(records[0]["shape"])
+        for record in records:
+            self._keys.add(record["key"])
+        self._take(records)
+
+    def _take(self, records: list[dict[str, Any]]) -> None:
+        """Counts the samples of a shard that is published and puts them into the index."""
+        self._shards.append(records[0]["shard"])
+        self._samples += len(records)
+        for record in records:
+            self._photos.add(record["photo"])
+        self._sources.update(record["source"] for record in records)
+        self._licenses.update(record["license"] for record in records)
+        self._index.write(records)
+
+    def finish(self, **described: Any) -> dict[str, Any]:
+        """Publishes the last shard, the index and then the manifest, which is returned."""
+        self.cut()
+        self._index.publish()
+        facts = {
+            "kind": "shards",
+            "role": self.role,
+            "samples": self._samples,
+            "photos": len(self._photos),
+            "image_size": list(self._size) if self._size else None,
+            "image_format": self.image_format,
+            "hole_fill": HOLE_FILL if self.role == UNLABELED else None,
+            "sources": dict(self._sources),
+            "licenses": dict(self._licenses),
+        }
+        return write_manifest(self.folder, {**described, **facts}, [INDEX, *self._shards])
+
+
+class Shards(Sequence[Photo]):
+    """Random access to a folder of shards: `len`, `[i]`, iteration; every byte handed out has been checked.
+
+    Holds no open file, so it may be pickled and shared by forked workers.
+    Raises InvalidInputError where there are no shards, DamagedError where something is not what was written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = open_manifest(self.folder)
+        if self.manifest.get("kind") != "shards":
+            raise InvalidInputError(f"{folder} is not one role's folder; name {folder}/{ROLES[0]} or another role")
+        for name, expected in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                raise DamagedError(f"{path} is missing or cut; delete {folder} and build it again")
+        self.records = Index(self.folder, self.manifest["files"][INDEX]["sha256"])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Photo:  # type: ignore[override]
+        return self._photo(self.records[index])
+
+    def __iter__(self) -> Iterator[Photo]:
+        return map(self._photo, self.records)
+
+    def _photo(self, record: dict[str, Any]) -> Photo:
+        data = self._read(record)
+        words = json.loads(data["json"])
+        mask = np.asarray(Image.open(io.BytesIO(data["mask.png"]))) > 0
+        picture = Image.open(io.BytesIO(data[self.manifest["image_format"]]))
+        image = np.array(picture.convert("RGB"))
+        if self.manifest["role"] == UNLABELED:
+            image = fill_hole(image, mask)
+        return Photo(record["key"], image, mask, words["prompt"], words["global_prompt"], words["meta"])
+
+    def _read(self, record: dict[str, Any]) -> dict[str, bytes]:
+        """The checked bytes of each member."""
+        path, data = self.folder / record["shard"], {}
+        with path.open("rb") as file:
+            for extension, (offset, length, sha256) in record["members"].items():
+                file.seek(offset)
+                data[extension] = file.read(length)
+                if hashlib.sha256(data[extension]).hexdigest() != sha256:
+                    member = f"{record['key']}.{extension}"
+                    raise DamagedError(f"{member} in {path} is damaged; delete {self.folder} and build it again")
+        return data
+
+
+def read_shards(folder: Path) -> Iterator[Photo]:
+    """Every sample in the order of the index, checked; errors as `Shards`."""
+    return iter(Shards(folder))
+
+
+def verify(folder: Path) -> list[str]:
+    """Reads every byte of a folder of shards, or of a whole build, and names whatever is missing, cut or changed.
+
+    An empty list: all is as it was written."""
+    try:
+        manifest = open_manifest(folder)
+    except (InvalidInputError, DamagedError) as error:
+        return [str(error)]
+    problems = []
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, written were {expected['bytes']}")
+        elif sha256_file(path) != expected["sha256"]:
+            problems.append(f"{path} has changed since it was written{_damaged_samples(folder, name)}")
+        if path.name == MANIFEST:
+            problems += verify(path.parent)
+    strangers = sorted(path for path in folder.glob("*.tar") if path.name not in manifest["files"])
+    return problems + [f"{path} is not in the manifest" for path in strangers]
+
+
+def _damaged_samples(folder: Path, shard: str) -> str:
+    """` (samples KEY, ...)` of a shard with changed bytes, nothing where it cannot be told."""
+    try:
+        shards = Shards(folder)
+    except (InvalidInputError, DamagedError):
+        return ""
+    keys = []
+    for record in shards.records:
+        if record["shard"] == shard:
+            try:
+                shards._read(record)
+            except DamagedError:
+                keys.append(record["key"])
+    return f" (samples {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""

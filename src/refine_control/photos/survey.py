@@ -1,0 +1,180 @@
+"""One pass over a source before anything is built: what it holds, which entries are one photograph, and their roles.
+
+Entries of one photo id, of one content, or of near-duplicate contents (`photos.near_duplicates`) are one photograph,
+and so is whatever hangs together by a chain of these. It is called by the least of its ids.
+"""
+
+# N photographs, n entries
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from refine_control.photos.decode import thumbnail
+from refine_control.photos.files import read_bytes
+from refine_control.photos.near_duplicates import SIDE, fingerprint, near_pairs
+from refine_control.photos.sources import entries, photos_of
+from refine_control.records import LABELED, TEST, UNLABELED, Entry, Rejected
+from refine_control.workers import InOrder
+
+Fits = Callable[[int, int], bool]
+"""Whether a picture of (width, height) is large enough for a sample."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the source has to say, in a few hundred bytes a photo."""
+
+    sha256: str
+    """Of everything that a build reads, and of which photograph each entry is."""
+    photos: list[str]
+    """The photograph of each entry, in the order of `sources.entries`."""
+    usable: set[str]
+    """The photographs of which a sample can be expected: the split counts these alone."""
+
+
+class _Task(NamedTuple):
+    """Consecutive entries of one image: what has to be read for them."""
+
+    root: Path
+    image: str | None
+    masks: list[str | None]
+
+
+class _Look(NamedTuple):
+    """What the files of a task say; None for what cannot be read."""
+
+    content: str | None
+    fingerprint: int | None
+    size: tuple[int, int]
+    """(W, H) of the picture as shown; 0 where it cannot be decoded."""
+    masks: list[str | None]
+
+
+def _content(root: Path, name: str | None) -> tuple[str | None, bytes]:
+    try:
+        data = b"" if name is None else read_bytes(root, name)
+    except Rejected:
+        return None, b""
+    return (None if name is None else hashlib.sha256(data).hexdigest()), data
+
+
+def _look(task: _Task) -> _Look:
+    content, data = _content(task.root, task.image)
+    mark, size = None, (0, 0)
+    if content is not None:
+        try:
+            small, header = thumbnail(data, SIDE)
+            mark, size = fingerprint(small), header.size
+        except Rejected:
+            pass  # the build will say why
+    return _Look(content, mark, size, [_content(task.root, name)[0] for name in task.masks])
+
+
+def _task(group: list[Entry]) -> _Task:
+    """An entry with a problem is not going to be read: its mask is not, nor the image of a group of such entries."""
+    image = next((entry.image for entry in group if entry.problem is None), None)
+    return _Task(group[0].root, image, [None if entry.problem else entry.mask for entry in group])
+
+
+class _Photographs:
+    """Photo ids joined into photographs (union-find; the least id of each is its name)."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.names: list[str] = []
+        self.parents = array("q")
+
+    def number(self, name: str) -> int:
+        """The number of a photo id, a new one for a new id."""
+        number = self.numbers.setdefault(name, len(self.names))
+        if number == len(self.names):
+            self.names.append(name)
+            self.parents.append(number)
+        return number
+
+    def root(self, number: int) -> int:
+        """The number of the id that names the photograph."""
+        while (above := self.parents[number]) != number:
+            self.parents[number] = self.parents[above]
+            number = above
+        return number
+
+    def join(self, one: int, other: int) -> None:
+        """Makes two photographs one."""
+        first, second = sorted((self.root(one), self.root(other)), key=self.names.__getitem__)
+        self.parents[second] = first
+
+
+def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, fits: Fits) -> Survey:
+    """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small."""
+    whole, photographs = hashlib.sha256(), _Photographs()
+    own, serves = array("q"), bytearray()
+    contents: dict[bytes, int] = {}
+    marks, marked = array("Q"), array("q")
+    # what the workers look at runs a few groups ahead of what is folded here
+    ahead, behind = itertools.tee(photos_of(itertools.islice(entries(source, images), limit)))
+    for group, look in zip(behind, in_order(_look, map(_task, ahead)), strict=True):
+        for entry, mask in zip(group, look.masks, strict=True):
+            whole.update(json.dumps([*_told(entry), look.content, mask], sort_keys=True).encode() + b"\n")
+            number = photographs.number(entry.photo)
+            own.append(number)
+            serves.append(_serves(entry, look, mask, fits))
+            if look.content is None:
+                continue
+            digest = bytes.fromhex(look.content)[:16]
+            if digest in contents:
+                photographs.join(number, contents[digest])
+                continue
+            contents[digest] = number
+            if look.fingerprint is not None:
+                marks.append(look.fingerprint)
+                marked.append(number)
+    for one, other in near_pairs(np.asarray(marks, np.uint64)):
+        photographs.join(marked[one], marked[other])
+    names = [photographs.names[photographs.root(number)] for number in own]
+    for name in names:
+        whole.update(json.dumps(name).encode() + b"\n")
+    return Survey(whole.hexdigest(), names, {name for name, each in zip(names, serves, strict=True) if each})
+
+
+def _told(entry: Entry) -> list[object]:
+    """What the source says of an entry, as far as it reaches a sample."""
+    problem = entry.problem[0].value if entry.problem else None
+    words = [entry.prompt, entry.global_prompt, entry.meta, problem, entry.segmentation]
+    return [entry.key, entry.image, entry.mask, *words]
+
+
+def _serves(entry: Entry, look: _Look, mask: str | None, fits: Fits) -> bool:
+    """Whether nothing is known yet that keeps the entry from being a sample."""
+    region = mask is not None or (entry.mask is None and entry.segmentation is not None)
+    return entry.problem is None and entry.prompt is not None and region and min(look.size) > 0 and fits(*look.size)
+
+
+def split(photographs: Iterable[str], seed: int, test_fraction: float, unlabeled_fraction: float) -> dict[str, str]:
+    """The role of each photograph: a function of the seed and of the set alone; the shares are hit to the nearest one.
+
+    The photographs stand in the order of a hash of (seed, name); the first of them are `test`, the next `unlabeled`,
+    the rest `labeled`. When the set grows that order stays and the two borders move: of a set of N some
+    sqrt(N) photographs change their roles, so what was tested on may be trained on afterwards. Who lets a set grow
+    builds the test from a source of its own, or trains anew."""
+    ordered = sorted(set(photographs), key=lambda name: (_place(seed, name), name))
+    tests = round(test_fraction * len(ordered))
+    unlabeled = tests + round(unlabeled_fraction * (len(ordered) - tests))
+    roles = itertools.chain(
+        itertools.repeat(TEST, tests), itertools.repeat(UNLABELED, unlabeled - tests), itertools.repeat(LABELED)
+    )
+    return dict(zip(ordered, roles, strict=False))
+
+
+def _place(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

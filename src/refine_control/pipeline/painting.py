@@ -1,0 +1,227 @@
+"""The inpainting pipeline: stock with exact injection, and the masked latents' mean unless a draw is asked for."""
+
+# B batch, H W pixels
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3ControlNetInpaintingPipeline
+
+from refine_control import flow
+from refine_control.conditions.inpainting import control_cond, masked_pixels
+from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
+from refine_control.injection import Injection
+from refine_control.models.backbone import Backbone, encode_images, predict_velocity
+from refine_control.models.controlnet import SD3ControlNetModel, control_residuals, injected
+from refine_control.models.devices import pictures_at_once
+from refine_control.models.prompt_memory import Encode, PromptMemory
+from refine_control.pixels import from_images, to_images
+from refine_control.randomness import slot_normals
+
+Progress = Callable[[int, int, str], None]
+logger = logging.getLogger(__name__)
+
+
+class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
+    """Stock but for one method: `prepare_image_with_mask` may use the posterior's mean instead of a draw.
+
+    With `latents_mode` "sample" every step is stock's, and so is the picture, bit for bit (docs/paper.md, trap 3)."""
+
+    latents_mode: Literal["mean", "sample"] = "mean"
+
+    def prepare_image_with_mask(
+        self,
+        image: Any,
+        mask: Any,
+        width: int,
+        height: int,
+        batch_size: int,
+        num_images_per_prompt: int,
+        device: Any,
+        dtype: torch.dtype,
+        do_classifier_free_guidance: bool = False,
+        guess_mode: bool = False,
+    ) -> torch.Tensor:
+        """Image and mask (1 = inpaint) -> control_cond (B,17,h,w), twice where guidance asks for it."""
+        if self.latents_mode == "sample":
+            return super().prepare_image_with_mask(
+                image,
+                mask,
+                width,
+                height,
+                batch_size,
+                num_images_per_prompt,
+                device,
+                dtype,
+                do_classifier_free_guidance,
+                guess_mode,
+            )
+        if not isinstance(image, torch.Tensor):
+            image = self.image_processor.preprocess(image, height=height, width=width)
+        if not isinstance(mask, torch.Tensor):
+            mask = self.mask_processor.preprocess(mask, height=height, width=width)
+        repeats = batch_size if len(image) == 1 else num_images_per_prompt
+        image = image.repeat_interleave(repeats, dim=0).to(device, dtype)
+        mask = mask.repeat_interleave(repeats, dim=0).to(device, dtype)
+        cond = control_cond(encode_images(self.vae, masked_pixels(image, mask)), mask).to(dtype)
+        return torch.cat([cond] * 2) if do_classifier_free_guidance and not guess_mode else cond
+
+
+def make_pipeline(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    injection: Injection = "exact",
+    latents_mode: Literal["mean", "sample"] = "mean",
+) -> InpaintingPipeline:
+    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters, on the backbone's device."""
+    controlnet.to(backbone.device)  # type: ignore[arg-type]
+    components = {**backbone.pipeline.components, "controlnet": injected(controlnet, backbone.num_blocks, injection)}
+    pipeline = InpaintingPipeline(**components)
+    pipeline.latents_mode = latents_mode
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def run_pipeline(
+    pipeline: InpaintingPipeline,
+    backbone: Backbone,
+    image: np.ndarray,
+    mask: np.ndarray,
+    prompt: str,
+    sampler: SamplerConfig,
+) -> np.ndarray:
+    """One picture through the pipeline: image (H,W,3) uint8, mask (H,W) bool True = inpaint -> (H,W,3) uint8."""
+    height, width = mask.shape
+    shape = (
+        pipeline.transformer.config["in_channels"],
+        *(side // pipeline.vae_scale_factor for side in (height, width)),
+    )
+    noise = slot_normals(shape, [0], sampler.seed, "initial noise")
+    dtype = pipeline.transformer.dtype
+    text: dict[str, torch.Tensor] = {}  # by itself the pipeline would encode where the transformer is
+    for kind, said in {"": prompt, "negative_": ""}.items():
+        embeds, pooled = backbone.encode_prompts([said])
+        text |= {f"{kind}prompt_embeds": embeds.to(dtype), f"{kind}pooled_prompt_embeds": pooled.to(dtype)}
+    result = cast(Any, pipeline)(
+        **text,
+        control_image=from_images(image[None]),
+        control_mask=torch.from_numpy(mask)[None, None].float(),
+        height=height,
+        width=width,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        controlnet_conditioning_scale=sampler.conditioning_scale,
+        latents=noise,
+        max_sequence_length=backbone.max_sequence_length,
+        output_type="pt",
+    ).images[0]
+    return (result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@torch.no_grad()
+def inpaint(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    images: np.ndarray,
+    masks: np.ndarray,
+    prompts: Sequence[str],
+    sampler: SamplerConfig,
+    *,
+    first: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
+
+    The pictures of `InpaintingPipeline` but for rounding; the transformer and the ControlNet may be in bf16, the VAE
+    and the steps stay in fp32. The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any
+    two models, batch sizes and subsets are compared on the same noise. The ControlNet is moved to the backbone's
+    device, in place; a GPU takes smaller batches of large pictures. Raises InvalidInputError for `sample`."""
+    if sampler.latents != "mean":
+        raise InvalidInputError(
+            "sampler.latents is sample; batches are encoded by the posterior's mean, set it to mean"
+        )
+    controlnet.to(backbone.device)  # type: ignore[arg-type]
+    encode, guided = _encoder(backbone), sampler.guidance_scale > 1
+    height, width = masks.shape[1:]
+    count, out = pictures_at_once(backbone.device, height, width, batch_size), []
+    for a in range(0, len(images), count):
+        b = min(a + count, len(images))
+        pixels = from_images(images[a:b])
+        mask = torch.from_numpy(masks[a:b])[:, None].float()
+        masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
+        noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
+        latents = complete_latents(
+            backbone,
+            controlnet,
+            masked_latents,
+            mask,
+            encode(prompts[a:b]),
+            encode([""] * (b - a)) if guided else None,
+            sampler,
+            noise,
+        )
+        out.append(to_images(backbone.decode_latents(latents)))
+        if progress:
+            progress(b, len(images), "inpaint")
+    return np.concatenate(out)
+
+
+def _encoder(backbone: Backbone) -> Encode:
+    """`Backbone.encode_prompts` that does not encode twice: on a GPU each distinct prompt once.
+
+    On the CPU a batch stays one, for alone the last digits of a prompt are others; the last two batches are
+    remembered, and with them the empty prompts."""
+    if backbone.device.type != "cpu":
+        return PromptMemory(backbone.encode_prompts)
+    remembered = lru_cache(maxsize=2)(backbone.encode_prompts)
+    return lambda prompts: remembered(tuple(prompts))
+
+
+@torch.no_grad()
+def complete_latents(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    masked_latents: torch.Tensor,
+    mask: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    empty: tuple[torch.Tensor, torch.Tensor] | None,
+    sampler: SamplerConfig,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """What a ControlNet paints, in latents: the x0 of stage 2 where there is no ground truth.
+
+    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint; `text` and `empty` are (prompt_embeds,
+    pooled_prompt_embeds) of B samples, `empty` None where there is no guidance -> latents (B,16,h,w), by Euler steps
+    on the scheduler's own sigmas. What is given may lie on any device; the result is on the backbone's."""
+    device = backbone.device
+    scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
+    scheduler.set_timesteps(sampler.num_inference_steps, device=device)
+    cond = control_cond(masked_latents.to(device), mask.to(device))
+    latents, guided = noise.to(device), sampler.guidance_scale > 1
+    assert empty is not None or not guided
+    said, unsaid = ([part.to(device) for part in pair or ()] for pair in (text, empty))
+
+    def answer(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        sigmas = sigma.expand(len(at))
+        residuals = control_residuals(
+            controlnet, at, sigmas, embeds, cond, backbone.pooled_width, sampler.conditioning_scale
+        )
+        v = predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection)
+        return v.float()
+
+    for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        v = answer(latents, sigma, *said)
+        if guided:
+            v_empty = answer(latents, sigma, *unsaid)
+            v = v_empty + sampler.guidance_scale * (v - v_empty)
+        latents = flow.euler_step(latents, v, sigma[None], following[None])
+    return latents

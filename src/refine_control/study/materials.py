@@ -1,0 +1,191 @@
+"""What a comparison's rows learn from and are tested on: rendered scenes, small photographs, or built data.
+
+Shards of the three roles become caches under `out/cache`; a row that learns from less or other than the budget's data
+(`Row.data`) has caches of its own, and a row whose second stage noises the teacher's completions has one with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refine_control.cache.reader import build_cache, completion_sampler
+from refine_control.errors import InvalidInputError
+from refine_control.miniature.scene_shards import build_scenes
+from refine_control.miniature.small_photos import build_small_photos, small_photos_mark
+from refine_control.models.backbone import Backbone
+from refine_control.models.card import BUNDLE
+from refine_control.models.devices import best_device
+from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
+from refine_control.photos.shards import open_manifest
+from refine_control.recipe_files import load_recipe
+from refine_control.records import LABELED, TEST, UNLABELED, Photo
+from refine_control.storage import MANIFEST, sha256_file
+from refine_control.study.compare import read_test
+from refine_control.study.comparison import Budget, Row, Scale, row_recipes
+from refine_control.study.variants import Variant, build_variant
+
+Bar = Callable[[str], Callable[[int, int, str], None] | None]
+"""`bar(label)` -> progress callback."""
+SHARDS = "scenes"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows stand on, and where they are made."""
+
+    budget: Budget
+    out: Path
+    scale: Scale = "mini"
+    """Whose recipes, rows and budgets."""
+    model: str | None = None
+    """Another model than the recipes': a bundle that `mini train` made, a folder or a hub id."""
+    teacher: str | None = None
+    """Another teacher than the recipes'."""
+    photos: Path | None = None
+    """Folder of small photographs in place of rendered scenes (`miniature.small_photos`)."""
+    data: Path | None = None
+    """Folder of `data build` in place of rendered scenes: shards of all three roles."""
+    weights: Path | None = None
+    """Folder with the networks of FID, LPIPS and CMMD."""
+
+    def check(self) -> None:
+        """Raises InvalidInputError for parts that do not belong together."""
+        if self.photos and self.data:
+            raise InvalidInputError("--photos and --data are two kinds of data; give one")
+        if self.photos and not self.model:
+            raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`")
+        for role in (LABELED, UNLABELED, TEST):
+            if self.data and not (self.data / role / MANIFEST).is_file():
+                raise InvalidInputError(
+                    f"{self.data} has no shards in {role}; give a folder of `data build` with samples of all roles"
+                )
+        if not self.rendered:
+            return
+        if self.scale == "sd3":
+            raise InvalidInputError("the scale sd3 needs --data, a folder of `data build` with all three roles")
+        if self.model:
+            raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
+
+    @property
+    def rendered(self) -> bool:
+        """Rendered scenes, which the oracle can read."""
+        return self.photos is None and self.data is None
+
+    @property
+    def world(self) -> str:
+        """What reports call it: `the mini model, rendered scenes`."""
+        seen = "rendered scenes" if self.rendered else "small photographs" if self.photos else str(self.data)
+        return f"{'SD3' if self.scale == 'sd3' else 'the mini model'}, {seen}"
+
+    @property
+    def shards(self) -> Path:
+        """The folder with the shards of the three roles."""
+        return self.data or self.out / SHARDS
+
+    @property
+    def names(self) -> tuple[str, str | None]:
+        """Model and teacher as recipes name them."""
+        recipe = load_recipe(f"{self.scale}/ours_stage1")
+        return self.model or recipe.model, self.teacher or (None if self.model else recipe.teacher)
+
+    def backbone(self, cpu_kernels: bool = False, painting: bool = True) -> Backbone:
+        """The model with its teacher, on the best device; where nothing is painted, its VAE and encoders alone."""
+        model, teacher = self.names
+        controlnet = load_controlnet(teacher) if teacher else None
+        return load_backbone(model, controlnet, cpu_kernels, best_device(), painting)
+
+    def mark(self) -> list[str]:
+        """What of model and data results depend on, beside the budget: hashes and names."""
+        told = [_model_mark(*self.names)]
+        told += [small_photos_mark(self.photos)] if self.photos else []
+        if self.data:
+            told += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
+        return told
+
+    def test_photos(self) -> list[Photo]:
+        """The test samples, as many as the budget says."""
+        return read_test(self.shards / TEST)[: self.budget.test]
+
+
+def results_name(scale: Scale, photos: Path | None = None, data: Path | None = None) -> str:
+    """The folder of a comparison's results: mini, photos, sd3, or that with the name of the data."""
+    return f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale
+
+
+def _model_mark(model: str, teacher: str | None) -> str:
+    """What the weights of model and teacher are known by."""
+    mark = weights_mark(str(BUNDLE) if model == "mini" else model)
+    return f"{mark} {weights_mark(teacher)}" if teacher else mark
+
+
+def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
+    """For each stage the training roles that it reads, and whether it reads the teacher's completions."""
+    for recipe in row_recipes(row, budget, 0).values():
+        for role in recipe.objective.roles:
+            yield role, role == UNLABELED and recipe.objective.x0_source == "teacher"
+
+
+def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:
+    """What a row learns from of a training role: its own choice, of as many samples as the budget says."""
+    data = row.data
+    variant = Variant(data.labeled) if role == LABELED else Variant(data.unlabeled, data.prompts, data.blurred)
+    most = {LABELED: comparison.budget.labeled, UNLABELED: comparison.budget.unlabeled}[role]
+    if comparison.data and most:
+        samples = open_manifest(comparison.data / role)["samples"]
+        variant = variant._replace(share=min(1.0, variant.share * most / samples))
+    return variant
+
+
+def cache_folder(comparison: Comparison, row: Row, role: str, completed: bool) -> Path:
+    """Where the cache lies that a row reads: `cache/labeled_10%`, `cache/unlabeled_completed`."""
+    words = [role, variant_of(comparison, row, role).name, "completed" if completed else ""]
+    return comparison.out / "cache" / "_".join(word for word in words if word)
+
+
+def _build_shards(comparison: Comparison, bar: Bar) -> None:
+    budget, out = comparison.budget, comparison.shards
+    counts = {LABELED: budget.labeled, UNLABELED: budget.unlabeled, TEST: budget.test}
+    if comparison.data:
+        for role, count in counts.items():
+            had = open_manifest(out / role)["samples"]
+            if had < (count or 2):
+                raise InvalidInputError(f"{out / role} holds {had} samples; the budget asks for {count or 2}")
+        return
+    if not budget.renders():
+        raise InvalidInputError("this budget is for data of your own; give the folder of `data build` with --data")
+    known = {role: count for role, count in counts.items() if count}
+    if comparison.photos:
+        build_small_photos(comparison.photos, out, **known, progress=bar("photographs"))
+    else:
+        seeds = {"seed": budget.data_seed or 0, "test_seed": budget.test_seed or 0}
+        build_scenes(out, **known, **seeds, progress=bar("scenes"))
+
+
+def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
+    """Shards of the budget, and the caches that these rows read. What is there already stays.
+
+    Raises InvalidInputError where the data do not hold what the budget or a row asks for."""
+    _build_shards(comparison, bar)
+    wanted = {
+        cache_folder(comparison, row, role, completed): (role, variant_of(comparison, row, role), completed)
+        for row in rows
+        for role, completed in _stages_read(row, comparison.budget)
+    }
+    if not wanted:
+        return
+    backbone = comparison.backbone(cpu_kernels=True, painting=any(completed for *_, completed in wanted.values()))
+    for folder, (role, variant, completed) in wanted.items():
+        source = comparison.shards / role
+        if variant != Variant():
+            changed = comparison.out / "variants" / folder.name.removesuffix("_completed")
+            build_variant(source, changed, variant, bar(f"samples {changed.name}"))
+            source = changed
+        stored: dict[str, Any] = {"completions": completion_sampler() if completed else None}
+        if comparison.scale == "sd3":  # 2.3 MB a sample at 1024 px in place of 9
+            stored |= {"dtype": torch.bfloat16, "prompts": "int8"}
+        build_cache(source, folder, backbone, **stored, progress=bar(f"cache {folder.name}"))

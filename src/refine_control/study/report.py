@@ -1,0 +1,131 @@
+"""The report: one HTML file that holds everything, opens offline and reads on a phone.
+
+Plain data in, bytes out: equal data give equal bytes. Pictures are PNG inside the file, curves are inline
+SVG, nothing is fetched and no script runs (the page's own policy forbids both). `picture_grid` draws the
+same pictures as one labelled PNG for a README or a paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from refine_control.errors import InvalidInputError
+from refine_control.picture_grid import PictureGrid, picture_cells, picture_grid, png_bytes
+from refine_control.storage import write_atomic
+from refine_control.study.curves import Curve, plot, read_metrics_jsonl
+
+__all__ = [
+    "Curve",
+    "PictureGrid",
+    "ReportData",
+    "Table",
+    "picture_grid",
+    "read_metrics_jsonl",
+    "render_report",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` hold as many cells as `columns`; the first cell names the row. A cell like `19.25 [19.10, 19.41]`
+    shows its interval smaller. `notes` are sentences under the table."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything on the page, in its order. `facts` are N, steps, sampler, guidance, seeds, machine and command
+    lines; `signatures` name what made the results: recipe, code version, hashes of inputs."""
+
+    title: str
+    summary: Sequence[str]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    pictures: Sequence[PictureGrid] = ()
+    curves: Sequence[Curve] = ()
+    signatures: Sequence[str] = ()
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Publishes `data` as one self-contained HTML file at `path`, whole or not at all.
+
+    Raises InvalidInputError for tables, pictures or curves that do not fit together, StorageError
+    when the disk refuses."""
+    write_atomic(path, render_report(data))
+
+
+def render_report(data: ReportData) -> str:
+    """The HTML of `write_report`; every text is escaped."""
+    import jinja2
+
+    for table in data.tables:
+        _check_table(table)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("refine_control.study", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["interval"] = _split_interval
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        tables=[(table, _numeric_columns(table), _longest_intervals(table)) for table in data.tables],
+        grids=[_embedded(grid) for grid in data.pictures],
+        plots=[plot(curve) for curve in data.curves],
+    )
+
+
+def _check_table(table: Table) -> None:
+    for number, row in enumerate(table.rows):
+        if len(row) != len(table.columns):
+            raise InvalidInputError(
+                f"row {number} of table {table.caption!r} has {len(row)} cells for {len(table.columns)} columns"
+            )
+
+
+def _split_interval(cell: str) -> tuple[str, str]:
+    """`19.25 [19.10, 19.41]` -> (`19.25`, `[19.10, 19.41]`); any other text -> (text, "")."""
+    found = re.fullmatch(r"(.*\S)\s+(\[[^\[\]]*\])", cell)
+    return (found[1], found[2]) if found else (cell, "")
+
+
+def _numeric_columns(table: Table) -> list[bool]:
+    """True for the columns to align right: a number, perhaps with a unit, in at least half of the cells."""
+    number = re.compile(r"[-+\u2212]?([.\d][\d.,]*|inf|nan)\s?\S{0,4}")
+    counts = [sum(bool(number.fullmatch(_split_interval(cell)[0])) for cell in column) for column in _columns(table)]
+    return [index > 0 and 2 * count >= len(table.rows) for index, count in enumerate(counts)]
+
+
+def _longest_intervals(table: Table) -> list[str]:
+    """For each column its longest `[low, high]`, or "": cells without one leave this much room, so that
+    the numbers of a column stand under each other."""
+    return [max((_split_interval(cell)[1] for cell in column), key=len, default="") for column in _columns(table)]
+
+
+def _columns(table: Table) -> list[list[str]]:
+    return [[row[index] for row in table.rows] for index in range(len(table.columns))]
+
+
+def _embedded(grid: PictureGrid) -> dict[str, Any]:
+    """For the template: each picture as a data URI, with its shown size."""
+    rows = [
+        [{"uri": "data:image/png;base64," + base64.b64encode(png_bytes(c)).decode(), "size": c.size} for c in row]
+        for row in picture_cells(grid)
+    ]
+    return {
+        "title": grid.title,
+        "columns": grid.columns,
+        "rows": list(zip(rows, grid.captions, strict=True)),
+        "outlined": grid.columns[grid.outlined_column] if any(mask is not None for mask in grid.masks) else "",
+    }

@@ -1,0 +1,346 @@
+"""Regions and prompts for photographs: the same rows from every engine, after any kill, and nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from refine_control.annotation import annotator as module
+from refine_control.annotation.annotate import annotate
+from refine_control.annotation.annotator import Annotation, Annotator
+from refine_control.annotation.engines import local, ray_actors
+from refine_control.annotation.parts import PHOTOS_PER_PART, Part
+from refine_control.errors import InvalidInputError
+from refine_control.photos.build import build
+from refine_control.photos.decisions import append_decision, decide
+from refine_control.photos.regions import decode_rle
+from refine_control.photos.sources import entries, photos_of
+from refine_control.records import Request
+
+OFFLINE = Annotation(masks="felzenszwalb")
+PHOTOS = 18  # more than one part
+
+
+def paint(path: Path, number: int) -> None:
+    """A disc of one colour on another ground: something that a segmentation finds."""
+    draw = np.random.default_rng(number)
+    image = Image.new("RGB", (96, 80), tuple(draw.integers(0, 90, 3).tolist()))
+    x, y = draw.integers(20, 40, 2).tolist()
+    ImageDraw.Draw(image).ellipse((x, y - 10, x + 38, y + 26), fill=tuple(draw.integers(150, 255, 3).tolist()))
+    image.save(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(PHOTOS):
+        paint(folder / f"{number:02d}.png", number)
+    (folder / "broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (96, 80), "gray").save(folder / "empty.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "annotations"
+    return out, annotate(photos, out, OFFLINE)
+
+
+def published(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()[1:]]
+
+
+def test_every_photo_becomes_rows_or_a_reject(made):
+    out, summary = made
+    rows = rows_of(out)
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {r["image"] for r in rows} == {f"{n:02d}.png" for n in range(PHOTOS)}
+    assert {r["path"]: r["reason"] for r in rejects} == {"broken.png": "unreadable", "empty.png": "no_region"}
+    assert (summary.photos, summary.rows, sum(summary.rejects.values())) == (PHOTOS + 2, len(rows), 2)
+    assert len({r["id"] for r in rows}) == len(rows)
+
+
+def test_a_row_says_what_its_region_is(made):
+    for row in rows_of(made[0]):
+        mask = decode_rle(row["segmentation"])
+        assert mask.shape == (row["height"], row["width"]) == (80, 96)
+        assert row["area_fraction"] == pytest.approx(mask.mean(), abs=1e-5)
+        assert 0.05 <= mask.mean() <= 0.4
+        x, y, w, h = row["bbox"]
+        assert mask.sum() == mask[y : y + h, x : x + w].sum()
+        assert row["mask_source"].startswith("felzenszwalb")
+
+
+def test_the_result_is_a_source_of_the_same_photos(made, photos):
+    found = list(entries(made[0]))
+    assert [e.problem for e in found] == [None] * len(found)
+    assert {e.root for e in found} == {photos.resolve()}
+    assert all(e.segmentation for e in found)
+
+
+def test_the_same_again_does_nothing_and_another_is_refused(made, photos):
+    out, first = made
+    before = published(out)
+    again = annotate(photos, out, OFFLINE)
+    assert again.did_nothing
+    assert (again.rows, again.rejects) == (first.rows, first.rejects)
+    assert published(out) == before
+    with pytest.raises(InvalidInputError, match="per_photo differ"):
+        annotate(photos, out, Annotation(masks="felzenszwalb", per_photo=1))
+    with pytest.raises(InvalidInputError, match="no annotations"):
+        annotate(photos, photos, OFFLINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_every_engine_gives_the_same_bytes(made, photos, tmp_path, engine):
+    how = local(2) if engine == "processes" else ray_actors(1)
+    annotate(photos, tmp_path / "out", OFFLINE, engine=how)
+    wanted, got = published(made[0]), published(tmp_path / "out")
+    assert got == wanted
+
+
+def test_a_kill_loses_no_finished_part(made, photos, tmp_path):
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from refine_control.data.annotate import annotate
+        from refine_control.data.annotator import Annotation
+        def told(done, total):
+            print(done, flush=True)
+        source, out = Path({str(photos)!r}), Path({str(tmp_path / "out")!r})
+        annotate(source, out, Annotation(masks="felzenszwalb"), progress=told)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == str(PHOTOS_PER_PART)  # the first part is there
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    done = [p.stat().st_mtime_ns for p in (tmp_path / "out" / ".parts").glob("*.json")]
+    assert len(done) == 1
+    time.sleep(0.01)
+    seen = []
+    annotate(photos, tmp_path / "out", OFFLINE, progress=lambda now, total: seen.append(now))
+    assert seen == [PHOTOS_PER_PART, PHOTOS + 2]
+    assert published(tmp_path / "out") == published(made[0])
+
+
+class Echo:
+    """A stand-in for a vision-language model: says how large the picture is, and once something doubtful."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def answer(self, requests):
+        self.requests += requests
+        return [
+            json.dumps(
+                {"prompt": "a highlighted mask" if number == 0 else f"a disc of {r.pictures[0].shape[1]} pixels"}
+            )
+            for number, r in enumerate(requests)
+        ]
+
+
+def test_doubtful_prompts_wait_for_a_person(photos, tmp_path, monkeypatch):
+    engine = Echo()
+    monkeypatch.setattr(module, "_describer", lambda chosen: engine)
+    chosen = Annotation(masks="felzenszwalb", prompts="qwen", global_prompts=True, per_photo=1, limit=4)
+    summary = annotate(photos, tmp_path / "out", chosen)
+    rows = rows_of(tmp_path / "out")
+    assert [bool(r["prompt_problems"]) for r in rows] == [True, False, False, False]
+    assert summary.problems == {"talks_about_mask": 1}
+    assert all(r["local_prompt_source"].startswith("echo") and r["global_prompt"] for r in rows)
+    problems = [e.problem[0].value if e.problem else None for e in entries(tmp_path / "out")]
+    assert problems == ["needs_review", None, None, None]
+    decided = {"id": rows[0]["id"], "action": "edit", "prompt": "a bright disc", "reviewer": "eve"}
+    line = json.dumps({**decided, "time": "2026-01-01T00:00:00+00:00"})
+    (tmp_path / "out" / "decisions.jsonl").write_text(line + "\n")
+    settled = next(entries(tmp_path / "out"))
+    assert (settled.problem, settled.prompt) == (None, "a bright disc")
+    built = build(tmp_path / "out", tmp_path / "shards", size=32, test_fraction=0.25, unlabeled_fraction=0.5)
+    assert sum(built.samples.values()) == 4
+
+
+def test_all_regions_of_a_photo_get_its_global_prompt_and_none_a_prompt_that_was_of_another_region(
+    photos, tmp_path, monkeypatch
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(photos / "00.png", source)
+    (source / "00.txt").write_text("what the given region showed")
+    engine = Echo()
+    monkeypatch.setattr(module, "_describer", lambda chosen: engine if chosen.prompts == "qwen" else None)
+    annotate(source, tmp_path / "given", Annotation(masks="felzenszwalb", min_area=0.01, max_area=0.9))
+    rows = rows_of(tmp_path / "given")
+    assert len(rows) == 2
+    assert not any("local_prompt" in row for row in rows)
+    chosen = Annotation(masks="felzenszwalb", prompts="qwen", global_prompts=True, min_area=0.01, max_area=0.9)
+    annotate(source, tmp_path / "told", chosen)
+    assert len({row["global_prompt"] for row in rows_of(tmp_path / "told")}) == 1
+    assert sum(request.whole for request in engine.requests) == 1
+
+
+def test_given_regions_stay_as_they_are(photos, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(2):
+        paint(source / f"{number}.png", number)
+        mask = np.zeros((80, 96), np.uint8)
+        mask[20:50, 30:60] = 255
+        Image.fromarray(mask).save(source / f"{number}.mask.png")
+        (source / f"{number}.txt").write_text(f"disc {number}")
+    work = Annotator(Annotation())
+    part = Part(0, list(photos_of(entries(source))), [0, 1], 2)
+    rows = [row for photo in work(part)["photos"] for row in photo["rows"]]
+    assert [(r["mask"], r["local_prompt"], r["bbox"]) for r in rows] == [
+        ("0.mask.png", "disc 0", [30, 20, 30, 30]),
+        ("1.mask.png", "disc 1", [30, 20, 30, 30]),
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"dilate": -1}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        Annotation(**wrong)
+
+
+def test_a_source_without_photos_is_refused(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InvalidInputError, match="no photo was found"):
+        annotate(tmp_path / "nothing", tmp_path / "out", OFFLINE)
+
+
+# A photo that changes under its name
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Photos with given regions, more than one part: cheap to annotate."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(PHOTOS):
+        name = folder / f"{number:02d}.png"
+        paint(name, number)
+        mask = np.zeros((80, 96), np.uint8)
+        mask[20:50, 30 : 60 + number] = 255
+        Image.fromarray(mask).save(name.with_suffix(".mask.png"))
+        name.with_suffix(".txt").write_text(f"disc {number}")
+    return folder
+
+
+class Watched:
+    """The local engine, which notes the photos it is given; may break off as a kill would, before a part."""
+
+    def __init__(self, parts: int = 99) -> None:
+        self.parts, self.photos = parts, []
+
+    def __call__(self, parts, make_worker):
+        for count, (part, result) in enumerate(local()(parts, make_worker)):
+            if count == self.parts:
+                raise KeyboardInterrupt
+            self.photos += [group[0].image for group in part.photos]
+            yield part, result
+
+
+def again(source: Path, out: Path, parts: int = 99):
+    engine = Watched(parts)
+    return annotate(source, out, Annotation(), engine=engine), engine.photos
+
+
+def decide_on(out: Path, *ids: str) -> None:
+    for id in ids:
+        append_decision(out / "decisions.jsonl", decide(id, "edit", "eve", "what eve saw"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mask.png"])
+def test_a_changed_photo_is_annotated_anew_and_keeps_no_decision(source, tmp_path, suffix):
+    out = tmp_path / "out"
+    again(source, out)
+    before = {row["image"]: row for row in rows_of(out)}
+    decide_on(out, before["03.png"]["id"], before["05.png"]["id"])
+    shutil.copy(source / f"07{suffix}", source / f"03{suffix}")  # another content under the same name
+    summary, done = again(source, out)
+    assert done == ["03.png"]
+    assert (summary.changed, summary.void_decisions, summary.did_nothing) == (1, 1, False)
+    assert "1 photos had changed, 1 decisions on them no longer count" in str(summary)
+    after = {row["image"]: row for row in rows_of(out)}
+    assert {image for image in before if before[image] != after[image]} == {"03.png"}
+    prompts = {entry.image: entry.prompt for entry in entries(out)}
+    assert (prompts["03.png"], prompts["05.png"]) == ("disc 3", "what eve saw")
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(tmp_path / "fresh") == {n: b for n, b in published(out).items() if n != "decisions.jsonl"}
+    assert again(source, out)[0].did_nothing
+
+
+def test_a_photo_that_comes_back_finds_its_decision_again(source, tmp_path):
+    out, first = tmp_path / "out", (source / "03.png").read_bytes()
+    again(source, out)
+    decide_on(out, *(row["id"] for row in rows_of(out) if row["image"] == "03.png"))
+    for content, prompt in (((source / "07.png").read_bytes(), "disc 3"), (first, "what eve saw")):
+        (source / "03.png").write_bytes(content)
+        again(source, out)
+        assert [entry.prompt for entry in entries(out) if entry.image == "03.png"] == [prompt]
+
+
+def test_new_times_of_the_same_bytes_cost_one_reading(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    again(source, out)
+    rows = (out / "manifest.jsonl").read_bytes()
+    os.utime(source / "03.png", (1, 1))
+    summary, done = again(source, out)
+    assert (summary.did_nothing, summary.changed, done) == (True, 0, [])
+    monkeypatch.setattr("refine_control.annotation.parts.contents", None)  # nothing is read any more
+    assert again(source, out)[0].did_nothing
+    assert (out / "manifest.jsonl").read_bytes() == rows
+
+
+def test_a_photo_that_changes_between_a_kill_and_the_next_run(source, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        again(source, out, parts=1)
+    shutil.copy(source / "07.png", source / "03.png")
+    done = again(source, out)[1]
+    assert done == ["03.png", *(f"{number:02d}.png" for number in range(PHOTOS_PER_PART, PHOTOS))]
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(out) == published(tmp_path / "fresh")
+
+
+def test_a_kill_while_changed_photos_are_annotated(source, tmp_path):
+    out = tmp_path / "out"
+    again(source, out)
+    before = published(out)
+    for name in ("03.png", f"{PHOTOS_PER_PART:02d}.png"):  # one of each part
+        shutil.copy(source / "07.png", source / name)
+    with pytest.raises(KeyboardInterrupt):
+        again(source, out, parts=1)
+    assert {name: (out / name).read_bytes() for name in before} == before  # what was published still is
+    assert again(source, out)[1] == [f"{PHOTOS_PER_PART:02d}.png"]
+    annotate(source, tmp_path / "fresh", Annotation())
+    assert published(out) == published(tmp_path / "fresh")
+
+
+def test_an_annotation_whose_marks_are_lost_is_refused(source, tmp_path):
+    out = tmp_path / "out"
+    again(source, out)
+    marks = (out / "photos.jsonl").read_text().splitlines(keepends=True)
+    for left in (marks[:-1], ["{}\n"] * PHOTOS, None):
+        (out / "photos.jsonl").unlink()
+        if left is not None:
+            (out / "photos.jsonl").write_text("".join(left))
+        with pytest.raises(InvalidInputError, match=r"photos\.jsonl.*annotate again"):
+            again(source, out)

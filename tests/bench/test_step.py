@@ -1,0 +1,47 @@
+"""The bench compares like with like: losses and gradients of a loop over stock diffusers. No time is asserted."""
+
+import pytest
+import torch
+
+from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, bench_step
+from refine_control.config import Recipe
+from refine_control.errors import InvalidInputError
+from refine_control.storage import write_json
+from refine_control.training.run import fast_precision
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_backbone.pipeline.save_pretrained(folder)
+    write_json(folder / "refine_control.json", {"max_sequence_length": 0})
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": str(folder),
+            "student": {"num_layers": 5, "init": "teacher"},
+            "training": {"batch_size": 3, "conditioning_scale": 0.9},
+            "sigmas": {"logit_mean": 0.5},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_every_step_has_the_losses_and_gradients_of_the_plain_loop(recipe):
+    found = bench_step(recipe, repeats=1)
+    bf16 = fast_precision(torch.device(found.device)) == "bf16"
+    for name, difference in found.loss_difference.items():
+        assert difference < (5e-3 if name == OURS and bf16 else 1e-5), name
+    for name, difference in found.gradient_difference.items():
+        assert difference < (3e-2 if name == OURS and bf16 else 1e-4), name
+    assert set(found.seconds) == {STOCK, STOCK_OPEN, *found.speedup} == {STOCK, *found.speedup}
+    assert set(found.peak_memory) == {STOCK, OURS}
+    numbers = [*found.samples_per_second.values(), *found.floor_seconds.values(), *found.peak_memory.values()]
+    assert all(number > 0 for number in (found.gflops, *numbers))
+    assert found.batch_size == 3
+
+
+def test_another_objective_is_refused(recipe):
+    other = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"kind": "from_scratch"})})
+    with pytest.raises(InvalidInputError, match="supervised"):
+        bench_step(other, repeats=1)

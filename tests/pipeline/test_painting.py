@@ -1,0 +1,179 @@
+"""Ours is the stock pipeline where stock is right, and a hand-written loop where it is not."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3ControlNetInpaintingPipeline
+
+from refine_control.config import SamplerConfig
+from refine_control.injection import layer_of_site
+from refine_control.pipeline.files import inpaint_file
+from refine_control.pipeline.painting import complete_latents, inpaint, make_pipeline, run_pipeline
+
+PROMPTS = ["a red circle", "an orange star on a tan background"]
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+MASKS = np.zeros((4, 64, 64), bool)
+MASKS[:, 10:40, 20:50] = True
+STEPS, GUIDANCE, SCALE = 2, 3.0, 0.95
+NOISE = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+def arguments(**changed):
+    pixels = torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return {
+        "prompt": PROMPTS,
+        "control_image": pixels,
+        "control_mask": torch.from_numpy(MASKS[:2])[:, None].float(),
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "controlnet_conditioning_scale": SCALE,
+        "latents": NOISE.clone(),
+        "max_sequence_length": 0,
+        "output_type": "pt",
+        **changed,
+    }
+
+
+def paint(pipeline, **changed):
+    torch.manual_seed(11)
+    with torch.no_grad():
+        return pipeline(**arguments(**changed)).images
+
+
+def stock_of(backbone, controlnet):
+    pipeline = StableDiffusion3ControlNetInpaintingPipeline(
+        **{**backbone.pipeline.components, "controlnet": controlnet}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def by_hand(backbone, controlnet):
+    """The exact pipeline written out: posterior draw, one residual by site, guidance, Euler, decoding."""
+    given, vae, transformer = arguments(), backbone.vae, backbone.transformer
+    hidden = given["control_image"].clone()
+    hidden[given["control_mask"].expand_as(hidden) > 0.5] = -1
+    torch.manual_seed(11)
+    masked = (vae.encode(hidden).latent_dist.sample() - 0.1) * 1.7
+    keep = 1 - torch.nn.functional.interpolate(given["control_mask"], size=(8, 8))
+    cond = torch.cat([torch.cat([masked, keep], 1)] * 2)
+    embeds, pooled = backbone.encode_prompts(["", "", *PROMPTS])
+    latents = NOISE.clone()
+    sigmas = torch.tensor([*np.linspace(1.0, 1 / 1000, STEPS), 0.0], dtype=torch.float32)
+    feeds = layer_of_site(len(controlnet.transformer_blocks))
+    for now, following in pairwise(sigmas):
+        twice, time = torch.cat([latents] * 2), (now * 1000).expand(4)
+        own = controlnet(twice, cond, SCALE, embeds, torch.zeros_like(pooled), time, return_dict=False)[0]
+        residuals = [own[feeds[min(block, 22)]] for block in range(24)]
+        v_empty, v = transformer(twice, embeds, pooled, time, residuals, return_dict=False)[0].chunk(2)
+        latents = latents + (following - now) * (v_empty + GUIDANCE * (v - v_empty))
+    return (vae.decode(latents / 1.7 + 0.1).sample / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 6, 8, 12])
+def test_ours_is_stock_bit_for_bit_where_stock_is_exact(tiny_backbone, tiny_student, layers):
+    student = tiny_student(layers)
+    ours = paint(make_pipeline(tiny_backbone, student, latents_mode="sample"))
+    assert torch.equal(ours, paint(stock_of(tiny_backbone, student)))
+    assert ours.std() > 0.01
+
+
+@pytest.mark.parametrize("layers", [5, 23])
+def test_ours_is_the_exact_loop_where_stock_is_shifted(tiny_backbone, tiny_student, layers):
+    controlnet = tiny_backbone.pipeline.controlnet if layers == 23 else tiny_student(layers)
+    ours, stock = (paint(make_pipeline(tiny_backbone, controlnet, i, "sample")) for i in ("exact", "diffusers"))
+    torch.testing.assert_close(ours, by_hand(tiny_backbone, controlnet), rtol=0, atol=1e-4)
+    assert torch.equal(stock, paint(stock_of(tiny_backbone, controlnet)))
+    assert (ours - stock).abs().max() > 1e-3
+
+
+def test_the_mean_is_deterministic_and_no_draw(tiny_backbone, tiny_student):
+    student = tiny_student(2)
+    mean = make_pipeline(tiny_backbone, student)
+    first = paint(mean)
+    torch.manual_seed(12)
+    with torch.no_grad():
+        assert torch.equal(first, mean(**arguments()).images)
+    assert not torch.equal(first, paint(make_pipeline(tiny_backbone, student, latents_mode="sample")))
+
+
+def test_pictures_and_tensors_are_prepared_alike(tiny_backbone, tiny_student):
+    from PIL import Image
+
+    pipeline = make_pipeline(tiny_backbone, tiny_student(2))
+    same = {"control_image": Image.fromarray(IMAGES[0]), "control_mask": Image.fromarray(MASKS[0])}
+    one = {"prompt": PROMPTS[0], "latents": NOISE[:1].clone()}
+    tensors = {k: arguments()[k][:1] for k in same}
+    torch.testing.assert_close(paint(pipeline, **one, **same), paint(pipeline, **one, **tensors), rtol=0, atol=1e-5)
+
+
+def test_the_noise_of_a_picture_does_not_know_its_batch(tiny_backbone, tiny_student):
+    student, sampler = tiny_student(2), SamplerConfig(num_inference_steps=2)
+    prompts = [*PROMPTS, *PROMPTS]
+    alone, together = (
+        inpaint(tiny_backbone, student, IMAGES, MASKS, prompts, sampler, batch_size=size) for size in (1, 4)
+    )
+    assert alone.shape == IMAGES.shape
+    assert alone.dtype == np.uint8
+    assert np.abs(alone.astype(int) - together).max() <= 1
+    part = inpaint(tiny_backbone, student, IMAGES[2:], MASKS[2:], prompts[2:], sampler, first=2)
+    assert np.abs(alone[2:].astype(int) - part).max() <= 1
+    other = inpaint(tiny_backbone, student, IMAGES[2:], MASKS[2:], prompts[2:], sampler, first=0)
+    assert np.abs(alone[2:].astype(int) - other).max() > 1
+
+
+@pytest.mark.parametrize("injection", ["exact", "diffusers"])
+def test_a_batch_is_painted_as_the_pipeline_paints(tiny_backbone, tiny_student, injection):
+    student = tiny_student(5)
+    sampler = SamplerConfig(num_inference_steps=2, guidance_scale=3.0, injection=injection)
+    pipeline = make_pipeline(tiny_backbone, student, injection)
+    one = run_pipeline(pipeline, tiny_backbone, IMAGES[0], MASKS[0], PROMPTS[0], sampler)
+    batch = inpaint(tiny_backbone, student, IMAGES[:2], MASKS[:2], PROMPTS, sampler)
+    assert np.abs(one.astype(int) - batch[0]).max() <= 1
+    other = sampler.model_copy(update={"injection": "exact" if injection == "diffusers" else "diffusers"})
+    assert np.abs(inpaint(tiny_backbone, student, IMAGES[:2], MASKS[:2], PROMPTS, other)[0] - batch[0]).max() > 1
+
+
+def test_a_batch_of_draws_is_refused(tiny_backbone, tiny_student):
+    with pytest.raises(ValueError, match="mean"):
+        inpaint(tiny_backbone, tiny_student(2), IMAGES, MASKS, PROMPTS * 2, SamplerConfig(latents="sample"))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_completions_are_what_the_pipeline_paints(tiny_backbone, guidance):
+    teacher = tiny_backbone.pipeline.controlnet
+    pipeline = make_pipeline(tiny_backbone, teacher)
+    latents = paint(pipeline, output_type="latent", guidance_scale=guidance)
+    given = arguments()
+    hidden = torch.where(given["control_mask"] > 0.5, -1.0, given["control_image"])
+    small = torch.nn.functional.interpolate(given["control_mask"], size=(8, 8))
+    sampler = SamplerConfig(num_inference_steps=STEPS, guidance_scale=guidance, conditioning_scale=SCALE)
+    text, empty = tiny_backbone.encode_prompts(PROMPTS), tiny_backbone.encode_prompts(["", ""])
+    ours = complete_latents(
+        tiny_backbone, teacher, tiny_backbone.encode_images(hidden), small, text, empty, sampler, NOISE.clone()
+    )
+    torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_photo_and_mask_may_lie_anywhere(tiny_backbone, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from refine_control.models import loading
+
+    for folder in ("here", "photos", "masks"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (80, 70), "teal").save(tmp_path / "photos" / "a.jpg")
+    mask = Image.new("L", (80, 70))
+    mask.paste(255, (20, 20, 50, 50))
+    mask.save(tmp_path / "masks" / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(loading, "load_backbone", lambda model, controlnet=None, device="cpu": tiny_backbone)
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
+    out = inpaint_file(Path("../photos/a.jpg"), Path("../masks/a.png"), "a disc", Path("out.png"), sampler=sampler)
+    assert Image.open(out).size == (64, 64)

@@ -1,0 +1,157 @@
+"""Two names for one network differ by nothing, and what is written is what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
+from refine_control.metrics import image_pairs as metrics
+from refine_control.metrics.cost import ModelCost
+from refine_control.metrics.features import Inception
+from refine_control.miniature.obedience import Classifier
+from refine_control.miniature.scene_shards import scene_photos
+from refine_control.photos.shards import ShardWriter
+from refine_control.records import LABELED, TEST, UNLABELED
+from refine_control.study.compare import compare, read_test, score
+from refine_control.study.evaluate import summarise, write_results
+from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
+
+PHOTOS = list(scene_photos(0, 0, 5))
+SAMPLER = SamplerConfig(num_inference_steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_backbone, tiny_student):
+    teacher = tiny_backbone.pipeline.controlnet
+    return {"teacher": teacher, "ours": tiny_student(3), "fc": tiny_student(2), "same": teacher}
+
+
+@pytest.fixture(scope="module")
+def eyes():
+    """An oracle that never learnt, and an Inception of random weights: what they say is no matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FeatureNetworks(Classifier(), inception=Inception().eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def result(tiny_backbone, networks, eyes):
+    return compare(tiny_backbone, networks, PHOTOS, SAMPLER, eyes)
+
+
+def test_a_network_against_itself_differs_by_nothing(result):
+    pair = summarise(result)["paired_differences"]["teacher - same"]
+    assert set(pair) >= {"psnr", "psnr_region", "ssim", "both", "scene_perceptual", "scene_frechet", "fid", "kid"}
+    assert "cmmd" not in pair
+    assert "lpips" not in pair
+    for values in pair.values():
+        assert (values["mean"], values["low"], values["high"]) == (0, 0, 0)
+        assert not values["excludes_zero"]
+    other = summarise(result)["paired_differences"]["teacher - ours"]
+    assert other["psnr"]["mean"] != 0
+
+
+def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result, eyes):
+    turned = compare(tiny_backbone, dict(reversed(networks.items())), PHOTOS, SAMPLER, eyes)
+    assert list(turned.scores) == list(reversed(result.scores))
+    np.testing.assert_array_equal(turned.images["ours"], result.images["ours"])
+    for model, scores in result.scores.items():
+        assert turned.scores[model].keys() == scores.keys()
+        for name, values in scores.items():
+            np.testing.assert_array_equal(turned.scores[model][name], values)
+
+
+def test_scores_are_the_metrics_of_the_pictures(result):
+    reference, masks = np.stack([p.image for p in PHOTOS]), np.stack([p.mask for p in PHOTOS])
+    painted, scores = result.images["ours"], result.scores["ours"]
+    np.testing.assert_array_equal(scores["psnr"], metrics.psnr(reference, painted))
+    np.testing.assert_array_equal(scores["psnr_region"], metrics.psnr(reference, painted, masks))
+    put_back = np.where(masks[..., None], painted, reference)
+    np.testing.assert_array_equal(scores["psnr_composited"], metrics.psnr(reference, put_back))
+    assert (scores["psnr_composited"] > scores["psnr"]).all()
+
+
+def test_a_perfect_answer_has_the_best_scores():
+    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), FeatureNetworks())
+    assert (perfect["psnr"] == metrics.MAX_PSNR).all()
+    np.testing.assert_allclose(perfect["ssim"], 1)
+    assert "both" not in perfect
+
+
+def test_the_share_of_the_gap_is_that_of_the_means(result):
+    up = {"teacher": 4.0, "fc": 0.0, "ours": 3.0}
+    clear = result._replace(
+        scores={n: {m: v + up[n] for m, v in result.scores["fc"].items()} for n in ("teacher", "fc", "ours")}
+    )
+    assert summarise(clear, "ours", "fc")["gap_closed"]["psnr_region"]["mean"] == pytest.approx(0.75)
+    assert "gap_closed" not in summarise(clear, "ours", "none")
+
+
+def test_without_a_gap_no_share_is_told(result):
+    noise = np.array([-1.0, 1.0])[np.arange(len(PHOTOS)) % 2]
+    told = {
+        n: {"psnr_region": 20 + sign * (noise + 0.001)} for n, sign in (("teacher", 1.01), ("fc", -1.0), ("ours", 0.5))
+    }
+    assert summarise(result._replace(scores=told), "ours", "fc")["gap_closed"] == {}
+
+
+def test_a_teacher_that_is_worse_leaves_no_gap_to_close(result):
+    means = {"teacher": 0.0, "fc": 4.0, "ours": 1.0}
+    told = {n: {m: v + means[n] for m, v in result.scores["fc"].items() if m == "psnr_region"} for n in means}
+    assert summarise(result._replace(scores=told, sets={}), "ours", "fc")["gap_closed"] == {}
+
+
+def refuse(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_what_is_written_is_what_was_measured(tmp_path, result):
+    cost = ModelCost(3, 10, 0.5, 1.5, 0.01, 1 << 20)
+    summary = summarise(result, "ours", "fc")
+    summary["gap_closed"] = {"psnr_region": {"mean": 0.87, "low": 0.84, "high": 0.9, "excludes_zero": True}}
+    made = write_results(tmp_path, "Title", PHOTOS, result, summary, {"ours": cost}, {"model": "tiny"})
+    written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert written["keys"] == [p.key for p in PHOTOS]
+    assert written["samples"] == len(PHOTOS)
+    assert written["cost"]["ours"]["num_params"] == 10
+    for name, by_metric in written["models"].items():
+        for metric, values in by_metric.items():
+            if metric in SET_METRICS:
+                assert values["mean"] == pytest.approx(result.sets[name][metric].value)
+                continue
+            scores = written["per_image"][name][metric]
+            assert len(scores) == len(PHOTOS)
+            assert values["mean"] == pytest.approx(np.mean(scores), abs=1e-5)
+            assert values["low"] <= values["mean"] + 1e-9
+            assert values["mean"] <= values["high"] + 1e-9
+            np.testing.assert_allclose(scores, result.scores[name][metric], atol=1e-6)
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    mean = f"{written['models']['ours']['psnr']['mean']:.2f}"
+    for text in (made.report.read_text(), made.text, (tmp_path / "tables.md").read_text()):
+        assert mean in text
+        assert "teacher - ours" in text
+    assert "ours closes 87 % [84, 90] of the gap between fc and the teacher in PSNR region dB." in made.text
+    assert max(map(len, made.text.split("report: ")[0].splitlines())) < 200
+    assert (tmp_path / "tables.tex").read_text().count(r"\toprule") == 3
+
+
+def shards(folder, role, count):
+    writer = ShardWriter(folder, role)
+    for photo in PHOTOS[:count]:
+        writer.add(photo)
+    writer.finish()
+    return folder
+
+
+def test_test_shards_are_read_and_others_refused(tmp_path):
+    photos = read_test(shards(tmp_path / "test", TEST, 3))
+    assert [p.key for p in photos] == [p.key for p in PHOTOS[:3]]
+    with pytest.raises(InvalidInputError, match="nothing to compare"):
+        read_test(shards(tmp_path / "unlabeled", UNLABELED, 3))
+    with pytest.raises(InvalidInputError, match="at least 2"):
+        read_test(shards(tmp_path / "one", LABELED, 1))
+    with pytest.raises(InvalidInputError, match="no finished shards"):
+        read_test(tmp_path)
