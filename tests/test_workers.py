@@ -14,7 +14,7 @@ from refine_control.workers import workers
 CODE = """
 import sys, time
 from pathlib import Path
-from refine_control.data.workers import workers
+from refine_control.workers import workers
 from refine_control.errors import InterruptedCleanlyError
 
 def work(path):

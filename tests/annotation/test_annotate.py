@@ -116,8 +116,8 @@ def test_every_engine_gives_the_same_bytes(made, photos, tmp_path, engine):
 def test_a_kill_loses_no_finished_part(made, photos, tmp_path):
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from refine_control.data.annotate import annotate
-        from refine_control.data.annotator import Annotation
+        from refine_control.annotation.annotate import annotate
+        from refine_control.annotation.annotator import Annotation
         def told(done, total):
             print(done, flush=True)
         source, out = Path({str(photos)!r}), Path({str(tmp_path / "out")!r})

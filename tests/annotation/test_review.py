@@ -281,7 +281,7 @@ def test_hosts_that_others_reach_and_taken_ports_are_refused(folder, monkeypatch
 SERVER = """
 import sys
 from pathlib import Path
-from refine_control.data.review import serve
+from refine_control.annotation.review import serve
 serve(Path(sys.argv[1]), port=int(sys.argv[2]))
 """
 

@@ -283,7 +283,7 @@ def test_verify_leaves_with_65_and_names_the_damage(monkeypatch, capsys, tmp_pat
 
 
 def test_the_options_of_inpaint_reach_the_pipeline(monkeypatch, capsys, tmp_path):
-    from refine_control.pipeline import painting as pipeline
+    from refine_control.pipeline import files as pipeline
 
     for name in ("image.png", "mask.png"):
         (tmp_path / name).touch()

@@ -157,7 +157,7 @@ def test_without_buckets_nothing_tells_of_them_and_the_two_do_not_mix(source, tm
 KILLED = """
     import itertools, os, signal, sys
     from pathlib import Path
-    from refine_control.data.build import build
+    from refine_control.photos.build import build
     source, outs = Path(sys.argv[1]), Path(sys.argv[2])
 
     for stop in (1, 6, 11, 16):

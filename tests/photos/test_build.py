@@ -205,7 +205,7 @@ def test_every_count_of_workers_gives_the_same_bytes_and_a_dead_one_is_told(sour
 ORPHANS = """
     import multiprocessing, os, signal, sys
     from pathlib import Path
-    from refine_control.data.build import build
+    from refine_control.photos.build import build
 
     def killed(done, total):
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -244,7 +244,7 @@ def test_what_people_decided_reaches_the_shards(source, tmp_path):
 KILLED = """
     import itertools, os, signal, sys
     from pathlib import Path
-    from refine_control.data.build import build
+    from refine_control.photos.build import build
     source, outs = Path(sys.argv[1]), Path(sys.argv[2])
 
     def child(kind, stop):  # kills itself at the stop-th entry, or in front of the stop-th publication of anything

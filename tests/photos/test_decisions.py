@@ -173,7 +173,7 @@ def test_a_log_reads_on_where_it_ended(tmp_path):
 PROGRAM = """
 import sys, threading
 from pathlib import Path
-from refine_control.data.decisions import append_decision, decide
+from refine_control.photos.decisions import append_decision, decide
 def work(thread):
     for number in range(25):
         append_decision(Path(sys.argv[1]), decide(f"{sys.argv[2]}-{thread}-{number}", "edit", "ann", "x" * 300))

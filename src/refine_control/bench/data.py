@@ -108,7 +108,7 @@ def _encoders(shards: Shards, backbone: Any) -> None:
 _CHILD = """
 import json, sys, time
 from pathlib import Path
-from refine_control.data.build import build
+from refine_control.photos.build import build
 began = time.perf_counter()
 build(Path(sys.argv[1]), Path(sys.argv[2]), size=64)
 taken = time.perf_counter() - began
