@@ -8,16 +8,20 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from refine_control import comparison as plans
 from refine_control import errors
 from refine_control.cli import app
-from refine_control.comparison import read_budget, read_rows, row_recipes
+from refine_control.comparison import row_recipes
 from refine_control.config import fingerprint
+from refine_control.evaluation import model_cost
 from refine_control.evaluation.alike import MARK
 from refine_control.evaluation.materials import Comparison
 from refine_control.evaluation.row_tables import summarise, tables_of
@@ -29,6 +33,7 @@ from refine_control.recipe_files import RECIPES, load_recipe, recipe_names
 from refine_control.strict_yaml import read_yaml
 from refine_control.training.run import run_mark
 
+read_budget, read_rows = cache(plans.read_budget), cache(plans.read_rows)
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 NonFinite = errors.NonFiniteError
@@ -41,7 +46,8 @@ MEASURED = {"": TABLES, "alike": MARK}
 
 def run(*arguments: object) -> str:
     """Standard output of a verb, run in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    with patch.object(model_cost, "_peak_in_fresh_process", lambda *_: 1):  # two processes of many seconds
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 

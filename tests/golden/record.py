@@ -32,8 +32,6 @@ TABLES = {
     "all": ("all",),
     "table2": ("table2", "--row", "ours", "--row", "inherit", "--seeds", "2"),
     "scarce": ("scarce", "--seeds", "1"),
-    "parts": ("parts", "--seeds", "2"),
-    "prompts": ("prompts", "--seeds", "1"),
     "long": ("table1", "--budget", "long", "--seeds", "1", "--row", "ours", "--row", "balanced", "--row", "fc_inherit"),
     "long_figure2": ("figure2", "--budget", "long", "--seeds", "1"),
 }
