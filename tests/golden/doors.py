@@ -16,21 +16,22 @@ from unittest.mock import patch
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from refine_control import comparison as plans
 from refine_control import errors
-from refine_control.cli import app
-from refine_control.comparison import row_recipes
+from refine_control.cli.app import app
 from refine_control.config import fingerprint
-from refine_control.evaluation import model_cost
-from refine_control.evaluation.alike import MARK
-from refine_control.evaluation.materials import Comparison
-from refine_control.evaluation.row_tables import summarise, tables_of
-from refine_control.evaluation.rows import TABLES, finished, read_row, row_mark
-from refine_control.evaluation.tables import write_tables
-from refine_control.evaluation.targets import FIGURE3, TARGETS, held_against, measured_rows
 from refine_control.models.loading import load_backbone
 from refine_control.recipe_files import RECIPES, load_recipe, recipe_names
 from refine_control.strict_yaml import read_yaml
+from refine_control.study import comparison as plans
+from refine_control.study import model_cost
+from refine_control.study.alike import MARK
+from refine_control.study.comparison import row_recipes
+from refine_control.study.materials import Comparison
+from refine_control.study.row_results import read_row
+from refine_control.study.row_tables import summarise, tables_of
+from refine_control.study.rows import TABLES, finished, row_mark
+from refine_control.study.tables import write_tables
+from refine_control.study.targets import FIGURE3, TARGETS, held_against, measured_rows
 from refine_control.training.run import run_mark
 
 read_budget, read_rows = cache(plans.read_budget), cache(plans.read_rows)
