@@ -39,7 +39,6 @@ DOORS = {
     "uvicorn": ["annotation.review"],
     "httpx": ["annotation.vlm_server"],
     "skimage": ["annotation.offline_masks", "annotation.masks"],
-    "gradio": ["app"],
     "torchvision": [],
     "pickle": [],
 }

@@ -229,7 +229,7 @@ def test_a_bad_call_leaves_with_2(monkeypatch, arguments):
         (InterruptedCleanlyError("no"), 75, "refine-control: no\n"),
         (MemoryError(), 74, "out of memory"),
         (OSError(28, "No space left on device", "x"), 74, "cannot write x: No space left on device"),
-        (ModuleNotFoundError("no", name="pyarrow.parquet"), 69, "pip install 'refine-control[data]'"),
+        (ModuleNotFoundError("no", name="skimage.measure"), 69, "pip install 'refine-control[data]'"),
     ],
 )
 def test_an_error_is_a_sentence_and_its_code(monkeypatch, capsys, error, code, said):

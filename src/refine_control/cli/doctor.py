@@ -19,20 +19,16 @@ from refine_control.errors import MissingError, RefineControlError, StorageError
 # fmt: off
 CORE = (
     "torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy", "scipy", "pillow",
-    "pydantic", "pyyaml", "typer", "rich", "tqdm", "matplotlib", "jinja2", "tensorboard",
+    "pydantic", "pyyaml", "typer", "tqdm", "matplotlib", "jinja2", "tensorboard",
 )
 # fmt: on
 
 # extra -> the modules it brings
 EXTRAS = {
-    "data": ("pyarrow", "skimage", "httpx"),
+    "data": ("skimage", "httpx"),
     "eval": ("torchmetrics",),
-    "app": ("gradio",),
     "review": ("fastapi", "uvicorn"),
-    "export": ("onnx", "onnxscript", "onnxruntime", "torchao"),
-    "openvino": ("openvino", "nncf"),
     "ray": ("ray",),
-    "train-gpu": ("torchao", "deepspeed"),
 }
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
