@@ -21,7 +21,7 @@ from refine_control.models import backbone as backbone_module
 from refine_control.models import devices, loading
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
-from refine_control.pipeline import painting as pipeline_module
+from refine_control.pipeline import files as pipeline_module
 from refine_control.pipeline.files import inpaint_file
 from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
 from refine_control.records import LABELED
