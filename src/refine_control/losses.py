@@ -49,36 +49,54 @@ def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: 
     return [torch.stack([teacher[feeds[s]].float() for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
 
 
+def kept_layers(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:
+    """f_T of the last site of each of the student's `num_layers` groups: (B,N,D) each, fp32."""
+    feeds = layer_of_site(len(teacher), num_sites)
+    return [teacher[feeds[sites[-1]]].float() for sites in groups(num_layers, num_sites)]
+
+
+def mean_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """E ||f^j||^2 of each tensor (B,N,D) -> (S,); the mean of those of equal parts of a batch is that of the batch."""
+    return torch.stack([tensor.square().mean() for tensor in tensors])
+
+
+def _divided(parts: list[torch.Tensor], sizes: torch.Tensor | None) -> torch.Tensor:
+    losses = torch.stack(parts)
+    return losses if sizes is None else losses / sizes.clamp_min(1e-12)
+
+
 def feature_losses(
-    teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], num_sites: int = 23, relative: bool = False
+    teacher: Sequence[torch.Tensor],
+    student: Sequence[torch.Tensor],
+    num_sites: int = 23,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Eq. 5 by layer: E || |G_j| f_S^j - sum_{s in G_j} f_T^s ||^2 -> (S,).
 
     f are ControlNet residuals after their zero-linears, (B,N,D) each: injected totals are compared.
-    `relative` divides each layer by the mean square of its own total, so no layer drowns another
-    (not in the paper; `reproduce losses` measures it)."""
-    parts = []
-    for own, total, sites in zip(
-        student, teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites), strict=True
-    ):
-        part = (len(sites) * own.float() - total).square().mean()
-        parts.append(part / total.square().mean().clamp_min(1e-12) if relative else part)
-    return torch.stack(parts)
+    `sizes` (S,), the `mean_squares` of the teacher's totals over the whole batch, divide the layers' terms so that
+    no layer dominates (not in the paper; `reproduce losses` measures it)."""
+    totals, sites = teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites)
+    parts = [
+        (len(group) * layer.float() - total).square().mean()
+        for layer, total, group in zip(student, totals, sites, strict=True)
+    ]
+    return _divided(parts, sizes)
 
 
 def one_to_one_losses(
-    teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor], num_sites: int = 23, relative: bool = False
+    teacher: Sequence[torch.Tensor],
+    student: Sequence[torch.Tensor],
+    num_sites: int = 23,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layer terms of SSD-1B (arXiv 2401.02677): E || f_S^j - f_T^l ||^2 with l the last of G_j -> (S,).
 
-    One kept layer answers for itself alone, not for those that went."""
-    feeds = layer_of_site(len(teacher), num_sites)
-    parts = []
-    for own, sites in zip(student, groups(len(student), num_sites), strict=True):
-        kept = teacher[feeds[sites[-1]]].float()
-        part = (own.float() - kept).square().mean()
-        parts.append(part / kept.square().mean().clamp_min(1e-12) if relative else part)
-    return torch.stack(parts)
+    A kept layer is compared with itself alone. `sizes` (S,) are the `mean_squares` of the teacher's kept layers."""
+    kept = kept_layers(teacher, len(student), num_sites)
+    return _divided(
+        [(layer.float() - target).square().mean() for layer, target in zip(student, kept, strict=True)], sizes
+    )
 
 
 def combine(

@@ -47,6 +47,7 @@ def recipe(tiny_backbone, tmp_path_factory):
             "name": "tiny",
             "model": str(root / "tiny"),
             "student": {"num_layers": 2},
+            "objective": {"feature_normalisation": "layer"},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"steps": 2, "batch_size": 4, "log_every": 1},
             "data": {"labeled": str(root / "cache")},
@@ -105,6 +106,12 @@ def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):
     command = [*launch, str(tmp_path / "train.py"), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert run.returncode == 0, run.stderr
+    logs = (
+        (folder / "metrics.jsonl").read_text().splitlines() for folder in (trained.student.parent, tmp_path / "two")
+    )
+    for alone, together in zip(*logs, strict=True):
+        for name in ("loss", "feature_loss", "grad_norm"):
+            assert json.loads(together)[name] == pytest.approx(json.loads(alone)[name], rel=1e-3), name
     one, two = (
         load_file(f / "diffusion_pytorch_model.safetensors") for f in (trained.student, tmp_path / "two/student")
     )

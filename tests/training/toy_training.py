@@ -18,7 +18,7 @@ from refine_control.config import OptimizerConfig, TrainingConfig
 from refine_control.errors import RefineControlError
 from refine_control.storage import only_writer
 from refine_control.training.batches import LabeledBatches
-from refine_control.training.loop import fit, leave_process_group
+from refine_control.training.loop import Objective, fit, leave_process_group
 
 SAMPLES, CHANNELS = 20, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, schedule="cosine")
@@ -57,7 +57,7 @@ class ToyLosses(NamedTuple):
     parts: torch.Tensor
 
 
-class ToyObjective:
+class ToyObjective(Objective):
     """Predicts the velocity by one linear layer; notes its inputs by slot, sleeps in mid-step, breaks on demand."""
 
     def __init__(self, dtype=torch.float32, notes=None, pause=0.0, broken_step=-1):
@@ -68,7 +68,7 @@ class ToyObjective:
     def trainable(self):
         return dict(self.layer.named_parameters())
 
-    def losses(self, batch, draw):
+    def losses(self, batch, draw, statistics=None):
         sigmas = flow.logit_normal_sigmas(draw.normals("sigmas"))
         noise = draw.normals("noise", *batch.latents.shape[1:])
         noisy = flow.interpolate(batch.latents, noise, sigmas)

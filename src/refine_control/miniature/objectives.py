@@ -23,7 +23,7 @@ from refine_control.models.backbone import encode_images, encode_prompts, predic
 from refine_control.models.controlnet import control_residuals, trainable_parameters
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
-from refine_control.training.loop import Draw
+from refine_control.training.loop import Draw, Objective
 from refine_control.training.optimizer import compute_in
 
 
@@ -120,7 +120,7 @@ def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float
     ]
 
 
-class AutoencoderObjective:
+class AutoencoderObjective(Objective):
     """Mean square and a little absolute error of the reconstruction, with a slight pull to the unit normal."""
 
     def __init__(self, vae: Any, dtype: torch.dtype):
@@ -130,7 +130,7 @@ class AutoencoderObjective:
         """All of the autoencoder."""
         return dict(self.vae.named_parameters())
 
-    def losses(self, batch: torch.Tensor, draw: Draw) -> AutoencoderLosses:
+    def losses(self, batch: torch.Tensor, draw: Draw, statistics: torch.Tensor | None = None) -> AutoencoderLosses:
         """The reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
         batch = batch.to(self.vae.device)
         posterior = self.vae.encode(batch.to(self.vae.dtype)).latent_dist
@@ -151,7 +151,7 @@ def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: floa
     )
 
 
-class BaseObjective:
+class BaseObjective(Objective):
     """Text to image: the transformer and both text encoders learn the velocity together."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype):
@@ -164,7 +164,7 @@ class BaseObjective:
         """`transformer.*`, `text_encoder.*`, `text_encoder_2.*`."""
         return {f"{n}.{k}": v for n, part in self.parts.items() for k, v in part.named_parameters()}
 
-    def losses(self, batch: SceneBatch, draw: Draw) -> StageLosses:
+    def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with 60 % local, 30 % global and 10 % empty prompts."""
         device = batch.latents.device
         sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)
@@ -175,7 +175,7 @@ class BaseObjective:
         return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, 1.0)
 
 
-class TeacherObjective:
+class TeacherObjective(Objective):
     """The 23-layer inpainting ControlNet on the frozen base; the hole weighs `inside_weight` times the rest."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0):
@@ -189,7 +189,7 @@ class TeacherObjective:
         """The ControlNet without the last block's text stream."""
         return self.parameters
 
-    def losses(self, batch: SceneBatch, draw: Draw) -> StageLosses:
+    def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2, prompts as in the base; the same prompt goes to both networks."""
         device = batch.latents.device
         sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)

@@ -14,7 +14,7 @@ from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed
-from refine_control.training.loop import Draw
+from refine_control.training.loop import Draw, Objective
 
 
 class OracleLosses(NamedTuple):
@@ -64,7 +64,7 @@ def degraded(pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
     return (pixels + strength * draw.normals("grain", *pixels.shape[1:]) + cast).clamp(-1, 1)
 
 
-class OracleObjective:
+class OracleObjective(Objective):
     """Cross-entropy of colour and shape."""
 
     def __init__(self, classifier: Classifier):
@@ -74,7 +74,7 @@ class OracleObjective:
         """All of the classifier."""
         return dict(self.classifier.named_parameters())
 
-    def losses(self, batch: Crops, draw: Draw) -> OracleLosses:
+    def losses(self, batch: Crops, draw: Draw, statistics: torch.Tensor | None = None) -> OracleLosses:
         """The sum of both."""
         colour, shape = self.classifier(degraded(batch.pixels, draw))
         a = functional.cross_entropy(colour, batch.colour)

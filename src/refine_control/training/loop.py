@@ -47,15 +47,26 @@ class Draw(NamedTuple):
 
 
 class Objective(Protocol):
-    """What is minimised. `loss` is differentiated; every other scalar field is logged under its name."""
+    """What is minimised. `loss` is differentiated; every other scalar field is logged under its name.
+
+    The loss of a batch is the mean of its micro-batches' losses, each weighted by its share of the samples. What a loss
+    needs of the whole batch besides, `statistics` gives."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters to update, by name."""
         ...
 
-    def losses(self, batch: Any, draw: Draw) -> Any:
-        """A NamedTuple of tensors with `loss` first: scalars, or vectors logged element by element."""
+    def losses(self, batch: Any, draw: Draw, statistics: torch.Tensor | None = None) -> Any:
+        """A NamedTuple of tensors with `loss` first: scalars, or vectors logged element by element.
+
+        `statistics` are those of the whole batch; None means that `batch` is the whole batch."""
         ...
+
+    def statistics(self, batch: Any, draw: Draw) -> torch.Tensor | None:
+        """Means over the samples of a micro-batch, (K,), that `losses` needs of the whole batch; None: it needs none.
+
+        Called only where a batch is split over micro-batches or processes."""
+        return None
 
 
 class Batches(Protocol):
@@ -171,14 +182,35 @@ def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[ra
     return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
 
 
+def _shares(draws: Sequence[Draw]) -> list[float]:
+    """Which part of this process's samples each micro-batch has."""
+    return [len(draw.slots) / sum(len(each.slots) for each in draws) for draw in draws]
+
+
+def _statistics(accelerator: Any, objective: Objective, batches: Batches, draws: Sequence[Draw]) -> torch.Tensor | None:
+    """The objective's statistics of the whole batch, over all processes; None where the batch is not split."""
+    if len(draws) == 1 and accelerator.num_processes == 1:
+        return None
+    total = None
+    for draw, share in zip(draws, _shares(draws), strict=True):
+        part = objective.statistics(batches.batch(draw), draw)
+        if part is None:
+            return None
+        total = part * share if total is None else total + part * share
+    return accelerator.reduce(total, reduction="mean")
+
+
 def _gradients(
-    objective: Objective, batches: Batches, master: MasterWeights, draws: Sequence[Draw]
+    objective: Objective,
+    batches: Batches,
+    master: MasterWeights,
+    draws: Sequence[Draw],
+    statistics: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Adds the gradients of one update's micro-batches to the masters; the logged values, averaged over samples."""
     logged: dict[str, torch.Tensor] = {}
-    for draw in draws:
-        losses = objective.losses(batches.batch(draw), draw)
-        share = len(draw.slots) / sum(len(each.slots) for each in draws)
+    for draw, share in zip(draws, _shares(draws), strict=True):
+        losses = objective.losses(batches.batch(draw), draw, statistics)
         (losses.loss * share).backward()
         master.accumulate()
         for name, value in _named_scalars(losses).items():
@@ -244,9 +276,9 @@ def fit(
 
     with _asked_to_stop() as stopped:
         for step in range(start, training.steps):
-            logged = _gradients(
-                objective, batches, master, [Draw(training.seed, training.stage, step, m) for m in slots]
-            )
+            draws = [Draw(training.seed, training.stage, step, m) for m in slots]
+            statistics = _statistics(accelerator, objective, batches, draws)
+            logged = _gradients(objective, batches, master, draws, statistics)
             stop = _reduce(accelerator, master.grads, bool(stopped()))
             rate = learning_rate_at(step, optimizer, training.steps)
             norm = master.step(rate, step, optimizer.max_grad_norm)

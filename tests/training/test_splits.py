@@ -1,0 +1,70 @@
+"""One update is the same however its batch is split, over micro-batches or over processes, for every objective."""
+
+import pytest
+import torch
+
+from refine_control.cache.reader import Cache, write_cache
+from refine_control.config import LossWeights, TrainingConfig
+from refine_control.miniature.scene_shards import scene_photos
+from refine_control.records import LABELED, UNLABELED
+from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.loop import Draw, _gradients, _micro_slots, _statistics
+from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
+from refine_control.training.optimizer import MasterWeights
+
+BATCH = 4
+WEIGHTS = LossWeights(output=4.0, output_alpha=0.9)
+
+
+@pytest.fixture(scope="module")
+def caches(tiny_backbone, tmp_path_factory):
+    root, photos = tmp_path_factory.mktemp("caches"), list(scene_photos(0, 0, 6))
+    for role in (LABELED, UNLABELED):
+        write_cache(photos, root / role, tiny_backbone, role, source={})
+    return Cache(root / LABELED), Cache(root / UNLABELED)
+
+
+class OneOf:
+    """The accelerator of one of `num_processes`."""
+
+    def __init__(self, num_processes):
+        self.num_processes = num_processes
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "mean"
+        return tensor
+
+
+def update(objective, batches, processes, device_batch_size):
+    """Logged values and gradients of one update, each process in turn."""
+    training = TrainingConfig(batch_size=BATCH, device_batch_size=device_batch_size)
+    draws = [
+        [Draw(0, "stage", 3, slots) for slots in _micro_slots(training, rank, processes)] for rank in range(processes)
+    ]
+    accelerator = OneOf(processes)
+    statistics = [_statistics(accelerator, objective, batches, each) for each in draws]
+    whole = None if statistics[0] is None else torch.stack(statistics).mean(0)
+    master = MasterWeights(objective.trainable().items())
+    logged = [_gradients(objective, batches, master, each, whole) for each in draws]
+    gradient = torch.cat([grad.flatten() for grad in master.grads]) / processes
+    objective.networks.student.zero_grad()
+    return {name: torch.stack([one[name] for one in logged]).mean(0) for name in logged[0]}, gradient
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["plain", "relative"])
+@pytest.mark.parametrize("kind", [Supervised, SelfSupervised, FromScratch, Mixed, OneToOne])
+def test_loss_and_gradient_do_not_depend_on_the_split(tiny_backbone, tiny_student, caches, kind, relative):
+    networks = Networks(tiny_backbone, tiny_backbone.pipeline.controlnet, tiny_student(3))
+    objective = kind(networks, WEIGHTS) if kind is FromScratch else kind(networks, WEIGHTS, relative)
+    labeled, unlabeled = caches
+    if kind is Mixed:
+        batches = MixedBatches(LabeledBatches(labeled, BATCH // 2), UnlabeledBatches(unlabeled, BATCH // 2))
+    else:
+        batches = UnlabeledBatches(unlabeled, BATCH) if kind is SelfSupervised else LabeledBatches(labeled, BATCH)
+    values, gradient = update(objective, batches, 1, 0)
+    for processes, device_batch_size in ((1, 2), (2, 0), *(() if kind is Mixed else ((1, 1), (4, 1)))):
+        split, other = update(objective, batches, processes, device_batch_size)
+        assert split.keys() == values.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(split[name], value, rtol=1e-4, atol=1e-6)
+        assert torch.linalg.norm(other - gradient) < 1e-4 * torch.linalg.norm(gradient)
