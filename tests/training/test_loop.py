@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import signal
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from refine_control.config import TrainingConfig, learning_rate_at
-from refine_control.errors import DamagedError, InUseError, InvalidInputError, NonFiniteError
+from refine_control.errors import DamagedError, InterruptedCleanlyError, InUseError, InvalidInputError, NonFiniteError
 from refine_control.storage import only_writer, sha256_file
+from refine_control.training import loop
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.loop import Draw, _micro_slots, _reduce
 from refine_control.training.optimizer import MasterWeights, compute_in
@@ -106,6 +108,19 @@ def test_a_termination_saves_and_leaves_with_75(tmp_path, uninterrupted):
     assert step == len(logged(run_dir)) < 40
     toy.train(run_dir, **ACCUMULATED)
     assert state_of(run_dir) == state_of(uninterrupted)
+
+
+def test_a_signal_in_the_last_save_waits_for_it(tmp_path, uninterrupted, monkeypatch):
+    def save(run_dir, step, *rest):
+        if step == ACCUMULATED["steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save_checkpoint(run_dir, step, *rest)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    with pytest.raises(InterruptedCleanlyError, match="everything is saved"):
+        toy.train(tmp_path, **ACCUMULATED)
+    assert state_of(tmp_path) == state_of(uninterrupted)
+    toy.train(tmp_path, **ACCUMULATED)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted):

@@ -27,6 +27,7 @@ from refine_control.cli.options import (
 )
 from refine_control.cli.output import progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.signals import interruptible
 
 app = make_app(help="Make big ControlNets small, and prove what was lost.")
 mini_app = make_app(help="The miniature SD3 that ships with the package.")
@@ -36,6 +37,7 @@ app.add_typer(bench_app, name="bench")
 
 
 @app.command()
+@interruptible()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the report lands.")] = Path("runs/demo"),
     seed: Seed = 0,
@@ -54,6 +56,7 @@ def demo(
 
 
 @app.command()
+@interruptible()
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
@@ -102,6 +105,7 @@ def inpaint(
 
 
 @mini_app.command("train")
+@interruptible()
 def mini_train(
     source: Annotated[Path | None, typer.Option("--from", exists=True, file_okay=False, help="Start here.")] = None,
     out: Annotated[Path, typer.Option(help="The bundle lands in OUT/bundle.")] = Path("runs/mini"),
@@ -158,7 +162,7 @@ def doctor(as_json: Json = False) -> None:
         raise MissingError(f"needed and missing or broken: {', '.join(missing)}; the lines above say how to mend it")
 
 
-for verb in (cache, evaluate, reproduce, cost):
+for verb in (cache, evaluate, interruptible()(reproduce), cost):
     app.command()(verb)
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +21,7 @@ from torch import nn
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, NonFiniteError
 from refine_control.randomness import slot_normals, slot_uniforms
+from refine_control.signals import held
 from refine_control.storage import write_atomic
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.optimizer import MasterWeights
@@ -90,30 +88,6 @@ class Fitted(NamedTuple):
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, a word on the losses)"""
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], int]]:
-    """Yields a question: 0, or the number of the first SIGTERM or SIGINT. A second signal ends the process at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        seen.append(number)
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals stay with their owner
-        previous.clear()
-    try:
-        yield lambda: seen[0] if seen else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _Log:
@@ -248,7 +222,7 @@ def fit(
     `validate(step, weights)` is called every `validate_every` steps on the main process; its picture (H,W,3) uint8 is
     logged.
 
-    Raises InterruptedCleanlyError after a saved SIGTERM or SIGINT, NonFiniteError, InvalidInputError for a
+    Raises InterruptedCleanlyError after a SIGTERM or SIGINT, once all is saved, NonFiniteError, InvalidInputError for a
     run of another recipe, StorageError."""
     from accelerate import Accelerator
 
@@ -274,7 +248,7 @@ def fit(
             save_checkpoint(run_dir, step, master.tensors(), fingerprint)
         accelerator.wait_for_everyone()
 
-    with _asked_to_stop() as stopped:
+    with held(f"everything is saved in {run_dir}") as stopped:
         for step in range(start, training.steps):
             draws = [Draw(training.seed, training.stage, step, m) for m in slots]
             statistics = _statistics(accelerator, objective, batches, draws)
@@ -304,8 +278,8 @@ def fit(
                     f"stopped by a signal after step {done} of {training.steps}; everything is saved in "
                     f"{run_dir}, run the same command to continue"
                 )
-    if start < training.steps:
-        save(training.steps)
+        if start < training.steps:
+            save(training.steps)
     if log:
         log.close()
     weights = {name: tensor.float().clone() for name, tensor in master.ema_state().items()}
