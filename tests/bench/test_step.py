@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, bench_step
+from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, OurStep, _batch, bench_step
+from refine_control.bench.stock_step import StockStep
 from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError
+from refine_control.recipe_files import load_recipe
 from refine_control.storage import write_json
-from refine_control.training.run import fast_precision
+from refine_control.training.run import fast_precision, make_objective
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,21 @@ def test_every_step_has_the_losses_and_gradients_of_the_plain_loop(recipe):
     numbers = [*found.samples_per_second.values(), *found.floor_seconds.values(), *found.peak_memory.values()]
     assert all(number > 0 for number in (found.gflops, *numbers))
     assert found.batch_size == 3
+
+
+@pytest.mark.parametrize("name", ["mini/balanced_stage1", "mini/ours_stage1"])
+def test_the_plain_loop_has_the_loss_of_the_recipe(recipe, name):
+    measured = recipe.model_copy(update={"objective": load_recipe(name).objective})
+    device = torch.device("cpu")
+    ours, stock = OurStep(measured, device, "fp32"), StockStep(measured, device)
+    batch, draw = _batch(measured, ours.backbone, device)
+    loss = ours.backward(batch, draw)
+    assert stock.backward(batch, draw) == pytest.approx(loss, rel=1e-5)
+    for parameter in ours.parameters.values():
+        parameter.grad = None
+    losses = ours.objective.losses(batch, draw)
+    train = make_objective(measured.objective, ours.networks).losses(batch, draw)
+    assert all(torch.equal(a, b) for a, b in zip(losses, train, strict=True))
 
 
 def test_another_objective_is_refused(recipe):

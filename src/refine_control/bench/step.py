@@ -23,9 +23,9 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.metrics.cost import Timing, count_flops, interleaved, peak_memory, ratio, time_call
 from refine_control.models.backbone import Backbone
 from refine_control.training.loop import Draw
-from refine_control.training.objectives import LabeledBatch, Supervised
+from refine_control.training.objectives import LabeledBatch
 from refine_control.training.optimizer import MasterWeights
-from refine_control.training.run import fast_precision, prepare, training_device
+from refine_control.training.run import fast_precision, make_objective, prepare, training_device
 
 STOCK, STOCK_OPEN, OURS_FP32, OURS = "stock", "stock, nothing frozen", "ours in fp32", "ours"
 
@@ -77,7 +77,7 @@ class OurStep:
         training = recipe.training.model_copy(update={"precision": precision})
         self.recipe = recipe
         self.backbone, self.networks = prepare(recipe.model_copy(update={"training": training}), device)
-        self.objective = Supervised(self.networks, recipe.objective.weights)
+        self.objective = make_objective(recipe.objective, self.networks)
         optimizer = recipe.optimizer
         self.master = MasterWeights(
             self.objective.trainable().items(),

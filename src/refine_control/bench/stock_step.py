@@ -68,13 +68,18 @@ class StockStep:
             teacher, _, teacher_velocity = self._answer(self.teacher, latents, sigmas, batch)
         _, student, velocity = self._answer(self.student, latents, sigmas, batch)
         weights = self.recipe.objective.weights
-        w = weights.alpha * batch.mask + (1 - weights.alpha) * (1 - batch.mask)
+        w, output_w = (
+            1.0 if alpha is None else alpha * batch.mask + (1 - alpha) * (1 - batch.mask)
+            for alpha in (weights.alpha, weights.output_alpha)
+        )
         task = ((w * (noise - batch.latents - velocity)) ** 2).mean()
-        output = ((teacher_velocity - velocity) ** 2).mean()
+        output = ((output_w * (teacher_velocity - velocity)) ** 2).mean()
         feature = torch.zeros((), device=latents.device)
         for layer, residual in enumerate(student):
             group = [f for site, f in enumerate(teacher) if site * len(student) // len(teacher) == layer]
-            feature = feature + ((len(group) * residual - torch.stack(group).sum(0)) ** 2).mean()
+            total = torch.stack(group).sum(0)
+            size = (total**2).mean() if self.recipe.objective.feature_normalisation == "layer" else 1.0
+            feature = feature + ((len(group) * residual - total) ** 2).mean() / size
         return weights.task * task + weights.output * output + weights.feature * feature
 
     def backward(self, batch: LabeledBatch, draw: Draw) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from refine_control.cache.reader import Cache, model_mark, refuse_sizes, teacher_mark
-from refine_control.config import DataConfig, Recipe, fingerprint, resolved_yaml
+from refine_control.config import DataConfig, ObjectiveConfig, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
@@ -94,15 +94,29 @@ def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
     return cache
 
 
-def _objective_and_batches(
-    recipe: Recipe, networks: Networks, mark: str, device: torch.device
-) -> tuple[Objective, Batches]:
-    """The one place that turns `objective.kind` into classes."""
-    objective, training = recipe.objective, recipe.training
+def make_objective(objective: ObjectiveConfig, networks: Networks) -> Objective:
+    """The one place that turns `objective.kind` into a class."""
     relative = objective.feature_normalisation == "layer"
+    match objective.kind:
+        case "supervised":
+            return Supervised(networks, objective.weights, relative)
+        case "self_supervised":
+            return SelfSupervised(networks, objective.weights, relative)
+        case "mixed":
+            return Mixed(networks, objective.weights, relative)
+        case "from_scratch":
+            return FromScratch(networks, objective.weights)
+        case "one_to_one":
+            return OneToOne(networks, objective.weights, relative)
+
+
+def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.device) -> Batches:
+    """The batches of the roles that the objective learns from.
+
+    Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
+    objective, training = recipe.objective, recipe.training
     encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
     common: dict[str, Any] = {"prompt_dropout": training.prompt_dropout, "device": device, "encode": encode}
-    weights = objective.weights
 
     def labeled(share: int = 1) -> LabeledBatches:
         cache = _cache(recipe, LABELED, networks, mark)
@@ -117,19 +131,11 @@ def _objective_and_batches(
             )
         return UnlabeledBatches(cache, training.batch_size // share, x0=x0, **common)
 
-    match objective.kind:
-        case "self_supervised":
-            return SelfSupervised(networks, weights, relative), unlabeled()
-        case "mixed":
-            if training.batch_size % 2 or training.device_batch_size % 2:
-                raise InvalidInputError("objective.kind mixed halves every batch; make the batch sizes even")
-            return Mixed(networks, weights, relative), MixedBatches(labeled(2), unlabeled(2))
-        case "from_scratch":
-            return FromScratch(networks, weights), labeled()
-        case "one_to_one":
-            return OneToOne(networks, weights, relative), labeled()
-        case "supervised":
-            return Supervised(networks, weights, relative), labeled()
+    if len(objective.roles) == 1:
+        return labeled() if objective.roles == (LABELED,) else unlabeled()
+    if training.batch_size % 2 or training.device_batch_size % 2:
+        raise InvalidInputError("objective.kind mixed halves every batch; make the batch sizes even")
+    return MixedBatches(labeled(2), unlabeled(2))
 
 
 def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
@@ -212,7 +218,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         mark = run_mark(recipe, backbone)
         if done := _done(run_dir, mark, elsewhere):
             return done
-        objective, batches = _objective_and_batches(recipe, networks, model_mark(backbone), device)
+        objective = make_objective(recipe.objective, networks)
+        batches = make_batches(recipe, networks, model_mark(backbone), device)
         if main:
             write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
