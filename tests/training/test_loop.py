@@ -21,7 +21,7 @@ from refine_control.storage import only_writer, sha256_file
 from refine_control.training import loop
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
 from refine_control.training.loop import Draw, _micro_slots, _reduce
-from refine_control.training.optimizer import MasterWeights, compute_in
+from refine_control.training.optimizer import MasterWeights, Trainable, compute_in
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
 _spec = importlib.util.spec_from_file_location("toy_training", SCRIPT)
@@ -284,7 +284,7 @@ def test_saving_clears_what_a_killed_writer_left(tmp_path):
 
 def test_tiny_updates_of_bf16_weights_add_up():
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    master = MasterWeights([("w", parameter)], betas=(0.0, 0.0))
+    master = MasterWeights(Trainable.of([("w", parameter)]), betas=(0.0, 0.0))
     for step in range(100):
         (1000 * parameter.sum()).backward()
         master.accumulate()
@@ -300,21 +300,21 @@ def test_tiny_updates_of_bf16_weights_add_up():
 def test_the_masters_are_what_the_weights_were_before_they_were_cast():
     given = torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in given.named_parameters()}
-    module = compute_in(given, torch.bfloat16)
-    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
-    master = MasterWeights(module.named_parameters())
-    for name, own in zip(master.named, master.masters, strict=True):
-        assert torch.equal(own, before[name])
-        assert not torch.equal(own, master.named[name].float())
-    module(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    trainable = compute_in(given, torch.bfloat16)
+    assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
+    master = MasterWeights(trainable)
+    for name, values in trainable.masters.items():
+        assert torch.equal(values, before[name])
+        assert not torch.equal(values, master.named[name].float())
+    given(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
     master.accumulate()
     master.step(0.0, 0)
-    assert all(torch.equal(p, before[name].bfloat16()) for name, p in module.named_parameters())
+    assert all(torch.equal(p, before[name].bfloat16()) for name, p in given.named_parameters())
 
 
 def test_the_gradient_is_clipped_and_its_norm_told():
     parameter = torch.nn.Parameter(torch.zeros(4))
-    master = MasterWeights([("w", parameter)], betas=(0.0, 0.0), eps=1.0)
+    master = MasterWeights(Trainable.of([("w", parameter)]), betas=(0.0, 0.0), eps=1.0)
     (3 * parameter.sum()).backward()
     assert master.step(1.0, 0, max_grad_norm=0.6).item() == pytest.approx(6)
     torch.testing.assert_close(parameter.detach(), torch.full((4,), -0.3 / 1.3), rtol=1e-4, atol=0)
@@ -322,7 +322,7 @@ def test_the_gradient_is_clipped_and_its_norm_told():
 
 def test_the_average_warms_up_and_vectors_are_not_decayed():
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    master = MasterWeights([("m", matrix), ("v", vector)], weight_decay=0.5, ema_decay=0.9)
+    master = MasterWeights(Trainable.of([("m", matrix), ("v", vector)]), weight_decay=0.5, ema_decay=0.9)
     (0 * (matrix.sum() + vector.sum())).backward()
     master.step(0.1, 0)
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))

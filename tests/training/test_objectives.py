@@ -66,8 +66,8 @@ def test_the_student_learns_and_nothing_else_moves(networks, caches, tmp_path, k
         assert all(p.grad is None and not p.requires_grad for p in net.parameters()), name
     after = networks.student.state_dict()
     moved = {name for name in born if not torch.equal(born[name], after[name])}
-    assert moved >= {n for n in networks.trainable() if n.endswith("to_q.weight") or "controlnet_blocks" in n}
-    assert moved <= set(networks.trainable())
+    assert moved >= {n for n in networks.trainable.parameters if n.endswith("to_q.weight") or "controlnet_blocks" in n}
+    assert moved <= set(networks.trainable.parameters)
 
 
 def test_eq_1_is_made_of_its_terms(networks, caches):

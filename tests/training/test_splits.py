@@ -44,7 +44,7 @@ def update(objective, batches, processes, device_batch_size):
     accelerator = OneOf(processes)
     statistics = [_statistics(accelerator, objective, batches, each) for each in draws]
     whole = None if statistics[0] is None else torch.stack(statistics).mean(0)
-    master = MasterWeights(objective.trainable().items())
+    master = MasterWeights(objective.trainable())
     logged = [_gradients(objective, batches, master, each, whole) for each in draws]
     gradient = torch.cat([grad.flatten() for grad in master.grads]) / processes
     objective.networks.student.zero_grad()

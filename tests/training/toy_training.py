@@ -19,6 +19,7 @@ from refine_control.errors import RefineControlError
 from refine_control.storage import only_writer
 from refine_control.training.batches import LabeledBatches
 from refine_control.training.loop import Objective, fit, leave_process_group
+from refine_control.training.optimizer import Trainable
 
 SAMPLES, CHANNELS = 20, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, schedule="cosine")
@@ -66,7 +67,7 @@ class ToyObjective(Objective):
         self.notes, self.pause, self.broken_step = notes, pause, broken_step
 
     def trainable(self):
-        return dict(self.layer.named_parameters())
+        return Trainable.of(self.layer.named_parameters())
 
     def losses(self, batch, draw, statistics=None):
         sigmas = flow.logit_normal_sigmas(draw.normals("sigmas"))

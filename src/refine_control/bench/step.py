@@ -80,7 +80,7 @@ class OurStep:
         self.objective = make_objective(recipe.objective, self.networks)
         optimizer = recipe.optimizer
         self.master = MasterWeights(
-            self.objective.trainable().items(),
+            self.objective.trainable(),
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
@@ -94,7 +94,7 @@ class OurStep:
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
-        return dict(self.objective.trainable())
+        return dict(self.objective.trainable().parameters)
 
     def update(self) -> None:
         """One update of the weights, which clears the gradients."""

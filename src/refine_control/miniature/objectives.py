@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from refine_control import flow
 from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
@@ -24,7 +23,7 @@ from refine_control.models.controlnet import control_residuals, trainable_parame
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Draw, Objective
-from refine_control.training.optimizer import compute_in
+from refine_control.training.optimizer import Trainable, compute_in
 
 
 class StageLosses(NamedTuple):
@@ -124,11 +123,11 @@ class AutoencoderObjective(Objective):
     """Mean square and a little absolute error of the reconstruction, with a slight pull to the unit normal."""
 
     def __init__(self, vae: Any, dtype: torch.dtype):
-        self.vae: Any = compute_in(vae, dtype)
+        self.vae, self.parameters = vae, compute_in(vae, dtype)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """All of the autoencoder."""
-        return dict(self.vae.named_parameters())
+        return self.parameters
 
     def losses(self, batch: torch.Tensor, draw: Draw, statistics: torch.Tensor | None = None) -> AutoencoderLosses:
         """The reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
@@ -157,12 +156,12 @@ class BaseObjective(Objective):
     def __init__(self, pipeline: Any, dtype: torch.dtype):
         self.pipeline = pipeline
         self.parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
-        for part in self.parts.values():
-            compute_in(part.requires_grad_(True), dtype)
+        trained = {name: compute_in(part.requires_grad_(True), dtype) for name, part in self.parts.items()}
+        self.parameters = Trainable.joined(**trained)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """`transformer.*`, `text_encoder.*`, `text_encoder_2.*`."""
-        return {f"{n}.{k}": v for n, part in self.parts.items() for k, v in part.named_parameters()}
+        return self.parameters
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with 60 % local, 30 % global and 10 % empty prompts."""
@@ -182,10 +181,10 @@ class TeacherObjective(Objective):
         self.pipeline, self.inside_weight = pipeline, inside_weight
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
             part.to(dtype).requires_grad_(False)
-        self.parameters = trainable_parameters(pipeline.controlnet)
-        self.controlnet: Any = compute_in(pipeline.controlnet, dtype)
+        self.controlnet: Any = pipeline.controlnet
+        self.parameters = compute_in(pipeline.controlnet, dtype, trainable_parameters(pipeline.controlnet))
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """The ControlNet without the last block's text stream."""
         return self.parameters
 
@@ -214,15 +213,15 @@ class JointObjective(TeacherObjective):
     A `free` share of the samples goes without control, so that the base stays a text-to-image model."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0, free: float = 0.15):
-        compute_in(pipeline.transformer.requires_grad_(True), dtype)
+        base = compute_in(pipeline.transformer.requires_grad_(True), dtype)
         super().__init__(pipeline, dtype, inside_weight)
         self.free = free
         pipeline.transformer.requires_grad_(True)
+        self.parameters = Trainable.joined(transformer=base, controlnet=self.parameters)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """`transformer.*` and `controlnet.*`."""
-        base = {f"transformer.{n}": p for n, p in self.pipeline.transformer.named_parameters()}
-        return base | {f"controlnet.{n}": p for n, p in self.parameters.items()}
+        return self.parameters
 
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
         """Zero residuals for the free samples."""

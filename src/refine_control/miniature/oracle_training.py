@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from refine_control.miniature import scenes
@@ -15,6 +14,7 @@ from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed
 from refine_control.training.loop import Draw, Objective
+from refine_control.training.optimizer import Trainable
 
 
 class OracleLosses(NamedTuple):
@@ -70,9 +70,9 @@ class OracleObjective(Objective):
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """All of the classifier."""
-        return dict(self.classifier.named_parameters())
+        return Trainable.of(self.classifier.named_parameters())
 
     def losses(self, batch: Crops, draw: Draw, statistics: torch.Tensor | None = None) -> OracleLosses:
         """The sum of both."""

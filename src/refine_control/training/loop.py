@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, NonFiniteError
@@ -24,7 +23,7 @@ from refine_control.randomness import slot_normals, slot_uniforms
 from refine_control.signals import held
 from refine_control.storage import write_atomic
 from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
-from refine_control.training.optimizer import MasterWeights
+from refine_control.training.optimizer import MasterWeights, Trainable
 
 
 class Draw(NamedTuple):
@@ -50,8 +49,8 @@ class Objective(Protocol):
     The loss of a batch is the mean of its micro-batches' losses, each weighted by its share of the samples. What a loss
     needs of the whole batch besides, `statistics` gives."""
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters to update, by name."""
+    def trainable(self) -> Trainable:
+        """The parameters to update, by name, and their masters."""
         ...
 
     def losses(self, batch: Any, draw: Draw, statistics: torch.Tensor | None = None) -> Any:
@@ -229,7 +228,7 @@ def fit(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
     master = MasterWeights(
-        objective.trainable().items(),
+        objective.trainable(),
         betas=optimizer.betas,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,

@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from refine_control import flow
 from refine_control.conditions.inpainting import control_cond
@@ -28,7 +27,7 @@ from refine_control.losses import (
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, trainable_parameters
 from refine_control.training.loop import Draw, Objective
-from refine_control.training.optimizer import compute_in
+from refine_control.training.optimizer import Trainable, compute_in
 
 
 class LabeledBatch(NamedTuple):
@@ -94,18 +93,14 @@ class Networks:
         conditioning_scale: float = 1.0,
     ):
         self.backbone, self.teacher = backbone, teacher
-        self.parameters = trainable_parameters(student)
-        self.student = cast(ControlNet, compute_in(student, dtype))
+        self.student = student
+        self.trainable = compute_in(student, dtype, trainable_parameters(student))
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
             teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
         self.sigmas = sigmas or SigmaConfig()
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
         self.conditioning_scale = conditioning_scale
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The student's parameters that get a gradient."""
-        return self.parameters
 
     def noised(self, latents: torch.Tensor, draw: Draw) -> Noised:
         """x_t of clean latents (B,16,h,w) at logit-normal, shifted sigmas."""
@@ -176,9 +171,9 @@ class _Distillation(Objective):
     def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
         self.networks, self.weights, self.relative = networks, weights, relative_features
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """The student's parameters."""
-        return self.networks.trainable()
+        return self.networks.trainable
 
     def _point(self, batch: Any, draw: Draw) -> tuple[Noised, LabeledBatch | UnlabeledBatch]:
         """Where the networks are asked, and the rows of the batch in that order."""
@@ -242,9 +237,9 @@ class FromScratch(Objective):
     def __init__(self, networks: Networks, weights: LossWeights):
         self.networks, self.weights = networks, weights
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self) -> Trainable:
         """The student's parameters."""
-        return self.networks.trainable()
+        return self.networks.trainable
 
     def losses(self, batch: LabeledBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
         """l_task L_task."""

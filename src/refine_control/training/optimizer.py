@@ -3,50 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-_MASTER = "fp32"
+
+class Trainable(NamedTuple):
+    """What is trained: a network's parameters by name, and the fp32 tensors that are updated in their place."""
+
+    parameters: dict[str, nn.Parameter]
+    masters: Mapping[str, torch.Tensor]
+    """By the same names; the parameters themselves where the network computes in fp32."""
+
+    @classmethod
+    def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Trainable:
+        """The parameters that get a gradient, with new masters where one of them is not fp32."""
+        parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        same = all(p.dtype == torch.float32 for p in parameters.values())
+        copies = {} if same else {name: p.detach().float().clone() for name, p in parameters.items()}
+        return cls(parameters, copies or parameters)
+
+    @classmethod
+    def joined(cls, **parts: Trainable) -> Trainable:
+        """Several networks' as one; each name begins with that of its part."""
+        parameters = {f"{part}.{n}": p for part, each in parts.items() for n, p in each.parameters.items()}
+        masters = {f"{part}.{n}": m for part, each in parts.items() for n, m in each.masters.items()}
+        return cls(parameters, masters)
 
 
-def compute_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts a module, in place; its trainable fp32 parameters leave their values to `MasterWeights`, unrounded."""
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float32 != dtype:
-            setattr(parameter, _MASTER, parameter.detach().clone())
-    return module.to(dtype)
-
-
-def _master(parameter: nn.Parameter) -> torch.Tensor:
-    kept = vars(parameter).pop(_MASTER, None)
-    return parameter.detach().float().clone() if kept is None else kept.to(parameter.device)
+def compute_in(
+    module: nn.Module, dtype: torch.dtype, parameters: Mapping[str, nn.Parameter] | None = None
+) -> Trainable:
+    """Casts a module in place; the values of its trainable parameters (all by default) stay unrounded as masters."""
+    named = {n: p for n, p in (parameters or dict(module.named_parameters())).items() if p.requires_grad}
+    masters = {} if dtype == torch.float32 else {name: p.detach().float().clone() for name, p in named.items()}
+    module.to(dtype)
+    return Trainable(named, masters or named)
 
 
 class MasterWeights:
-    """fp32 copies of a module's trainable parameters, their gradients, AdamW moments and EMA.
+    """The fp32 masters of a module's trainable parameters, their gradients, AdamW moments and EMA.
 
     The module may hold the same parameters in bf16 (`compute_in`): `accumulate` adds its gradients here in fp32,
-    `step` updates here and copies back. For an fp32 module the masters are its own parameters.
+    `step` updates here and copies back. For an fp32 module the masters are its parameters.
 
     Args:
+        trainable: the masters must be on the device of the parameters, or are copied there.
         ema_decay: 0 keeps no average; otherwise the decay, warmed up as min(decay, (1 + step) / (10 + step)).
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        trainable: Trainable,
         *,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         ema_decay: float = 0.0,
     ):
-        self.named = {name: p for name, p in named_parameters if p.requires_grad}
+        self.named = trainable.parameters
         self.params: list[torch.Tensor] = list(self.named.values())
-        same = all(p.dtype == torch.float32 for p in self.params)
-        self.masters: list[torch.Tensor] = self.params if same else [_master(p) for p in self.named.values()]
+        same = all(trainable.masters[name] is p for name, p in self.named.items())
+        masters = (trainable.masters[name].to(p.device) for name, p in self.named.items())
+        self.masters: list[torch.Tensor] = self.params if same else list(masters)
         decayed = [m for m in self.masters if m.ndim > 1]
         flat = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]

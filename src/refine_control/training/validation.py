@@ -50,7 +50,7 @@ class Validation:
         """Writes `validation/step_XXXXXXXX.png` and returns it, (H,W,3) uint8; the student is left as it was."""
         from PIL import Image
 
-        parameters = self.networks.parameters
+        parameters = self.networks.trainable.parameters
         trained = {name: p.detach().clone() for name, p in parameters.items()}
         device = self.networks.student.device
         try:
