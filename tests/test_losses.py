@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from refine_control.injection import groups, layer_of_site
 from refine_control.losses import (
     combine,
-    feature_losses,
+    group_targets,
+    layer_losses,
     mask_weight,
     mean_squares,
     output_loss,
@@ -18,6 +19,10 @@ from refine_control.losses import (
 )
 
 ALPHA = 0.975
+
+
+def feature_losses(teacher, student, sizes=None):
+    return layer_losses(group_targets(teacher, len(student)), student, sizes)
 
 
 def tensors(count, *shape, seed=0, dtype=torch.float32):
@@ -109,7 +114,7 @@ def test_a_small_teacher_feeds_the_sites_as_it_injects():
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_the_relative_form_does_not_know_the_scale(scale):
     teacher, student = tensors(23, 2, 4, 8), tensors(5, 2, 4, 8, seed=1)
-    sizes = mean_squares(teacher_totals(teacher, 5))
+    sizes = mean_squares(group_targets(teacher, 5).values)
     scaled = feature_losses([scale * t for t in teacher], [scale * s for s in student], sizes=scale**2 * sizes)
     torch.testing.assert_close(scaled, feature_losses(teacher, student, sizes=sizes), rtol=1e-4, atol=1e-6)
     nothing = feature_losses(teacher, [torch.zeros_like(s) for s in student], sizes=sizes)

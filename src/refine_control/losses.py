@@ -49,10 +49,26 @@ def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: 
     return [torch.stack([teacher[feeds[s]].float() for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
 
 
-def kept_layers(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:
-    """f_T of the last site of each of the student's `num_layers` groups: (B,N,D) each, fp32."""
+class LayerTargets(NamedTuple):
+    """What the student's layers are compared with, each times `counts`."""
+
+    values: list[torch.Tensor]
+    """S tensors (B,N,D), fp32."""
+    counts: list[int]
+
+
+def group_targets(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> LayerTargets:
+    """Eq. 5: |G_j| f_S^j is compared with the teacher's total over the sites of G_j."""
+    counts = [len(sites) for sites in groups(num_layers, num_sites)]
+    return LayerTargets(teacher_totals(teacher, num_layers, num_sites), counts)
+
+
+def kept_targets(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> LayerTargets:
+    """SSD-1B (arXiv 2401.02677): f_S^j is compared with f_T of the last site of G_j alone."""
     feeds = layer_of_site(len(teacher), num_sites)
-    return [teacher[feeds[sites[-1]]].float() for sites in groups(num_layers, num_sites)]
+    return LayerTargets(
+        [teacher[feeds[sites[-1]]].float() for sites in groups(num_layers, num_sites)], [1] * num_layers
+    )
 
 
 def mean_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -60,43 +76,19 @@ def mean_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([tensor.square().mean() for tensor in tensors])
 
 
-def _divided(parts: list[torch.Tensor], sizes: torch.Tensor | None) -> torch.Tensor:
+def layer_losses(
+    targets: LayerTargets, student: Sequence[torch.Tensor], sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Eq. 5 by layer: E || c_j f_S^j - target_j ||^2 -> (S,); f_S (B,N,D) are residuals after their zero-linears.
+
+    `sizes` (S,), the `mean_squares` of the targets over the whole batch, divide the layers' terms so that no layer
+    dominates (not in the paper; `reproduce losses` measures it)."""
+    parts = [
+        (count * layer.float() - target).square().mean()
+        for count, layer, target in zip(targets.counts, student, targets.values, strict=True)
+    ]
     losses = torch.stack(parts)
     return losses if sizes is None else losses / sizes.clamp_min(1e-12)
-
-
-def feature_losses(
-    teacher: Sequence[torch.Tensor],
-    student: Sequence[torch.Tensor],
-    num_sites: int = 23,
-    sizes: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Eq. 5 by layer: E || |G_j| f_S^j - sum_{s in G_j} f_T^s ||^2 -> (S,).
-
-    f are ControlNet residuals after their zero-linears, (B,N,D) each: injected totals are compared.
-    `sizes` (S,), the `mean_squares` of the teacher's totals over the whole batch, divide the layers' terms so that
-    no layer dominates (not in the paper; `reproduce losses` measures it)."""
-    totals, sites = teacher_totals(teacher, len(student), num_sites), groups(len(student), num_sites)
-    parts = [
-        (len(group) * layer.float() - total).square().mean()
-        for layer, total, group in zip(student, totals, sites, strict=True)
-    ]
-    return _divided(parts, sizes)
-
-
-def one_to_one_losses(
-    teacher: Sequence[torch.Tensor],
-    student: Sequence[torch.Tensor],
-    num_sites: int = 23,
-    sizes: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The layer terms of SSD-1B (arXiv 2401.02677): E || f_S^j - f_T^l ||^2 with l the last of G_j -> (S,).
-
-    A kept layer is compared with itself alone. `sizes` (S,) are the `mean_squares` of the teacher's kept layers."""
-    kept = kept_layers(teacher, len(student), num_sites)
-    return _divided(
-        [(layer.float() - target).square().mean() for layer, target in zip(student, kept, strict=True)], sizes
-    )
 
 
 def combine(

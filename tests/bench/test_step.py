@@ -9,7 +9,8 @@ from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError
 from refine_control.recipe_files import load_recipe
 from refine_control.storage import write_json
-from refine_control.training.run import fast_precision, make_objective
+from refine_control.training.objectives import make_objective
+from refine_control.training.run import fast_precision
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from refine_control import flow
 from refine_control.cache.reader import Cache, write_cache
 from refine_control.config import LossWeights, OptimizerConfig, SigmaConfig, TrainingConfig
 from refine_control.errors import InvalidInputError
-from refine_control.losses import feature_losses, mask_weight, one_to_one_losses, output_loss, task_loss
+from refine_control.losses import group_targets, kept_targets, layer_losses, mask_weight, output_loss, task_loss
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.controlnet import build_student
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.training import objectives
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Draw, fit
-from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
+from refine_control.training.objectives import KINDS, Batch, Distillation, Networks
 
 WEIGHTS = LossWeights(task=4.0, output=1.0, feature=0.5)
 DRAW = Draw(0, "stage", 3, range(2))
@@ -41,17 +41,16 @@ def caches(tiny_backbone, tmp_path_factory):
     return {name: Cache(root / name) for name in ("labeled", "unlabeled", "spoiled")}
 
 
+def distillation(kind, networks, relative=False):
+    return Distillation(networks, KINDS[kind], WEIGHTS, relative)
+
+
 def objective_and_batches(kind, networks, caches):
-    if kind == "self_supervised":
-        return SelfSupervised(networks, WEIGHTS), UnlabeledBatches(caches["unlabeled"], 2)
-    if kind == "mixed":
-        halves = LabeledBatches(caches["labeled"], 1), UnlabeledBatches(caches["unlabeled"], 1)
-        return Mixed(networks, WEIGHTS), MixedBatches(*halves)
-    make = {"supervised": Supervised, "from_scratch": FromScratch, "one_to_one": OneToOne}[kind]
-    return make(networks, WEIGHTS), LabeledBatches(caches["labeled"], 2)
-
-
-KINDS = ["supervised", "self_supervised", "from_scratch", "mixed", "one_to_one"]
+    batches = {
+        "self_supervised": lambda: UnlabeledBatches(caches["unlabeled"], 2),
+        "mixed": lambda: MixedBatches(LabeledBatches(caches["labeled"], 1), UnlabeledBatches(caches["unlabeled"], 1)),
+    }
+    return distillation(kind, networks), batches.get(kind, lambda: LabeledBatches(caches["labeled"], 2))()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,12 +74,13 @@ def test_eq_1_is_made_of_its_terms(networks, caches):
     batch = batches.batch(DRAW)
     losses = objective.losses(batch, DRAW)
     with torch.no_grad():
-        at = networks.noised(batch.latents, DRAW)
+        at = networks.noised(batch, DRAW)
         teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
     task = task_loss(at.noise - batch.latents, student.velocity, mask_weight(batch.mask, WEIGHTS.alpha))
     output = output_loss(teacher.velocity, student.velocity)
-    feature = feature_losses(teacher.residuals, student.residuals).sum()
+    feature = layer_losses(group_targets(teacher.residuals, 3), student.residuals).sum()
     assert min(task, output, feature) > 0
+    torch.testing.assert_close(at.target, at.noise - batch.latents)
     torch.testing.assert_close(losses.loss, 4 * task + output + 0.5 * feature)
     torch.testing.assert_close(losses.task_loss, task)
     assert len(losses.feature_losses) == 3
@@ -113,9 +113,13 @@ def test_one_stage_is_eq_1_on_one_half_and_eq_6_on_the_other(networks, caches):
     batches.labeled.order.batch_size = batches.unlabeled.order.batch_size = 2
     batch = batches.batch(draw)
     both = objective.losses(batch, draw)
-    halves = {0: (0, 2), 1: (1, 3)}
-    eq_1 = Supervised(networks, WEIGHTS).losses(batch.labeled, draw._replace(slots=halves[0]))
-    eq_6 = SelfSupervised(networks, WEIGHTS).losses(batch.unlabeled, draw._replace(slots=halves[1]))
+    assert (list(batch.slots), batch.num_labeled) == ([0, 2, 1, 3], 2)
+    first, last = (
+        Batch(*(tensor[half] for tensor in batch[:5]), slots=batch.slots[half], num_labeled=count)
+        for half, count in ((slice(2), 2), (slice(2, 4), 0))
+    )
+    eq_1 = distillation("supervised", networks).losses(first, draw)
+    eq_6 = distillation("self_supervised", networks).losses(last, draw)
     torch.testing.assert_close(both.loss, (eq_1.loss + eq_6.loss) / 2)
     assert both.task_loss > 0
     # each half walks through its own set, and every sample has its own turn
@@ -128,29 +132,32 @@ def test_ssd_compares_each_layer_with_the_one_that_was_kept(networks, caches):
     batch = batches.batch(DRAW)
     losses = objective.losses(batch, DRAW)
     with torch.no_grad():
-        at = networks.noised(batch.latents, DRAW)
+        at = networks.noised(batch, DRAW)
         teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
     last = [teacher.residuals[site] for site in (7, 15, 22)]  # three groups of 23 sites end there
     terms = [(own - kept).square().mean() for own, kept in zip(student.residuals, last, strict=True)]
     torch.testing.assert_close(losses.feature_losses, torch.stack(terms))
     torch.testing.assert_close(losses.task_loss, task_loss(at.noise - batch.latents, student.velocity))
-    assert one_to_one_losses(teacher.residuals, last).sum() == 0
-    assert feature_losses(teacher.residuals, last).sum() > 0
+    assert layer_losses(kept_targets(teacher.residuals, 3), last).sum() == 0
+    assert layer_losses(group_targets(teacher.residuals, 3), last).sum() > 0
 
 
-def test_the_student_is_noised_where_the_scheduler_would(networks):
-    latents = torch.zeros(2, 16, 8, 8)
-    at = networks.noised(latents, DRAW)
+def test_the_student_is_noised_where_the_scheduler_would(networks, caches):
+    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    batch = batch._replace(latents=torch.zeros_like(batch.latents))
+    at = networks.noised(batch, DRAW)
     torch.testing.assert_close(at.noisy_latents, at.sigmas[:, None, None, None] * at.noise)
     shifted = Networks(networks.backbone, None, networks.student, sigmas=SigmaConfig(shift=3.0, logit_mean=0.5))
     expected = flow.logit_normal_sigmas(DRAW.normals("sigmas"), 0.5, 1.0, 3.0)
-    assert torch.equal(shifted.noised(latents, DRAW).sigmas, expected)
+    assert torch.equal(shifted.noised(batch, DRAW).sigmas, expected)
     assert networks.shift == networks.backbone.pipeline.scheduler.config.shift
+    turned = networks.noised(batch._replace(slots=[1, 0]), DRAW)  # the noise is that of the batch's own slots
+    assert torch.equal(turned.noise, at.noise.flip(0))
 
 
 def test_the_teacher_makes_no_graph_and_the_student_does(networks, caches):
     batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
-    at = networks.noised(batch.latents, DRAW)
+    at = networks.noised(batch, DRAW)
     networks.teacher.requires_grad_(True)  # not even a teacher that somebody woke
     teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
     networks.teacher.requires_grad_(False)
@@ -161,7 +168,7 @@ def test_the_teacher_makes_no_graph_and_the_student_does(networks, caches):
 
 def test_the_gradient_passes_through_the_frozen_backbone_to_every_residual(networks, caches):
     batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
-    student = networks.student_answer(networks.noised(batch.latents, DRAW), batch)
+    student = networks.student_answer(networks.noised(batch, DRAW), batch)
     for residual in student.residuals:
         residual.retain_grad()
     student.velocity.square().mean().backward()
@@ -172,14 +179,14 @@ def test_the_gradient_passes_through_the_frozen_backbone_to_every_residual(netwo
 def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tiny_backbone, caches):
     teacher = tiny_backbone.pipeline.controlnet
     copy = build_student(tiny_backbone.transformer, teacher, 23, "teacher", 0)
-    objective = SelfSupervised(Networks(tiny_backbone, teacher, copy), WEIGHTS)
+    objective = distillation("self_supervised", Networks(tiny_backbone, teacher, copy))
     losses = objective.losses(UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW), DRAW)
     assert losses.output_loss.item() < 1e-12
     assert losses.feature_loss.item() < 1e-12
 
 
 def test_stage_2_reads_no_ground_truth(networks, caches):
-    objective = SelfSupervised(networks, WEIGHTS)
+    objective = distillation("self_supervised", networks)
     assert "latents" not in caches["unlabeled"].arrays
     blind = Cache(caches["labeled"].folder)
     blind.arrays["latents"] = np.full_like(blind.arrays["latents"], np.nan)
@@ -195,8 +202,8 @@ def test_stage_2_reads_no_ground_truth(networks, caches):
 
 def test_stage_2_starts_from_what_x0_is_named(networks, caches, monkeypatch):
     seen, noised = [], networks.noised
-    monkeypatch.setattr(networks, "noised", lambda latents, draw: seen.append(latents) or noised(latents, draw))
-    cache, objective = Cache(caches["unlabeled"].folder), SelfSupervised(networks, WEIGHTS)
+    monkeypatch.setattr(networks, "noised", lambda batch, draw: seen.append(batch.latents) or noised(batch, draw))
+    cache, objective = Cache(caches["unlabeled"].folder), distillation("self_supervised", networks)
     cache.arrays["completions"] = cache.arrays["masked_latents"] + 1
     for x0 in ("masked_latents", "completions"):
         objective.losses(UnlabeledBatches(cache, 2, x0=x0).batch(DRAW), DRAW)
@@ -218,7 +225,7 @@ def test_the_baseline_never_asks_the_teacher(networks, caches, monkeypatch):
     assert torch.equal(objective.losses(batch, DRAW).loss, wanted.loss)
     torch.testing.assert_close(wanted.loss, 4 * wanted.task_loss)
     with pytest.raises(ValueError, match="without a teacher"):
-        Supervised(networks, WEIGHTS).losses(batch, DRAW)
+        distillation("supervised", networks).losses(batch, DRAW)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -232,7 +239,7 @@ def test_a_dropped_prompt_is_empty_for_teacher_and_student(networks, caches, mon
     residuals = objectives.control_residuals
     monkeypatch.setattr(objectives, "control_residuals", watched)
     batch = UnlabeledBatches(caches["unlabeled"], 2, share).batch(DRAW)
-    SelfSupervised(networks, WEIGHTS).losses(batch, DRAW)
+    distillation("self_supervised", networks).losses(batch, DRAW)
     assert [controlnet for controlnet, _ in seen] == [networks.teacher, networks.student]
     assert torch.equal(seen[0][1], seen[1][1])
     empty, pooled = networks.backbone.encode_prompts(["", ""])
@@ -248,6 +255,6 @@ def test_a_tenth_of_the_prompts_is_dropped(caches):
 
 def test_relative_features_are_an_option(networks, caches):
     batch = UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW)
-    plain, relative = (SelfSupervised(networks, WEIGHTS, r).losses(batch, DRAW) for r in (False, True))
+    plain, relative = (distillation("self_supervised", networks, r).losses(batch, DRAW) for r in (False, True))
     assert torch.equal(plain.output_loss, relative.output_loss)
     assert not torch.allclose(plain.feature_losses, relative.feature_losses)

@@ -184,7 +184,7 @@ def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out
     seen = set()
     for draw in draws(6):
         batch = mixed.batch(draw)
-        assert batch.joined().mask.shape == (4, 1, 6, 10)
+        assert batch.mask.shape == (4, 1, 6, 10)
         seen |= set(unlabeled.rows(draw._replace(slots=range(2), stage="stage unlabeled")).tolist())
     assert seen == set(range(5))
     with pytest.raises(InvalidInputError, match="one sample has no halves"):
@@ -197,7 +197,10 @@ def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):
     for draw in draws(12):
         whole = batches.batch(draw)
         parts = [batches.batch(draw._replace(slots=range(a, a + 2))) for a in (0, 2)]
-        assert all(torch.equal(torch.cat(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True))
+        assert all(
+            torch.equal(torch.cat(p), w)
+            for p, w in zip(zip(*(p[:5] for p in parts), strict=True), whole[:5], strict=True)
+        )
         assert whole.latents.shape[2:] == whole.masked_latents.shape[2:] == whole.mask.shape[2:]
         shapes.add(tuple(whole.latents.shape[2:]))
     assert shapes == {(6, 10), (8, 8)}
@@ -218,7 +221,7 @@ def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean
         x0 = unlabeled.batch(draw)
         assert torch.equal(x0.masked_latents, cache.take("masked_latents", rows))
         expected = x0.masked_latents + cache.take("masked_latents_std", rows) * drawn
-        assert torch.equal(x0.x0_latents, expected)
+        assert torch.equal(x0.latents, expected)
     one, two = (labeled.batch(draw).latents for draw in (draws(1)[0], draws(1)[0]._replace(seed=1)))
     assert one.shape != two.shape or not torch.equal(one, two)
 

@@ -23,9 +23,9 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.metrics.cost import Timing, count_flops, interleaved, peak_memory, ratio, time_call
 from refine_control.models.backbone import Backbone
 from refine_control.training.loop import Draw
-from refine_control.training.objectives import LabeledBatch
+from refine_control.training.objectives import Batch, make_objective
 from refine_control.training.optimizer import MasterWeights
-from refine_control.training.run import fast_precision, make_objective, prepare, training_device
+from refine_control.training.run import fast_precision, prepare, training_device
 
 STOCK, STOCK_OPEN, OURS_FP32, OURS = "stock", "stock, nothing frozen", "ours in fp32", "ours"
 
@@ -86,7 +86,7 @@ class OurStep:
             weight_decay=optimizer.weight_decay,
         )
 
-    def backward(self, batch: LabeledBatch, draw: Draw) -> float:
+    def backward(self, batch: Batch, draw: Draw) -> float:
         """The loss, with gradients in `parameters`."""
         loss = self.objective.losses(batch, draw).loss
         loss.backward()
@@ -101,14 +101,14 @@ class OurStep:
         self.master.accumulate()
         self.master.step(self.recipe.optimizer.learning_rate, 0, self.recipe.optimizer.max_grad_norm)
 
-    def phases(self, batch: LabeledBatch, draw: Draw) -> dict[str, float]:
+    def phases(self, batch: Batch, draw: Draw) -> dict[str, float]:
         """Seconds of the parts of one step; the teacher runs twice, once to be timed alone."""
 
         def seconds(part: Callable[[], Any]) -> float:
             return time_call(part, warmup=0, repeats=1).median
 
         losses: list[torch.Tensor] = []
-        at = self.networks.noised(batch.latents, draw)
+        at = self.networks.noised(batch, draw)
         teacher = seconds(lambda: self.networks.teacher_answer(at, batch))
         forward = seconds(lambda: losses.append(self.objective.losses(batch, draw).loss))
         return {
@@ -130,7 +130,7 @@ def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurS
     return makers if fast == "fp32" else {**makers, OURS_FP32: partial(OurStep, recipe, device, "fp32")}
 
 
-def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[LabeledBatch, Draw]:
+def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[Batch, Draw]:
     """A random batch of the model's own shapes."""
     count = recipe.training.device_batch_size or recipe.training.batch_size
     draw = Draw(recipe.training.seed, "bench", 0, range(count))
@@ -144,15 +144,15 @@ def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[La
         draw.normals("prompt_embeds", *embeds.shape),
         draw.normals("pooled_prompt_embeds", *pooled.shape),
     )
-    return LabeledBatch(*(tensor.to(device) for tensor in tensors)), draw
+    return Batch(*(tensor.to(device) for tensor in tensors), slots=draw.slots, num_labeled=count), draw
 
 
-def _whole(step: OurStep | StockStep, batch: LabeledBatch, draw: Draw) -> None:
+def _whole(step: OurStep | StockStep, batch: Batch, draw: Draw) -> None:
     step.backward(batch, draw)
     step.update()
 
 
-def _first_answer(step: OurStep | StockStep, batch: LabeledBatch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
+def _first_answer(step: OurStep | StockStep, batch: Batch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients before the first update; that update follows."""
     loss = step.backward(batch, draw)
     grads = {name: p.grad.float().clone() for name, p in step.parameters.items() if p.grad is not None}

@@ -15,7 +15,7 @@ from refine_control.conditions.inpainting import control_cond
 from refine_control.config import Recipe
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.training.loop import Draw
-from refine_control.training.objectives import LabeledBatch
+from refine_control.training.objectives import Batch
 from refine_control.training.run import new_student
 
 
@@ -34,7 +34,7 @@ class StockStep:
         shift = self.backbone.shift if recipe.sigmas.shift is None else recipe.sigmas.shift
         self.sigmas = recipe.sigmas.model_copy(update={"shift": shift})
 
-    def _answer(self, controlnet: Any, latents: torch.Tensor, sigmas: torch.Tensor, batch: LabeledBatch) -> Any:
+    def _answer(self, controlnet: Any, latents: torch.Tensor, sigmas: torch.Tensor, batch: Batch) -> Any:
         text, pooled, timestep = batch.prompt_embeds, batch.pooled_prompt_embeds, 1000 * sigmas
         residuals = controlnet(
             hidden_states=latents,
@@ -55,7 +55,7 @@ class StockStep:
         ).sample
         return injected, residuals, velocity
 
-    def loss(self, batch: LabeledBatch, draw: Draw) -> torch.Tensor:
+    def loss(self, batch: Batch, draw: Draw) -> torch.Tensor:
         """Eq. 1 at the sigmas and the noise that `ours` draws."""
         normals = draw.normals("sigmas").to(batch.latents.device)
         sigmas = torch.sigmoid(self.sigmas.logit_mean + self.sigmas.logit_std * normals)
@@ -82,7 +82,7 @@ class StockStep:
             feature = feature + ((len(group) * residual - total) ** 2).mean() / size
         return weights.task * task + weights.output * output + weights.feature * feature
 
-    def backward(self, batch: LabeledBatch, draw: Draw) -> float:
+    def backward(self, batch: Batch, draw: Draw) -> float:
         """The loss, with gradients in `parameters`."""
         for frozen in (self.teacher, self.transformer):
             frozen.requires_grad_(self.everything)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from refine_control import flow
 from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
 from refine_control.miniature import scenes
 from refine_control.models.backbone import encode_images, encode_prompts, predict_velocity
@@ -23,6 +22,7 @@ from refine_control.models.controlnet import control_residuals, trainable_parame
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Draw, Objective
+from refine_control.training.objectives import noised
 from refine_control.training.optimizer import Trainable, compute_in
 
 
@@ -165,13 +165,10 @@ class BaseObjective(Objective):
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with 60 % local, 30 % global and 10 % empty prompts."""
-        device = batch.latents.device
-        sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)
-        noise = draw.normals("noise", *batch.latents.shape[1:]).to(device)
+        at = noised(batch.latents, draw)
         embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
-        noisy = flow.interpolate(batch.latents, noise, sigmas)
-        predicted = predict_velocity(self.parts["transformer"], noisy, sigmas, embeds, pooled)
-        return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, 1.0)
+        predicted = predict_velocity(self.parts["transformer"], at.noisy_latents, at.sigmas, embeds, pooled)
+        return weighted_losses(predicted.float() - at.target, batch.mask, 1.0)
 
 
 class TeacherObjective(Objective):
@@ -190,17 +187,14 @@ class TeacherObjective(Objective):
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2, prompts as in the base; the same prompt goes to both networks."""
-        device = batch.latents.device
-        sigmas = flow.logit_normal_sigmas(draw.normals("sigmas")).to(device)
-        noise = draw.normals("noise", *batch.latents.shape[1:]).to(device)
+        at = noised(batch.latents, draw)
         with torch.no_grad():
             embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
-        noisy = flow.interpolate(batch.latents, noise, sigmas)
         cond = control_cond(batch.masked_latents, batch.mask)
-        residuals = control_residuals(self.controlnet, noisy, sigmas, embeds, cond, pooled.shape[-1])
+        residuals = control_residuals(self.controlnet, at.noisy_latents, at.sigmas, embeds, cond, pooled.shape[-1])
         residuals = self.controlled(residuals, draw)
-        predicted = predict_velocity(self.pipeline.transformer, noisy, sigmas, embeds, pooled, residuals)
-        return weighted_losses(predicted.float() - flow.velocity(batch.latents, noise), batch.mask, self.inside_weight)
+        predicted = predict_velocity(self.pipeline.transformer, at.noisy_latents, at.sigmas, embeds, pooled, residuals)
+        return weighted_losses(predicted.float() - at.target, batch.mask, self.inside_weight)
 
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
         """Every sample sees its control."""

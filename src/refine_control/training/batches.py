@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ import torch
 from refine_control.cache.reader import Cache
 from refine_control.errors import InvalidInputError
 from refine_control.models.prompt_memory import Encode
-from refine_control.training.loop import Draw
-from refine_control.training.objectives import LabeledBatch, MixedBatch, UnlabeledBatch
+from refine_control.training.loop import Batches, Draw
+from refine_control.training.objectives import Batch
 from refine_control.training.order import Order, Turn
 
 logger = logging.getLogger(__name__)
@@ -23,13 +23,14 @@ class _Text(NamedTuple):
     pooled: torch.Tensor
 
 
-class CacheBatches:
+class CacheBatches(Batches):
     """Global shuffle (`order`) with one size in each step; `prompt_dropout` of the slots get the empty prompt.
 
     Args:
         batch_size: of one update over all processes.
         device: where batches go.
         encode: makes the prompt embeddings that a cache without them lacks.
+        x0: the array of clean latents; only `latents` are a ground truth.
     """
 
     def __init__(
@@ -39,9 +40,18 @@ class CacheBatches:
         prompt_dropout: float = 0.1,
         device: str | torch.device = "cpu",
         encode: Encode | None = None,
+        *,
+        x0: str,
     ):
         self.cache, self.prompt_dropout, self.device, self.encode = cache, prompt_dropout, device, encode
-        self.order = Order(cache.groups, batch_size)
+        self.x0, self.order = x0, Order(cache.groups, batch_size)
+
+    def batch(self, draw: Draw, turn: Turn | None = None) -> Batch:
+        """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
+        rows = self.rows(draw, turn)
+        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
+        clean, num_labeled = self._clean(rows, draw), len(rows) if self.x0 == "latents" else 0
+        return Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
 
     def turn(self, draw: Draw) -> Turn:
         """The size of this step, and which of its batches it is."""
@@ -63,39 +73,29 @@ class CacheBatches:
     def _take(self, name: str, rows: np.ndarray) -> torch.Tensor:
         return self.cache.take(name, rows).to(self.device, torch.float32)
 
-    def _clean(self, name: str, rows: np.ndarray, draw: Draw) -> torch.Tensor:
+    def _clean(self, rows: np.ndarray, draw: Draw) -> torch.Tensor:
         """Clean latents: the posterior's mean, or a draw of (seed, stage, step, slot) where its deviation is cached."""
-        mean = self._take(name, rows)
-        if not self.cache.has(f"{name}_std"):
+        mean = self._take(self.x0, rows)
+        if not self.cache.has(f"{self.x0}_std"):
             return mean
-        return mean + self._take(f"{name}_std", rows) * draw.normals("posterior", *mean.shape[1:]).to(self.device)
+        return mean + self._take(f"{self.x0}_std", rows) * draw.normals("posterior", *mean.shape[1:]).to(self.device)
 
 
 class LabeledBatches(CacheBatches):
     """D_sl: reads the latents of the picture."""
 
-    def batch(self, draw: Draw) -> LabeledBatch:
-        """The samples of `draw.slots` at `draw.step`."""
-        rows = self.rows(draw)
-        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
-        return LabeledBatch(self._clean("latents", rows, draw), masked_latents, mask, *self._text(rows, draw))
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs, x0="latents")
 
 
 class UnlabeledBatches(CacheBatches):
     """D_ssl: reads what is around the hole, and `x0`: `masked_latents`, or the teacher's `completions`."""
 
-    def __init__(self, *args: object, x0: str = "masked_latents", **kwargs: object):
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.x0 = x0
-
-    def batch(self, draw: Draw, turn: Turn | None = None) -> UnlabeledBatch:
-        """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
-        rows = self.rows(draw, turn)
-        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
-        return UnlabeledBatch(self._clean(self.x0, rows, draw), masked_latents, mask, *self._text(rows, draw))
+    def __init__(self, *args: Any, x0: str = "masked_latents", **kwargs: Any):
+        super().__init__(*args, **kwargs, x0=x0)
 
 
-class MixedBatches:
+class MixedBatches(Batches):
     """Half of the slots from D_sl, half from D_ssl, each shuffled by itself; the even slots are labelled.
 
     Both halves have one size: the turns are those of D_sl, and D_ssl gives its batch of the same size and number. The
@@ -119,17 +119,16 @@ class MixedBatches:
                 groups = {size: rows for size, rows in half.order.groups.items() if size in common}
                 half.order = Order(groups, half.order.batch_size)
 
-    def batch(self, draw: Draw) -> MixedBatch:
+    def batch(self, draw: Draw) -> Batch:
         """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
-        even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == half] for half in (0, 1))
+        even, odd = ([slot for slot in draw.slots if slot % 2 == half] for half in (0, 1))
         if not even or not odd:
             raise InvalidInputError(
                 "objective.kind mixed halves every batch, and one sample has no halves; make training.batch_size a "
                 "multiple of twice the processes"
             )
-        labeled = draw._replace(slots=even, stage=f"{draw.stage} labeled")
-        unlabeled = draw._replace(slots=odd, stage=f"{draw.stage} unlabeled")
-        return MixedBatch(
-            self.labeled.batch(labeled),
-            self.unlabeled.batch(unlabeled, self.labeled.turn(labeled)),
-        )
+        labeled = draw._replace(slots=[slot // 2 for slot in even], stage=f"{draw.stage} labeled")
+        unlabeled = draw._replace(slots=[slot // 2 for slot in odd], stage=f"{draw.stage} unlabeled")
+        halves = self.labeled.batch(labeled), self.unlabeled.batch(unlabeled, self.labeled.turn(labeled))
+        tensors = (torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True))
+        return Batch(*tensors, slots=[*even, *odd], num_labeled=len(even))

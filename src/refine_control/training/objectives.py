@@ -1,28 +1,33 @@
-"""The paper's two stages and its baseline as objectives: each owns the frozen networks and one student."""
+"""The paper's two stages and its baselines as objectives: sums of named terms over frozen networks and one student.
 
-# B batch, h w latents, S student layers
+An objective of these kinds is a row of `KINDS`: which terms it has. Another kind of loss is a class of its own beside
+`Distillation`, with the same `Networks` and `noised`.
+"""
+
+# B batch, h w latents, N tokens, D width, S student layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from refine_control import flow
 from refine_control.conditions.inpainting import control_cond
-from refine_control.config import LossWeights, SigmaConfig
+from refine_control.config import LossWeights, ObjectiveConfig, SigmaConfig
 from refine_control.losses import (
+    LayerTargets,
     Losses,
     combine,
-    feature_losses,
-    kept_layers,
+    group_targets,
+    kept_targets,
+    layer_losses,
     mask_weight,
     mean_squares,
-    one_to_one_losses,
     output_loss,
     task_loss,
-    teacher_totals,
 )
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, trainable_parameters
@@ -30,43 +35,38 @@ from refine_control.training.loop import Draw, Objective
 from refine_control.training.optimizer import Trainable, compute_in
 
 
-class LabeledBatch(NamedTuple):
-    """From D_sl: everything, in latents. latents and masked_latents (B,16,h,w), mask (B,1,h,w) 1 = inpaint."""
+class Batch(NamedTuple):
+    """Samples in latents, those with ground truth first. latents, masked_latents (B,16,h,w), mask (B,1,h,w)."""
 
     latents: torch.Tensor
+    """x0: the image's own in D_sl; in D_ssl the masked image's, or the teacher's completion."""
     masked_latents: torch.Tensor
     mask: torch.Tensor
+    """1 = inpaint."""
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
+    slots: Sequence[int]
+    """Of the rows, in the batch of the step."""
+    num_labeled: int
+    """The first so many rows are of D_sl: their latents are the ground truth."""
 
 
-class UnlabeledBatch(NamedTuple):
-    """From D_ssl: no ground truth. x0_latents are the masked image's own, or the teacher's completion."""
-
-    x0_latents: torch.Tensor
-    masked_latents: torch.Tensor
-    mask: torch.Tensor
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
-
-
-class MixedBatch(NamedTuple):
-    """D_sl and D_ssl in one batch: the first rows are labelled."""
-
-    labeled: LabeledBatch
-    unlabeled: UnlabeledBatch
-
-    def joined(self) -> UnlabeledBatch:
-        """All rows with their x0: the ground truth where there is one."""
-        return UnlabeledBatch(*(torch.cat(parts) for parts in zip(self.labeled, self.unlabeled, strict=True)))
-
-
-class Noised(NamedTuple):
-    """One point on the path for each sample."""
+class Point(NamedTuple):
+    """One point on the path for each sample, and the velocity there."""
 
     noisy_latents: torch.Tensor
     noise: torch.Tensor
     sigmas: torch.Tensor
+    target: torch.Tensor
+
+
+def noised(latents: torch.Tensor, draw: Draw, sigmas: SigmaConfig | None = None, shift: float = 1.0) -> Point:
+    """x_t of clean latents (B,16,h,w) at logit-normal sigmas, shifted, with the noise of the draw's slots."""
+    sigmas = sigmas or SigmaConfig()
+    drawn = flow.logit_normal_sigmas(draw.normals("sigmas"), sigmas.logit_mean, sigmas.logit_std, shift)
+    drawn = drawn.to(latents.device)
+    noise = draw.normals("noise", *latents.shape[1:]).to(latents.device)
+    return Point(flow.interpolate(latents, noise, drawn), noise, drawn, flow.velocity(latents, noise))
 
 
 class Answer(NamedTuple):
@@ -92,8 +92,7 @@ class Networks:
         sigmas: SigmaConfig | None = None,
         conditioning_scale: float = 1.0,
     ):
-        self.backbone, self.teacher = backbone, teacher
-        self.student = student
+        self.backbone, self.teacher, self.student = backbone, teacher, student
         self.trainable = compute_in(student, dtype, trainable_parameters(student))
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
@@ -102,17 +101,12 @@ class Networks:
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
         self.conditioning_scale = conditioning_scale
 
-    def noised(self, latents: torch.Tensor, draw: Draw) -> Noised:
-        """x_t of clean latents (B,16,h,w) at logit-normal, shifted sigmas."""
-        sigmas = flow.logit_normal_sigmas(
-            draw.normals("sigmas"), self.sigmas.logit_mean, self.sigmas.logit_std, self.shift
-        ).to(latents.device)
-        noise = draw.normals("noise", *latents.shape[1:]).to(latents.device)
-        return Noised(flow.interpolate(latents, noise, sigmas), noise, sigmas)
+    def noised(self, batch: Batch, draw: Draw) -> Point:
+        """Where on the path a batch is at this step."""
+        return noised(batch.latents, draw._replace(slots=batch.slots), self.sigmas, self.shift)
 
-    def _residuals(
-        self, controlnet: ControlNet, at: Noised, batch: LabeledBatch | UnlabeledBatch
-    ) -> list[torch.Tensor]:
+    def residuals(self, controlnet: ControlNet, at: Point, batch: Batch) -> list[torch.Tensor]:
+        """What a ControlNet injects there, (B,N,D) each, without a pass of the transformer."""
         return control_residuals(
             controlnet,
             at.noisy_latents,
@@ -123,29 +117,29 @@ class Networks:
             self.conditioning_scale,
         )
 
-    def _answer(self, controlnet: ControlNet, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
-        residuals = self._residuals(controlnet, at, batch)
+    def _answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
+        residuals = self.residuals(controlnet, at, batch)
         transformer = self.backbone.transformer
         v = predict_velocity(
             transformer, at.noisy_latents, at.sigmas, batch.prompt_embeds, batch.pooled_prompt_embeds, residuals
         )
         return Answer(residuals, v)
 
-    def student_answer(self, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+    def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
         return self._answer(self.student, at, batch)
 
     @torch.no_grad()
-    def teacher_answer(self, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> Answer:
+    def teacher_answer(self, at: Point, batch: Batch) -> Answer:
         """The same point and prompt, without a graph."""
-        return self._answer(self._asked_teacher(), at, batch)
+        return self._answer(self._require_teacher(), at, batch)
 
     @torch.no_grad()
-    def teacher_residuals(self, at: Noised, batch: LabeledBatch | UnlabeledBatch) -> list[torch.Tensor]:
+    def teacher_residuals(self, at: Point, batch: Batch) -> list[torch.Tensor]:
         """What the teacher injects there, without a pass of the transformer."""
-        return self._residuals(self._asked_teacher(), at, batch)
+        return self.residuals(self._require_teacher(), at, batch)
 
-    def _asked_teacher(self) -> ControlNet:
+    def _require_teacher(self) -> ControlNet:
         if self.teacher is None:
             raise ValueError("this objective was built without a teacher")
         return self.teacher
@@ -159,145 +153,107 @@ class Networks:
         return len(self.student.transformer_blocks)
 
 
-def _output_weight(weights: LossWeights, mask: torch.Tensor) -> torch.Tensor | None:
-    """The weight of Eq. 4, of (B,1,h,w) masks: none in the paper."""
-    return None if weights.output_alpha is None else mask_weight(mask, weights.output_alpha)
+class Forward:
+    """A batch at its point of the path; teacher and student answer when a term first asks them."""
+
+    def __init__(self, networks: Networks, batch: Batch, draw: Draw):
+        self.networks, self.batch, self.at = networks, batch, networks.noised(batch, draw)
+
+    @cached_property
+    def teacher(self) -> Answer:
+        return self.networks.teacher_answer(self.at, self.batch)
+
+    @cached_property
+    def student(self) -> Answer:
+        return self.networks.student_answer(self.at, self.batch)
 
 
-class _Distillation(Objective):
-    """What the objectives with a teacher share: with `relative_features` each layer's term is divided by the mean
-    square of what the teacher has in its place, over the whole batch."""
+# Terms
 
-    def __init__(self, networks: Networks, weights: LossWeights, relative_features: bool = False):
-        self.networks, self.weights, self.relative = networks, weights, relative_features
+
+def masked_task(forward: Forward, weights: LossWeights) -> torch.Tensor:
+    """Eq. 3 on the rows that have a ground truth, as their part of the mean over all rows."""
+    count = forward.batch.num_labeled
+    weight = mask_weight(forward.batch.mask[:count], weights.alpha)
+    loss = task_loss(forward.at.target[:count], forward.student.velocity[:count], weight)
+    return loss * (count / len(forward.batch.mask))
+
+
+def plain_task(forward: Forward, weights: LossWeights) -> torch.Tensor:
+    """Eq. 3 with w = J; `alpha` is not read."""
+    del weights
+    return task_loss(forward.at.target, forward.student.velocity)
+
+
+def teacher_output(forward: Forward, weights: LossWeights) -> torch.Tensor:
+    """Eq. 4; with `output_alpha` the weight of Eq. 2 stands inside it, as in Eq. 3."""
+    alpha = weights.output_alpha
+    weight = None if alpha is None else mask_weight(forward.batch.mask, alpha)
+    return output_loss(forward.teacher.velocity, forward.student.velocity, weight)
+
+
+class Terms(NamedTuple):
+    """What an objective adds up, and what it compares the student's layers with; None: it has no such term."""
+
+    task: Callable[[Forward, LossWeights], torch.Tensor] | None = None
+    output: Callable[[Forward, LossWeights], torch.Tensor] | None = None
+    layers: Callable[[Sequence[torch.Tensor], int, int], LayerTargets] | None = None
+    """(teacher's residuals, S, sites) -> targets."""
+
+
+KINDS = {
+    "supervised": Terms(masked_task, teacher_output, group_targets),
+    "self_supervised": Terms(None, teacher_output, group_targets),
+    "from_scratch": Terms(masked_task),
+    "mixed": Terms(masked_task, teacher_output, group_targets),
+    "one_to_one": Terms(plain_task, teacher_output, kept_targets),
+}
+"""Eq. 1 (stage 1); Eq. 6 (stage 2, the teacher alone); Eq. 3 alone (Student_fc); Eq. 1 where a sample has a ground
+truth and Eq. 6 where it has none (one_stage); SSD-1B's loss (Student_ssd)."""
+
+
+class Distillation(Objective):
+    """l_task L_task + l_distill L_distill + l_af L_af of the terms that it has.
+
+    With `relative_features` each layer's term is divided by the mean square of its target over the whole batch."""
+
+    def __init__(self, networks: Networks, terms: Terms, weights: LossWeights, relative_features: bool = False):
+        self.networks, self.terms, self.weights, self.relative = networks, terms, weights, relative_features
 
     def trainable(self) -> Trainable:
         """The student's parameters."""
         return self.networks.trainable
 
-    def _point(self, batch: Any, draw: Draw) -> tuple[Noised, LabeledBatch | UnlabeledBatch]:
-        """Where the networks are asked, and the rows of the batch in that order."""
-        return self.networks.noised(batch[0], draw), batch
-
-    def _targets(self, teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What the student's layers are compared with."""
-        return teacher_totals(teacher, self.networks.num_layers, self.networks.num_sites)
-
-    def statistics(self, batch: Any, draw: Draw) -> torch.Tensor | None:
+    def statistics(self, batch: Batch, draw: Draw) -> torch.Tensor | None:
         """The mean square of each layer's target, (S,), where the terms are divided by it."""
-        if not self.relative:
+        if not self.relative or self.terms.layers is None:
             return None
-        return mean_squares(self._targets(self.networks.teacher_residuals(*self._point(batch, draw))))
+        residuals = self.networks.teacher_residuals(self.networks.noised(batch, draw), batch)
+        return mean_squares(self.terms.layers(residuals, self.networks.num_layers, self.networks.num_sites).values)
 
-    def _sizes(self, teacher: Answer, statistics: torch.Tensor | None) -> torch.Tensor | None:
-        """The divisors of the layers' terms: of the whole batch, which is this one where it is not split."""
-        return mean_squares(self._targets(teacher.residuals)) if self.relative and statistics is None else statistics
+    def _features(self, forward: Forward, sizes: torch.Tensor | None) -> torch.Tensor | None:
+        if self.terms.layers is None:
+            return None
+        targets = self.terms.layers(forward.teacher.residuals, self.networks.num_layers, self.networks.num_sites)
+        if self.relative and sizes is None:  # the batch is not split
+            sizes = mean_squares(targets.values)
+        return layer_losses(targets, forward.student.residuals, sizes)
 
-
-class Supervised(_Distillation):
-    """Eq. 1: stage 1, the task, the teacher's output and its features, on labelled data."""
-
-    def losses(self, batch: LabeledBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
-        """l_task L_task + l_distill L_distill + l_af L_af."""
-        w = self.weights
-        at, _ = self._point(batch, draw)
-        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
-        sizes = self._sizes(teacher, statistics)
-        target = flow.velocity(batch.latents, at.noise)
+    def losses(self, batch: Batch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
+        """Each term, and their weighted sum."""
+        forward, terms, weights = Forward(self.networks, batch, draw), self.terms, self.weights
+        output = terms.output and terms.output(forward, weights)  # asks the teacher, before there is a graph in memory
+        features = self._features(forward, statistics)
         return combine(
-            task=task_loss(target, student.velocity, mask_weight(batch.mask, w.alpha)),
-            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, batch.mask)),
-            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, sizes),
-            task_weight=w.task,
-            output_weight=w.output,
-            feature_weight=w.feature,
+            task=terms.task and terms.task(forward, weights),
+            output=output,
+            features=features,
+            task_weight=weights.task,
+            output_weight=weights.output,
+            feature_weight=weights.feature,
         )
 
 
-class SelfSupervised(_Distillation):
-    """Eq. 6: stage 2, the teacher alone, on data that has no ground truth."""
-
-    def losses(self, batch: UnlabeledBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
-        """l_distill L_distill + l_af L_af."""
-        at, _ = self._point(batch, draw)
-        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
-        sizes = self._sizes(teacher, statistics)
-        return combine(
-            task=None,
-            output=output_loss(teacher.velocity, student.velocity, _output_weight(self.weights, batch.mask)),
-            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, sizes),
-            output_weight=self.weights.output,
-            feature_weight=self.weights.feature,
-        )
-
-
-class FromScratch(Objective):
-    """Eq. 3 alone: Student_fc, the same network trained without the teacher."""
-
-    def __init__(self, networks: Networks, weights: LossWeights):
-        self.networks, self.weights = networks, weights
-
-    def trainable(self) -> Trainable:
-        """The student's parameters."""
-        return self.networks.trainable
-
-    def losses(self, batch: LabeledBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
-        """l_task L_task."""
-        at = self.networks.noised(batch.latents, draw)
-        student = self.networks.student_answer(at, batch)
-        target = flow.velocity(batch.latents, at.noise)
-        weight = mask_weight(batch.mask, self.weights.alpha)
-        return combine(
-            task=task_loss(target, student.velocity, weight),
-            output=None,
-            features=None,
-            task_weight=self.weights.task,
-        )
-
-
-class Mixed(_Distillation):
-    """The row one_stage: Eq. 1 on the samples of D_sl and Eq. 6 on those of D_ssl, in one batch."""
-
-    def _point(self, batch: MixedBatch, draw: Draw) -> tuple[Noised, UnlabeledBatch]:
-        rows = batch.joined()
-        draw = draw._replace(slots=sorted(draw.slots, key=lambda slot: slot % 2))  # the order of the rows
-        return self.networks.noised(rows.x0_latents, draw), rows
-
-    def losses(self, batch: MixedBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
-        """The mean over all samples of what each contributes."""
-        w, count = self.weights, len(batch.labeled.mask)
-        at, rows = self._point(batch, draw)
-        teacher, student = self.networks.teacher_answer(at, rows), self.networks.student_answer(at, rows)
-        sizes = self._sizes(teacher, statistics)
-        target = flow.velocity(batch.labeled.latents, at.noise[:count])
-        task = task_loss(target, student.velocity[:count], mask_weight(batch.labeled.mask, w.alpha))
-        return combine(
-            task=task * (count / len(rows.mask)),
-            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, rows.mask)),
-            features=feature_losses(teacher.residuals, student.residuals, self.networks.num_sites, sizes),
-            task_weight=w.task,
-            output_weight=w.output,
-            feature_weight=w.feature,
-        )
-
-
-class OneToOne(_Distillation):
-    """Student_ssd: SSD-1B's loss. The plain task, the teacher's output, and each kept layer against itself."""
-
-    def _targets(self, teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return kept_layers(teacher, self.networks.num_layers, self.networks.num_sites)
-
-    def losses(self, batch: LabeledBatch, draw: Draw, statistics: torch.Tensor | None = None) -> Losses:
-        """Task without a mask weight (`alpha` is not read), output, one-to-one layer terms."""
-        w = self.weights
-        at, _ = self._point(batch, draw)
-        teacher, student = self.networks.teacher_answer(at, batch), self.networks.student_answer(at, batch)
-        sizes = self._sizes(teacher, statistics)
-        return combine(
-            task=task_loss(flow.velocity(batch.latents, at.noise), student.velocity),
-            output=output_loss(teacher.velocity, student.velocity, _output_weight(w, batch.mask)),
-            features=one_to_one_losses(teacher.residuals, student.residuals, self.networks.num_sites, sizes),
-            task_weight=w.task,
-            output_weight=w.output,
-            feature_weight=w.feature,
-        )
+def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:
+    """The objective that a recipe names."""
+    return Distillation(networks, KINDS[config.kind], config.weights, config.feature_normalisation == "layer")

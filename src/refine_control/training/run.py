@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from refine_control.cache.reader import Cache, model_mark, refuse_sizes, teacher_mark
-from refine_control.config import DataConfig, ObjectiveConfig, Recipe, fingerprint, resolved_yaml
+from refine_control.config import DataConfig, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
@@ -23,8 +23,8 @@ from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
-from refine_control.training.loop import Batches, Objective, Progress, fit
-from refine_control.training.objectives import FromScratch, Mixed, Networks, OneToOne, SelfSupervised, Supervised
+from refine_control.training.loop import Batches, Progress, fit
+from refine_control.training.objectives import Networks, make_objective
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
@@ -92,22 +92,6 @@ def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
         raise InvalidInputError(f"{path} holds no prompt embeddings; encode them with --set data.prompts=encode")
     refuse_sizes(cache.groups, networks.backbone, networks.student)
     return cache
-
-
-def make_objective(objective: ObjectiveConfig, networks: Networks) -> Objective:
-    """The one place that turns `objective.kind` into a class."""
-    relative = objective.feature_normalisation == "layer"
-    match objective.kind:
-        case "supervised":
-            return Supervised(networks, objective.weights, relative)
-        case "self_supervised":
-            return SelfSupervised(networks, objective.weights, relative)
-        case "mixed":
-            return Mixed(networks, objective.weights, relative)
-        case "from_scratch":
-            return FromScratch(networks, objective.weights)
-        case "one_to_one":
-            return OneToOne(networks, objective.weights, relative)
 
 
 def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.device) -> Batches:
