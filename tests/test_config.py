@@ -211,6 +211,16 @@ def test_a_recipe_of_record_has_the_papers_values(name):
     assert set(recipe.paper) == {"psnr", "ssim", "fid", "lpips", "cmmd"}
 
 
+def test_a_recipe_of_every_scale_is_based_on_recipes_of_the_scale_that_is_asked_for():
+    mini, sd3 = load_recipe("mini/wo_mask"), load_recipe("sd3/wo_mask")
+    assert (mini.name, mini.model, mini.student.init) == ("mini/wo_mask", "mini", "teacher")
+    assert (sd3.name, sd3.student.init) == ("sd3/wo_mask", "transformer")
+    assert sd3.model == load_recipe("sd3/ours_stage1").model
+    assert mini.objective == sd3.objective
+    with pytest.raises(InvalidInputError, match="no recipe is named wo_mask; nearest: "):
+        load_recipe("wo_mask")
+
+
 @pytest.mark.parametrize("size", ["mini", "sd3"])
 def test_fc_trains_as_long_as_both_stages(size):
     steps = {row: load_recipe(f"{size}/{row}").training.steps for row in ("fc", "ours_stage1", "ours_stage2")}

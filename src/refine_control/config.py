@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from refine_control.injection import Injection
 from refine_control.strict_yaml import to_yaml
 
 
@@ -18,6 +19,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+Precision = Literal["fp32", "bf16"]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -111,9 +113,7 @@ class TrainingConfig(Section):
         default=0, ge=0, description="samples on one device at once, a divisor of batch_size; 0 is batch_size"
     )
     seed: Seed = Field(default=0, description="seed of order, masks, sigmas, noise and dropout")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="arithmetic of the forward passes; weights are fp32"
-    )
+    precision: Precision = Field(default="fp32", description="arithmetic of the forward passes; weights are fp32")
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="decay of the weights' running mean for each step; 0 is none"
     )
@@ -153,13 +153,13 @@ class SamplerConfig(Section):
     guidance_scale: float = Field(default=7.0, ge=0, le=100, description="classifier-free guidance; 1 or less is none")
     conditioning_scale: float = Field(default=0.95, ge=0, le=2, description="factor on the control residuals")
     seed: Seed = Field(default=0, description="seed of the initial noise")
-    injection: Literal["exact", "diffusers"] = Field(
+    injection: Injection = Field(
         default="exact", description="which residual feeds which block: as trained, or by the rule of stock diffusers"
     )
     latents: Literal["mean", "sample"] = Field(
         default="mean", description="masked latents: mean of the VAE posterior or a draw"
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         default="fp32", description="arithmetic of transformer and ControlNet; the VAE and the steps are fp32"
     )
 

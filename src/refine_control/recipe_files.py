@@ -2,7 +2,8 @@
 
 A recipe file is YAML with the traps closed (`strict_yaml`). Nothing is coerced but a whole number to a float, and an
 unknown key is an error that names the nearest valid one. A recipe may say `base: mini/ours_stage1` and then only what
-is different.
+is different. The packaged recipes of one scale are in its folder, `recipes/mini/`; those in `recipes/` itself are of
+every scale, and their `base` is a name within it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def recipe_names() -> list[str]:
     """The packaged recipes, as `mini/ours_stage1`."""
-    paths = (path for path in RECIPES.rglob("*.yaml") if path.name not in ("budgets.yaml", "rows.yaml"))
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths)
+    paths = [path for path in RECIPES.glob("*/*.yaml") if path.name not in ("budgets.yaml", "rows.yaml")]
+    scales = {path.parent.name for path in paths}
+    shared = [f"{scale}/{path.stem}" for scale in scales for path in RECIPES.glob("*.yaml")]
+    return sorted([path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths] + shared)
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -34,7 +37,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises InvalidInputError, one sentence: the file, the key, the value and what is allowed."""
     path = _recipe_path(path_or_name)
-    values = _with_base(path)
+    values = _with_base(str(path_or_name))
     overridden = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -48,15 +51,20 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InvalidInputError(_sentence(error, str(path), overridden)) from None
 
 
-def _with_base(path: Path, deeper: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file laid over those of the recipe that its `base` names; `paper` is never inherited."""
+def _with_base(path_or_name: str, deeper: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe laid over those of the recipe that its `base` names; `paper` is never inherited."""
+    path = _recipe_path(path_or_name)
     values = read_yaml(path)
     base = values.pop("base", None)
+    if path.parent == RECIPES:  # of every scale: it has the name that it is asked for, and its base is of that scale
+        scale = path_or_name.partition("/")[0]
+        values["name"] = path_or_name
+        base = f"{scale}/{base[scale] if isinstance(base, dict) else base}"
     if base is None:
         return values
-    if not isinstance(base, str) or path in deeper:
+    if not isinstance(base, str) or path_or_name in deeper:
         raise InvalidInputError(f"{path}: base is {base!r}; it names another recipe, such as mini/ours_stage1")
-    below = _with_base(_recipe_path(base), (*deeper, path))
+    below = _with_base(base, (*deeper, path_or_name))
     below.pop("paper", None)
     return _laid_over(below, values)
 
@@ -70,12 +78,14 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_path(path_or_name: str | Path) -> Path:
+    """The file of a recipe: a path, or a packaged name, which is a file of its scale or one of all scales."""
     path = Path(path_or_name)
     if path.suffix in (".yaml", ".yml"):
         return path
     names = recipe_names()
     if str(path_or_name) in names:
-        return RECIPES / f"{path_or_name}.yaml"
+        of_scale = RECIPES / f"{path_or_name}.yaml"
+        return of_scale if of_scale.is_file() else RECIPES / of_scale.name
     nearest = difflib.get_close_matches(str(path_or_name), names, n=3, cutoff=0.3) or names
     raise InvalidInputError(
         f"no recipe is named {path_or_name}; nearest: {', '.join(nearest)}; or give a path that ends in .yaml"

@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from refine_control.baselines.flux import FluxInpaintingControlNet
-from refine_control.config import SamplerConfig
+from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.hub import folder_of
 
@@ -140,7 +140,7 @@ def load_baseline(
     *,
     controlnet: str | Path | None = None,
     size: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     device: str | torch.device | None = None,
     true_guidance_scale: float = 1.0,
 ) -> Baseline:

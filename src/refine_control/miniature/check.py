@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from refine_control.baselines.bounds import decoded
-from refine_control.config import SamplerConfig
+from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import psnr
 from refine_control.miniature import scenes
@@ -86,7 +86,7 @@ def check_bundle(
     seed: int = 0,
     bundle: Path | None = None,
     prompts: tuple[str, ...] = ("local", "empty", "wrong"),
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     photos: Path | None = None,
 ) -> dict[str, Any]:
     """`mini check`: the shipped weights measured again on `count` unseen scenes: VAE, oracle, teacher.

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from refine_control.config import Recipe, Section, Seed
+from refine_control.config import Precision, Recipe, Section, Seed
 from refine_control.errors import InvalidInputError
+from refine_control.injection import Injection
 from refine_control.recipe_files import RECIPES, load_recipe
 from refine_control.strict_yaml import read_yaml
 
@@ -31,7 +32,7 @@ class Budget(Section):
     train_seeds: list[Seed] = Field(min_length=1, description="seeds of training")
     steps: int = Field(ge=2, description="optimiser updates of every student, over all its stages")
     batch_size: int = Field(ge=1, description="samples of one update")
-    precision: Literal["fp32", "bf16"] = Field(description="arithmetic of training and evaluation")
+    precision: Precision = Field(description="arithmetic of training and evaluation")
     num_inference_steps: int = Field(ge=1, description="Euler steps of the evaluation")
     guidance_scale: float = Field(ge=0, description="guidance of the evaluation")
     conditioning_scale: float = Field(default=1.0, ge=0, le=2, description="factor on the residuals in the evaluation")
@@ -71,7 +72,7 @@ class Row(Section):
         default=None, min_length=1, description="a model of another kind in its place: dreamshaper8, sd2 or flux"
     )
     seeds: int | None = Field(default=None, ge=1, description="at most so many training seeds; null is the budget's")
-    injection: Literal["exact", "diffusers"] = Field(default="exact", description="of the evaluation")
+    injection: Injection = Field(default="exact", description="of the evaluation")
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers")
 
 

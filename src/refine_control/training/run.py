@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from refine_control.cache.reader import Cache, model_mark, refuse_sizes, teacher_mark
-from refine_control.config import DataConfig, Recipe, fingerprint, resolved_yaml
+from refine_control.config import DataConfig, Precision, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
@@ -39,7 +39,7 @@ class Trained(NamedTuple):
     """Of this sitting; 0 when the run had been finished before."""
 
 
-def fast_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+def fast_precision(device: torch.device) -> Precision:
     """bf16 where the processor has units for it (measured in docs/results.md), else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
