@@ -1,6 +1,6 @@
 """Shards of one role made again with fewer samples, other prompts or blurred pictures: what ablations learn from.
 
-The prompts are those of `annotation.reword`: given, template (`a circle`, from a scene's shape or a photograph's category),
+The prompts are those of `annotation.reword`: given, template (`a circle`, from a scene's shape or a category),
 shuffled between photographs, or global.
 """
 
