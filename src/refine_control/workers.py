@@ -15,6 +15,7 @@ from multiprocessing.synchronize import Event
 from typing import Any, Protocol, TypeVar
 
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, WorkerDiedError
+from refine_control.threads import set_up
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -118,6 +119,7 @@ def _start(stopped: Event) -> None:
     """In a new worker: an interrupt is the parent's to handle, and without the parent there is nothing to do."""
     global _stopped  # noqa: PLW0603
     _stopped = stopped
+    set_up()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()

@@ -59,6 +59,20 @@ def test_the_plain_loop_has_the_loss_of_the_recipe(recipe, name):
     assert all(torch.equal(a, b) for a, b in zip(losses, train, strict=True))
 
 
+def test_threads_of_a_recipe_hold_for_its_measurement_alone(recipe, monkeypatch):
+    used = []
+
+    def stop():
+        used.append(torch.get_num_threads())
+        raise InterruptedError
+
+    monkeypatch.setattr("refine_control.bench.step.training_device", stop)
+    training = recipe.training.model_copy(update={"threads": 2})
+    with pytest.raises(InterruptedError):
+        bench_step(recipe.model_copy(update={"training": training}), repeats=1)
+    assert (used, torch.get_num_threads()) == ([2], 1)
+
+
 def test_another_objective_is_refused(recipe):
     other = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"kind": "from_scratch"})})
     with pytest.raises(InvalidInputError, match="supervised"):

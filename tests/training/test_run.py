@@ -78,6 +78,15 @@ def test_the_same_command_again_does_nothing_and_another_recipe_is_refused(recip
         train(recipe.model_copy(update={"name": "other"}), run_dir)
 
 
+def test_threads_of_a_recipe_hold_for_its_run_alone(recipe, trained, monkeypatch):
+    used = []
+    monkeypatch.setattr("refine_control.training.run.run_mark", lambda *_: used.append(torch.get_num_threads()))
+    two = recipe.model_copy(update={"training": recipe.training.model_copy(update={"threads": 2})})
+    with pytest.raises(InvalidInputError, match="another recipe"):
+        train(two, trained.student.parent)
+    assert (used, torch.get_num_threads()) == ([2], 1)
+
+
 def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):
     model, cache = tmp_path / "model", tmp_path / "cache"
     shutil.copytree(recipe.model, model)

@@ -22,6 +22,7 @@ from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.metrics.cost import Timing, count_flops, interleaved, peak_memory, ratio, time_call
 from refine_control.models.backbone import Backbone
+from refine_control.threads import torch_threads
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import Batch, make_objective
 from refine_control.training.optimizer import MasterWeights
@@ -204,8 +205,11 @@ def bench_step(recipe: Recipe, *, repeats: int) -> StepBench:
     Raises InvalidInputError for a recipe of another objective."""
     if recipe.objective.kind != "supervised":
         raise InvalidInputError(f"objective.kind is {recipe.objective.kind}; bench step measures supervised recipes")
-    if recipe.training.threads:
-        torch.set_num_threads(recipe.training.threads)
+    with torch_threads(recipe.training.threads):
+        return _bench_step(recipe, repeats)
+
+
+def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
     device = training_device()
     steps = {name: make() for name, make in _makers(recipe, device).items()}
     backbone = steps[STOCK].backbone

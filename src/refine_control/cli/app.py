@@ -28,6 +28,7 @@ from refine_control.cli.options import (
 from refine_control.cli.output import progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
+from refine_control.threads import set_up
 
 app = make_app(help="Make big ControlNets small, and prove what was lost.")
 mini_app = make_app(help="The miniature SD3 that ships with the package.")
@@ -172,6 +173,7 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # diffusers warns at every change of type and every cut prompt; what matters is said by our own verbs.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    set_up()
     try:
         app(prog_name="refine-control")
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ import shutil
 from typing import NamedTuple
 
 from refine_control.errors import MissingError, RefineControlError, StorageError
+from refine_control.threads import set_up
 
 # fmt: off
 CORE = (
@@ -44,7 +45,7 @@ class Check(NamedTuple):
 
 def diagnose() -> list[Check]:
     """Every check, the needed ones first."""
-    return [_python(), _packages(), _torchvision(), _models_import(), _gpu(), *_extras(), _offline()]
+    return [_python(), _packages(), _torchvision(), _models_import(), _gpu(), _threads(), *_extras(), _offline()]
 
 
 def extra_of(module: str) -> str | None:
@@ -138,6 +139,10 @@ def _gpu() -> Check:
             f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: a CPU build, or a driver too old",
         )
     return Check("gpu", "note", "none; the mini size runs on the CPU, the sd3 size needs a GPU")
+
+
+def _threads() -> Check:
+    return Check("threads", "ok", str(set_up()))
 
 
 def _extras() -> list[Check]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from refine_control.study.comparison import Row
 from refine_control.study.materials import Bar, Comparison, prepare_data
 from refine_control.study.row_results import RowResult, read_row, write_row
 from refine_control.study.rows import TABLES, finished, run_row
+from refine_control.threads import torch_threads, usable_cpus
 from refine_control.workers import workers as worker_processes
 
 Measure = Callable[[str, Row, Comparison, int, Bar], RowResult]
@@ -34,11 +34,8 @@ class Task(NamedTuple):
 
 def _make(task: Task, bar: Bar | None = None) -> Task:
     """Trains and evaluates, and writes the result's file."""
-    import torch
-
-    if task.threads:
-        torch.set_num_threads(task.threads)
-    made = task.measure(task.key, task.row, task.comparison, task.seed, bar or (lambda label: None))
+    with torch_threads(task.threads):
+        made = task.measure(task.key, task.row, task.comparison, task.seed, bar or (lambda label: None))
     write_row(made, task.path)
     return task
 
@@ -69,7 +66,7 @@ def collect(
     ]
     if missing:
         prepare_data(comparison, [rows[key] for key, _ in missing], bar)
-        threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
+        threads = max(1, usable_cpus() // workers) if workers > 1 else 0
         tasks = [Task(key, rows[key], seed, comparison, paths[key, seed], threads, measure) for key, seed in missing]
         tell = bar("rows")
         with worker_processes(workers) as in_order:

@@ -22,6 +22,7 @@ from refine_control.models.loading import load_backbone, load_controlnet, save_c
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
+from refine_control.threads import torch_threads
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Batches, Progress, fit
 from refine_control.training.objectives import Networks, make_objective
@@ -189,14 +190,12 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
     `elsewhere` are folders of runs of which one may be the very same, finished: then its student is the answer.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
     mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
-    if recipe.training.threads:
-        torch.set_num_threads(recipe.training.threads)
     if recipe.training.validate_every and not recipe.data.test:
         raise InvalidInputError(
             "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
         )
     main = is_main_process()
-    with only_writer(run_dir) if main else nullcontext():
+    with torch_threads(recipe.training.threads), only_writer(run_dir) if main else nullcontext():
         device = training_device()
         backbone, networks = prepare(recipe, device)
         mark = run_mark(recipe, backbone)
