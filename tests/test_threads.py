@@ -52,7 +52,7 @@ def test_set_up_watches_unless_the_user_chose_how_to_wait(environ):
 
 def test_threads_sleep_early_while_they_queue_and_spin_again_when_nobody_does():
     seen = [False]
-    for queued in (0.0, threads.CROWDED, 0.5, 0.1, threads.FREE, 0.1):
+    for queued in (0.0, threads.CROWDED, 1.0, 0.2, threads.FREE, 0.2):
         seen.append(threads.sleeps_early(seen[-1], queued))
     assert seen == [False, False, False, True, True, False, False]
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 SPIN_COUNT = "30000"
 """Turns a thread spins before it sleeps, about 2 ms: as fast as libgomp's own 300,000 on an idle machine."""
-PERIOD = 0.2
+PERIOD = 0.5
 """Seconds between two looks at the queues."""
-CROWDED, FREE = 0.2, 0.05
+CROWDED, FREE = 0.4, 0.15
 """Threads of this process that wait for a core, on average over a period: above, sleep early; below, spin again."""
 
 ADAPTIVE = "spinning, and asleep while other processes need the cores"

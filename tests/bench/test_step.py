@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, OurStep, _batch, bench_step
+from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, OurStep, make_batch, bench_step
 from refine_control.bench.stock_step import StockStep
 from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError
@@ -49,7 +49,7 @@ def test_the_plain_loop_has_the_loss_of_the_recipe(recipe, name):
     measured = recipe.model_copy(update={"objective": load_recipe(name).objective})
     device = torch.device("cpu")
     ours, stock = OurStep(measured, device, "fp32"), StockStep(measured, device)
-    batch, draw = _batch(measured, ours.backbone, device)
+    batch, draw = make_batch(measured, ours.backbone, device)
     loss = ours.backward(batch, draw)
     assert stock.backward(batch, draw) == pytest.approx(loss, rel=1e-5)
     for parameter in ours.parameters.values():

@@ -37,6 +37,7 @@ VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
     "bench features": ["--clip-pictures", JSON, "--pictures", "--repeats", "--resamples", "--set-size", "--size"],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
+    "bench threads": [JSON, "--repeats", "--seconds", "--set", "recipe"],
     "cache": [
         *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "--teacher"),
         *("out", "shards"),

@@ -131,7 +131,7 @@ def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurS
     return makers if fast == "fp32" else {**makers, OURS_FP32: partial(OurStep, recipe, device, "fp32")}
 
 
-def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[Batch, Draw]:
+def make_batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[Batch, Draw]:
     """A random batch of the model's own shapes."""
     count = recipe.training.device_batch_size or recipe.training.batch_size
     draw = Draw(recipe.training.seed, "bench", 0, range(count))
@@ -148,7 +148,8 @@ def _batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[Ba
     return Batch(*(tensor.to(device) for tensor in tensors), slots=draw.slots, num_labeled=count), draw
 
 
-def _whole(step: OurStep | StockStep, batch: Batch, draw: Draw) -> None:
+def whole_step(step: OurStep | StockStep, batch: Batch, draw: Draw) -> None:
+    """Loss, gradients and update."""
     step.backward(batch, draw)
     step.update()
 
@@ -213,14 +214,14 @@ def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
     device = training_device()
     steps = {name: make() for name, make in _makers(recipe, device).items()}
     backbone = steps[STOCK].backbone
-    batch, draw = _batch(recipe, backbone, device)
+    batch, draw = make_batch(recipe, backbone, device)
     answers = {name: _first_answer(step, batch, draw) for name, step in steps.items()}
-    timings = interleaved({n: partial(_whole, step, batch, draw) for n, step in steps.items()}, repeats=repeats)
+    timings = interleaved({n: partial(whole_step, step, batch, draw) for n, step in steps.items()}, repeats=repeats)
     ours = steps[OURS]
     assert isinstance(ours, OurStep)
     laps = [ours.phases(batch, draw) for _ in range(repeats)]
     size, precision = len(batch.latents), fast_precision(device)
-    flops = count_flops(partial(_whole, steps[STOCK], batch, draw))
+    flops = count_flops(partial(whole_step, steps[STOCK], batch, draw))
     rates = {
         name: _matmul_rate(backbone, size, dtype, device)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
@@ -252,9 +253,9 @@ def _main(name: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     recipe, device = Recipe.model_validate_json(sys.stdin.read()), training_device()
     step = _makers(recipe, device)[name]()
-    batch, draw = _batch(recipe, step.backbone, device)
+    batch, draw = make_batch(recipe, step.backbone, device)
     for _ in range(3):
-        _whole(step, batch, draw)
+        whole_step(step, batch, draw)
     print(peak_memory(device.type))
 
 

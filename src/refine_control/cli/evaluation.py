@@ -198,3 +198,19 @@ def bench_features(
 
     made = run(pictures, size, repeats, clip_pictures=clip_pictures, set_size=set_size, resamples=resamples)
     show(made._asdict(), as_json)
+
+
+@bench_app.command("threads")
+def bench_threads(
+    recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/balanced_stage1",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time of each of the eight measurements.")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Time a training step alone and beside a second training, by how torch's threads wait for each other."""
+    from refine_control.bench.threads import bench_threads as run
+    from refine_control.recipe_files import load_recipe
+
+    result = run(load_recipe(recipe, overrides or []), repeats=repeats, seconds=seconds)
+    show(result if as_json else result.text, as_json)
