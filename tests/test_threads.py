@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refine_control import threads
-from refine_control.threads import ADAPTIVE, SPIN_COUNT, Crowd, Threads, choose, cpu_quota
+from refine_control.threads import ADAPTIVE, CROWDED, FREE, SPIN_COUNT, Crowd, Policy, Threads, choose, cpu_quota
 
 
 def test_the_users_environment_comes_first():
@@ -51,10 +51,28 @@ def test_set_up_watches_unless_the_user_chose_how_to_wait(environ):
 
 
 def test_threads_sleep_early_while_they_queue_and_spin_again_when_nobody_does():
-    seen = [False]
-    for queued in (0.0, threads.CROWDED, 1.0, 0.2, threads.FREE, 0.2):
-        seen.append(threads.sleeps_early(seen[-1], queued))
-    assert seen == [False, False, False, True, True, False, False]
+    policy = Policy()
+    seen = [policy.update(q, now) for now, q in enumerate((0.0, CROWDED, 1.0, 0.2, FREE, FREE / 2, CROWDED))]
+    assert seen == [False, False, True, True, True, False, False]
+
+
+def test_lasting_queues_are_looked_at_less_and_less():
+    policy, changes = Policy(), []
+    for now in range(200):
+        before = policy.early
+        if policy.update(1.0, now) != before:
+            changes.append(now)
+    rests = [end - start for start, end in zip(changes[::2], changes[1::2], strict=False)]
+    assert rests[:5] == [5, 10, 20, 40, 60]
+
+
+def test_a_look_that_finds_free_cores_lasts_and_the_next_queue_is_new():
+    policy = Policy()
+    assert policy.update(1.0, 0)
+    assert not policy.update(1.0, 5)
+    assert not policy.update(0.1, 50)
+    assert policy.update(1.0, 60)
+    assert not policy.update(1.0, 65)
 
 
 def test_a_crowd_fills_libgomp_and_leaves():

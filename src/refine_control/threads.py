@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 SPIN_COUNT = "30000"
 """Turns a thread spins before it sleeps, about 2 ms: as fast as libgomp's own 300,000 on an idle machine."""
-PERIOD = 0.5
+PERIOD = 0.25
 """Seconds between two looks at the queues."""
 CROWDED, FREE = 0.4, 0.15
 """Threads of this process that wait for a core, on average over a period: above, sleep early; below, spin again."""
+REST = (5.0, 60.0)
+"""Seconds of early sleep before a look at whether spinning is possible again: at first, and after many vain looks."""
 
 ADAPTIVE = "spinning, and asleep while other processes need the cores"
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -158,14 +160,30 @@ class Crowd:
         self.thread.join()
 
 
-def sleeps_early(already: bool, queued: float) -> bool:
-    """Whether threads shall sleep early, by whether they do and by how many of them waited for a core on average."""
-    return queued > (FREE if already else CROWDED)
+class Policy:
+    """When waiting threads sleep early: while they queue for cores, with a look now and then at whether they still do.
+
+    Threads that sleep early queue more under light work beside them than threads that spin, so only a look tells."""
+
+    def __init__(self) -> None:
+        self.early = False
+        self._changed = -math.inf
+        self._rest = REST[0]
+
+    def update(self, queued: float, now: float) -> bool:
+        """`early` from now on, by how many threads waited for a core, on average, until `now` in seconds."""
+        since = now - self._changed
+        if self.early and (queued < FREE or since >= self._rest):
+            self.early, self._changed = False, now
+        elif not self.early and queued > CROWDED:
+            self._rest = min(2 * self._rest, REST[1]) if since < self._rest else REST[0]
+            self.early, self._changed = True, now
+        return self.early
 
 
 def watch(stop: threading.Event) -> None:
     """Until `stop` is set, keeps a crowd in libgomp while threads of this process queue for cores."""
-    crowd: Crowd | None = None
+    policy, crowd = Policy(), None
     libgomp: Path | None = None
     queued, at = seconds_queued(), time.monotonic()
     while queued is not None and not stop.wait(PERIOD):
@@ -173,7 +191,7 @@ def watch(stop: threading.Event) -> None:
         libgomp = libgomp or (loaded_libgomp() if "torch" in sys.modules else None)
         if queued is None or libgomp is None:
             continue
-        early = sleeps_early(crowd is not None, (queued - before) / (at - since))
+        early = policy.update((queued - before) / (at - since), at)
         if early and crowd is None:
             crowd = Crowd(libgomp, usable_cpus() + 1)
         elif crowd and not early:

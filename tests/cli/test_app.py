@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.main import get_command
 
+from refine_control import threads
 from refine_control.cli import app as cli
 from refine_control.cli import doctor
 from refine_control.cli import evaluation as cli_evaluation
@@ -382,6 +383,18 @@ def test_the_doctor_finds_nothing_missing_here(monkeypatch, capsys):
     assert "missing " not in said
     for name in ("python", "packages", "torchvision", "gpu", "extra data", "hub"):
         assert f" {name}" in said
+
+
+def test_the_doctor_says_how_many_threads_and_how_they_wait(monkeypatch):
+    chosen = threads.choose({"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "7"}, 4, 4, adaptive=True)
+    monkeypatch.setattr(doctor, "set_up", lambda: chosen)
+    assert doctor._threads() == ("threads", "ok", "3, from OMP_NUM_THREADS; they wait as GOMP_SPINCOUNT=7 says")
+
+
+def test_the_command_line_sets_the_threads_up(monkeypatch):
+    monkeypatch.setattr(cli, "set_up", lambda: pytest.fail("as expected"))
+    with pytest.raises(pytest.fail.Exception, match="as expected"):
+        call(monkeypatch, "doctor")
 
 
 def test_the_doctor_names_a_broken_torchvision(monkeypatch, capsys, tmp_path):

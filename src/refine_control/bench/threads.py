@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refine_control.config import Recipe
 from refine_control.errors import MissingError
@@ -87,7 +87,7 @@ def bench_threads(
     paces: dict[tuple[str, int], list[Pace]] = {}
     for _ in range(repeats):
         for name, added in settings.items():
-            environ = {k: v for k, v in os.environ.items() if k not in _CLEARED} | added
+            environ = {k: v for k, v in os.environ.items() if k not in _CLEARED} | dict(added)
             for count in (1, 2):
                 pace = _measure([*command, str(seconds)], recipe.model_dump_json(), environ, count, seconds)
                 paces.setdefault((name, count), []).append(pace)
@@ -102,10 +102,10 @@ def bench_threads(
 
 def _measure(command: Sequence[str], recipe: str, environ: Mapping[str, str], count: int, seconds: float) -> Pace:
     """The slowest pace of `count` trainings that begin their first step together and are stopped after `seconds`."""
-    pipe = subprocess.PIPE
-    trainings = [
-        subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(count)
-    ]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # a session each, as from two terminals: Linux shares the cores out among sessions first
+    pipes |= {"env": environ, "text": True, "start_new_session": True}
+    trainings = [subprocess.Popen(command, **pipes) for _ in range(count)]
     try:
         for training in trainings:
             _send(training, recipe)
