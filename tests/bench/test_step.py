@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, OurStep, make_batch, bench_step
+from refine_control.bench.step import OURS, STOCK, STOCK_OPEN, OurStep, bench_step, make_batch
 from refine_control.bench.stock_step import StockStep
 from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError
