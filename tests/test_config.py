@@ -120,7 +120,12 @@ def test_an_unknown_key_names_file_key_and_nearest(write, key, nearest):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("training.steps=0", "training.steps is 0 and must be a whole number, at least 1 (optimiser updates)"),
+        (
+            "training.steps=0",
+            "training.steps is 0 and must be a whole number, at least 1, at most 99999999 (opt",
+        ),
+        ("training.threads=9999999999999999999", "must be a whole number, at least 0, at most 4096 (CPU threads"),
+        ("training.batch_size=1000000000", "must be a whole number, at least 1, at most 65536 (samples of one update"),
         ("objective.weights.alpha=1", "must be a number, at least 0.5, below 1"),
         ("objective.kind=foo", "must be one of supervised, self_supervised, from_scratch"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9] and must be a list of two numbers"),

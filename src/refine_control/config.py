@@ -107,8 +107,8 @@ class TrainingConfig(Section):
     """How long, how much at once, and what is written on the way."""
 
     stage: str = Field(default="stage1", pattern=r"^[\w-]+$", description="name of the stage; it seeds the randomness")
-    steps: int = Field(default=1000, ge=1, description="optimiser updates")
-    batch_size: int = Field(default=8, ge=1, description="samples of one update over all devices")
+    steps: int = Field(default=1000, ge=1, le=99_999_999, description="optimiser updates")
+    batch_size: int = Field(default=8, ge=1, le=65536, description="samples of one update over all devices")
     device_batch_size: int = Field(
         default=0, ge=0, description="samples on one device at once, a divisor of batch_size; 0 is batch_size"
     )
@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics")
     validate_every: Period = Field(default=0, description="steps between validations; 0 is never")
     num_validation_images: int = Field(default=16, ge=1, description="images of a validation")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 is all")
+    threads: int = Field(default=0, ge=0, le=4096, description="CPU threads; 0 is all")
 
     @model_validator(mode="after")
     def _device_batch_divides(self) -> TrainingConfig:

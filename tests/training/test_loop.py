@@ -210,6 +210,16 @@ def test_values_that_are_not_finite_end_the_run_and_never_reach_a_checkpoint(tmp
         toy.train(tmp_path / "logged", broken_step=2)
 
 
+def test_samples_that_are_not_finite_are_named_though_they_came_steps_ago(tmp_path):
+    with pytest.raises(DamagedError, match="sample toy-7 of toy_cache; ") as error:
+        toy.train(tmp_path, broken_sample=7, log_every=100, save_every=5, device_batch_size=2)
+    assert error.value.exit_code == 65
+    assert "toy-" not in str(error.value).replace("toy-7", "")
+    assert load_checkpoint(tmp_path, "fingerprint") is None
+    with pytest.raises(NonFiniteError, match="all inputs are"):
+        toy.train(tmp_path / "diverged", broken_step=2)
+
+
 def test_the_learning_rate_is_a_function_of_the_step(uninterrupted):
     expected = [float(f"{learning_rate_at(step, toy.OPTIMIZER, 40):.6g}") for step in range(40)]
     assert [line["learning_rate"] for line in logged(uninterrupted)] == expected

@@ -258,3 +258,17 @@ def test_relative_features_are_an_option(networks, caches):
     plain, relative = (distillation("self_supervised", networks, r).losses(batch, DRAW) for r in (False, True))
     assert torch.equal(plain.output_loss, relative.output_loss)
     assert not torch.allclose(plain.feature_losses, relative.feature_losses)
+
+
+def test_a_mixed_batch_names_what_is_not_finite_in_either_half(caches):
+    halves = {name: Cache(caches[name].folder) for name in ("labeled", "unlabeled")}
+    mixed = MixedBatches(LabeledBatches(halves["labeled"], 1), UnlabeledBatches(halves["unlabeled"], 1))
+    draws = [DRAW._replace(step=step) for step in range(5)]
+    assert [mixed.not_finite(draw) for draw in draws] == [[]] * 5
+    for cache, name, row in ((halves["labeled"], "latents", 1), (halves["unlabeled"], "masked_latents", 3)):
+        cache.arrays[name] = np.array(cache.arrays[name])
+        cache.arrays[name][row, 0, 0, 0] = np.inf
+    names = sorted(name for draw in draws for name in mixed.not_finite(draw))
+    assert names == sorted(
+        f"sample {halves[n].keys[row]} of {halves[n].folder}" for n, row in (("labeled", 1), ("unlabeled", 3))
+    )

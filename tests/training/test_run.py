@@ -19,6 +19,7 @@ from refine_control.models.loading import load_backbone
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.storage import write_json
+from refine_control.training import run
 from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.loop import Draw
 from refine_control.training.run import train
@@ -87,6 +88,31 @@ def test_threads_of_a_recipe_hold_for_its_run_alone(recipe, trained, monkeypatch
     assert (used, torch.get_num_threads()) == ([2], 1)
 
 
+def test_a_run_of_another_recipe_is_refused_with_what_changed(recipe, trained, tmp_path):
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": 3})})
+    changes = r"training\.steps is 2 there and 3 here; choose another folder"
+    with pytest.raises(InvalidInputError, match=f"student of another recipe, teacher or data: {changes}"):
+        train(longer, trained.student.parent)
+    weights = recipe.objective.weights.model_copy(update={"output_alpha": 0.9})
+    other = longer.model_copy(update={"objective": recipe.objective.model_copy(update={"weights": weights})})
+    with pytest.raises(InvalidInputError, match=r"output_alpha is null there and 0\.9 here, training\.steps is 2"):
+        train(other, trained.student.parent)
+    shutil.copytree(trained.student.parent, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")  # a run that was stopped before its student was saved
+    for _ in range(2):  # a refused run leaves the recipe of the folder as it is
+        with pytest.raises(InvalidInputError, match=f"unfinished run of another recipe: {changes}"):
+            train(longer, tmp_path / "run")
+    assert train(recipe, tmp_path / "run").steps == 2
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_memory_bytes", lambda device: 100_000)
+    with pytest.raises(
+        InvalidInputError, match=r"of 4 samples at once .* training\.device_batch_size smaller"
+    ):
+        train(recipe, tmp_path)
+
+
 def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):
     model, cache = tmp_path / "model", tmp_path / "cache"
     shutil.copytree(recipe.model, model)
@@ -113,8 +139,8 @@ def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):
     (tmp_path / "train.py").write_text(CODE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(tmp_path / "train.py"), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
-    assert run.returncode == 0, run.stderr
+    launched = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert launched.returncode == 0, launched.stderr
     logs = (
         (folder / "metrics.jsonl").read_text().splitlines() for folder in (trained.student.parent, tmp_path / "two")
     )

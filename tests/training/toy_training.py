@@ -30,6 +30,7 @@ class ToyCache:
 
     def __init__(self):
         self.groups = {(2, 2): range(SAMPLES)}
+        self.keys, self.folder = [f"toy-{number}" for number in range(SAMPLES)], "toy_cache"
         generator = np.random.default_rng(0)
 
         def normals(*shape):
@@ -86,13 +87,18 @@ class ToyObjective(Objective):
         return ToyLosses(loss, error.detach().mean((0, 2, 3))[:2])
 
 
-def train(run_dir, *, dtype="float32", pause=0.0, notes=None, broken_step=-1, unchecked=False, **training):
+def train(
+    run_dir, *, dtype="float32", pause=0.0, notes=None, broken_step=-1, broken_sample=None, unchecked=False, **training
+):
     """`fit` with an EMA; fields of the recipe by name."""
     fields = {"stage": "toy", "steps": 12, "batch_size": 4, "ema_decay": 0.9, "save_every": 4, "log_every": 1}
     make = TrainingConfig.model_construct if unchecked else TrainingConfig
     config = make(**{**TrainingConfig().model_dump(), **fields, **training})
     objective = ToyObjective(getattr(torch, dtype), notes and Path(notes), pause, broken_step)
-    batches = LabeledBatches(ToyCache(), config.batch_size, prompt_dropout=0.3)
+    cache = ToyCache()
+    if broken_sample is not None:
+        cache.arrays["latents"][broken_sample, 0, 1, 1] = np.nan
+    batches = LabeledBatches(cache, config.batch_size, prompt_dropout=0.3)
     return fit(objective, batches, OPTIMIZER, config, Path(run_dir), "fingerprint")
 
 

@@ -21,7 +21,7 @@ from refine_control.models.backbone import encode_images, encode_prompts, predic
 from refine_control.models.controlnet import control_residuals, trainable_parameters
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
-from refine_control.training.loop import Draw, Objective
+from refine_control.training.loop import Batches, Draw, Objective
 from refine_control.training.objectives import noised
 from refine_control.training.optimizer import Trainable, compute_in
 
@@ -54,7 +54,7 @@ class SceneBatch(NamedTuple):
     global_prompts: list[str]
 
 
-class PictureBatches:
+class PictureBatches(Batches):
     """Half scenes, half pictures with the statistics of photographs: (B,3,64,64) in [-1, 1]."""
 
     def batch(self, draw: Draw) -> torch.Tensor:
@@ -63,7 +63,7 @@ class PictureBatches:
         return scenes.photo_mixture(derive_seed(draw.seed, draw.stage), start, len(draw.slots))
 
 
-class SceneBatches:
+class SceneBatches(Batches):
     """Rendered scenes, encoded by the frozen autoencoder in bursts and shown `repeats` times with new noise.
 
     A slot's scenes depend on (seed, stage, slot, step) alone, so any number of processes sees the same."""

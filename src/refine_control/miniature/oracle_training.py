@@ -13,7 +13,7 @@ from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed
-from refine_control.training.loop import Draw, Objective
+from refine_control.training.loop import Batches, Draw, Objective
 from refine_control.training.optimizer import Trainable
 
 
@@ -41,7 +41,7 @@ def scene_crops(seed: int, start: int, count: int) -> Crops:
     return Crops(crops, torch.from_numpy(rendered.colour), torch.from_numpy(rendered.shape))
 
 
-class CropBatches:
+class CropBatches(Batches):
     """New scenes at every step."""
 
     def batch(self, draw: Draw) -> Crops:

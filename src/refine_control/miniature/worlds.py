@@ -31,7 +31,7 @@ from refine_control.models.loading import load_backbone, load_pipeline
 from refine_control.pipeline.painting import inpaint
 from refine_control.pixels import from_images
 from refine_control.randomness import derive_seed, permutation
-from refine_control.training.loop import Draw
+from refine_control.training.loop import Batches, Draw
 from refine_control.training.run import fast_precision
 
 Progress = Callable[[int, int, str], None]
@@ -205,7 +205,7 @@ class _Order:
         return np.array(out)
 
 
-class PhotoPictures:
+class PhotoPictures(Batches):
     """Photographs for the autoencoder, half of them mirrored."""
 
     def __init__(self, photos: SmallPhotos):
@@ -224,7 +224,7 @@ class _Encoded(NamedTuple):
     mask: torch.Tensor
 
 
-class PhotoBatches:
+class PhotoBatches(Batches):
     """Photographs and their mirror images, encoded once by the frozen autoencoder when the first batch is asked for."""
 
     def __init__(self, vae: Any, photos: SmallPhotos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from refine_control.cache.reader import Cache
 from refine_control.errors import InvalidInputError
 from refine_control.models.prompt_memory import Encode
+from refine_control.photos.buckets import Size
 from refine_control.training.loop import Batches, Draw
 from refine_control.training.objectives import Batch
 from refine_control.training.order import Order, Turn
@@ -52,6 +54,20 @@ class CacheBatches(Batches):
         masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
         clean, num_labeled = self._clean(rows, draw), len(rows) if self.x0 == "latents" else 0
         return Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
+
+    def not_finite(self, draw: Draw, turn: Turn | None = None) -> list[str]:
+        """Keys of the samples of `draw.slots` whose latents, mask or prompt embeddings are not all finite."""
+        tensors = self.batch(draw, turn)[:5]
+        return [
+            f"sample {self.cache.keys[row]} of {self.cache.folder}"
+            for number, row in enumerate(self.rows(draw, turn))
+            if not all(bool(tensor[number].isfinite().all()) for tensor in tensors)
+        ]
+
+    @property
+    def sizes(self) -> Iterable[Size]:
+        """Of the samples, in latents."""
+        return self.order.groups
 
     def turn(self, draw: Draw) -> Turn:
         """The size of this step, and which of its batches it is."""
@@ -119,16 +135,33 @@ class MixedBatches(Batches):
                 groups = {size: rows for size, rows in half.order.groups.items() if size in common}
                 half.order = Order(groups, half.order.batch_size)
 
+    @property
+    def sizes(self) -> Iterable[Size]:
+        """Of the samples, in latents."""
+        return self.labeled.sizes
+
     def batch(self, draw: Draw) -> Batch:
         """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
-        even, odd = ([slot for slot in draw.slots if slot % 2 == half] for half in (0, 1))
+        labeled, unlabeled = self._halves(draw)
+        halves = self.labeled.batch(labeled), self.unlabeled.batch(unlabeled, self.labeled.turn(labeled))
+        tensors = (torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True))
+        slots = sorted(draw.slots, key=lambda slot: slot % 2)
+        return Batch(*tensors, slots=slots, num_labeled=halves[0].num_labeled)
+
+    def not_finite(self, draw: Draw) -> list[str]:
+        """Those of both halves."""
+        labeled, unlabeled = self._halves(draw)
+        return self.labeled.not_finite(labeled) + self.unlabeled.not_finite(unlabeled, self.labeled.turn(labeled))
+
+    def _halves(self, draw: Draw) -> tuple[Draw, Draw]:
+        """The even and the odd slots, counted and seeded by themselves."""
+        even, odd = ([slot // 2 for slot in draw.slots if slot % 2 == half] for half in (0, 1))
         if not even or not odd:
             raise InvalidInputError(
                 "objective.kind mixed halves every batch, and one sample has no halves; make training.batch_size a "
                 "multiple of twice the processes"
             )
-        labeled = draw._replace(slots=[slot // 2 for slot in even], stage=f"{draw.stage} labeled")
-        unlabeled = draw._replace(slots=[slot // 2 for slot in odd], stage=f"{draw.stage} unlabeled")
-        halves = self.labeled.batch(labeled), self.unlabeled.batch(unlabeled, self.labeled.turn(labeled))
-        tensors = (torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True))
-        return Batch(*tensors, slots=[*even, *odd], num_labeled=len(even))
+        return (
+            draw._replace(slots=even, stage=f"{draw.stage} labeled"),
+            draw._replace(slots=odd, stage=f"{draw.stage} unlabeled"),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,17 @@ def _folders(run_dir: Path) -> list[Path]:
     root = run_dir / "checkpoints"
     found = [p for p in root.iterdir() if _NAME.match(p.name)] if root.is_dir() else []
     return sorted(found, reverse=True)
+
+
+def refuse_other_run(run_dir: Path, fingerprint: str, why: Callable[[], str]) -> None:
+    """Raises InvalidInputError, with `why()`, where the newest checkpoint of `run_dir` is of another fingerprint."""
+    for folder in _folders(run_dir)[:1]:
+        try:
+            other = read_manifest(folder, verify=False)["fingerprint"]
+        except (FileNotFoundError, DamagedError):  # `load_checkpoint` says what can be done
+            return
+        if other != fingerprint:
+            raise InvalidInputError(f"{run_dir} holds an unfinished run of another recipe: {why()}")
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], fingerprint: str) -> Path:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
 
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
-from refine_control.errors import InterruptedCleanlyError, InvalidInputError, NonFiniteError
+from refine_control.errors import DamagedError, InterruptedCleanlyError, InvalidInputError, NonFiniteError
 from refine_control.randomness import slot_normals, slot_uniforms
 from refine_control.signals import held
 from refine_control.storage import write_atomic
@@ -72,6 +72,11 @@ class Batches(Protocol):
     def batch(self, draw: Draw) -> Any:
         """The samples of `draw.slots` at `draw.step`."""
         ...
+
+    def not_finite(self, draw: Draw) -> list[str]:
+        """Names of the samples of `draw.slots` whose values are not all finite."""
+        del draw
+        return []
 
 
 class Fitted(NamedTuple):
@@ -191,12 +196,21 @@ def _gradients(
     return logged
 
 
-def _refuse_nonfinite(loss: float, norm: float, where: str) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NonFiniteError(
-            f"the loss or its gradient is not finite {where}; "
-            "lower optimizer.learning_rate and run again in another folder"
+def _refuse_nonfinite(batches: Batches, draws: Iterable[Draw], where: str) -> NoReturn:
+    """Raises DamagedError where an input of these micro-batches, on any process, is not finite; else NonFiniteError."""
+    from accelerate.utils import gather_object
+
+    names = list(dict.fromkeys(gather_object([name for draw in draws for name in batches.not_finite(draw)])))
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise DamagedError(
+            f"inputs of the training are not finite {where}: {', '.join(names[:5])}{more}; "
+            "correct or remove these samples, make their cache again and train in another folder"
         )
+    raise NonFiniteError(
+        f"the loss or its gradient is not finite {where}, and all inputs are; "
+        "lower optimizer.learning_rate and run again in another folder"
+    )
 
 
 def leave_process_group() -> None:
@@ -221,8 +235,8 @@ def fit(
     `validate(step, weights)` is called every `validate_every` steps on the main process; its picture (H,W,3) uint8 is
     logged.
 
-    Raises InterruptedCleanlyError after a SIGTERM or SIGINT, once all is saved, NonFiniteError, InvalidInputError for a
-    run of another recipe, StorageError."""
+    Raises InterruptedCleanlyError after a SIGTERM or SIGINT, once all is saved, NonFiniteError, DamagedError for inputs
+    that are not finite, InvalidInputError for a run of another recipe, StorageError."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -236,11 +250,14 @@ def fit(
     )
     run_dir.mkdir(parents=True, exist_ok=True)
     resumed = load_checkpoint(run_dir, fingerprint)
-    start = resumed.step if resumed else 0
+    start = checked = resumed.step if resumed else 0
     if resumed:
         master.load(resumed.tensors, start)
     log = _Log(run_dir, start) if accelerator.is_main_process else None
     began = time.monotonic()
+
+    def draws_at(step: int) -> list[Draw]:
+        return [Draw(training.seed, training.stage, step, each) for each in slots]
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -249,7 +266,7 @@ def fit(
 
     with held(f"everything is saved in {run_dir}") as stopped:
         for step in range(start, training.steps):
-            draws = [Draw(training.seed, training.stage, step, m) for m in slots]
+            draws = draws_at(step)
             statistics = _statistics(accelerator, objective, batches, draws)
             logged = _gradients(objective, batches, master, draws, statistics)
             stop = _reduce(accelerator, master.grads, bool(stopped()))
@@ -261,7 +278,10 @@ def fit(
             # a norm that is not finite spoils every later one, so looking before each save keeps checkpoints clean
             values = _means(accelerator, logged) if saves or logs else {"loss": 0.0}
             if saves or logs:
-                _refuse_nonfinite(values["loss"], float(norm), f"at step {done} of {run_dir}")
+                if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
+                    since = (draw for each in range(checked, done) for draw in draws_at(each))
+                    _refuse_nonfinite(batches, since, f"at step {done} of {run_dir}")
+                checked = done
             if logs:
                 seconds = (time.monotonic() - began) / (done - start)
                 if log:

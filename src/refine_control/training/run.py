@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,11 +22,14 @@ from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
 from refine_control.models.prompt_memory import PromptMemory
+from refine_control.photos.buckets import Size
+from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.threads import torch_threads
-from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
-from refine_control.training.loop import Batches, Progress, fit
+from refine_control.training.batches import CacheBatches, LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.checkpoint import refuse_other_run
+from refine_control.training.loop import Progress, fit
 from refine_control.training.objectives import Networks, make_objective
 from refine_control.training.validation import Validation
 
@@ -95,7 +100,7 @@ def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
     return cache
 
 
-def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.device) -> Batches:
+def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.device) -> CacheBatches | MixedBatches:
     """The batches of the roles that the objective learns from.
 
     Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
@@ -172,16 +177,81 @@ def run_mark(recipe: Recipe, backbone: Backbone) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path]) -> Trained | None:
-    """The finished student of the same run, verified; None where there is none."""
+def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of a recipe by its dotted key."""
+    out = {}
+    for key, value in values.items():
+        out |= _settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+_BY_CONTENT = ("model", "teacher", "init_from", "data.labeled", "data.unlabeled", "data.test")
+"""Settings that a run is known by the contents of."""
+
+
+def _what_changed(previous: Recipe | None, recipe: Recipe) -> str:
+    """What makes a run another one than that of its folder: each setting with its old and new value."""
+    if previous is None:
+        return "its recipe cannot be read; choose another folder"
+    before, now = (_settings(each.model_dump(mode="json", exclude={"paper"})) for each in (previous, recipe))
+    changed = {key for key in {**before, **now} if before.get(key) != now.get(key)}
+    keys = sorted(changed.difference(_BY_CONTENT)) or sorted(changed)
+    if not keys:
+        return (
+            "all settings are the same, but the contents of model, teacher, init_from or data have changed; "
+            "choose another folder"
+        )
+    settings = ", ".join(f"{key} is {_shown(before.get(key))} there and {_shown(now.get(key))} here" for key in keys)
+    return f"{settings}; choose another folder, or set them back"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _recipe_in(run_dir: Path) -> Recipe | None:
+    """The recipe that a run folder was last started with."""
+    try:
+        return load_recipe(run_dir / "recipe.yaml")
+    except InvalidInputError:
+        return None
+
+
+def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path], recipe: Recipe) -> Trained | None:
+    """The finished student of the same run, verified; None where there is none.
+
+    Raises InvalidInputError where the folder has another run's student or checkpoint."""
     for folder in (run_dir / STUDENT, *(other / STUDENT for other in elsewhere)):
         if (folder / MANIFEST).is_file() and read_manifest(folder, verify=False)["fingerprint"] == mark:
             return Trained(folder, read_manifest(folder)["steps"], 0.0)
     if (run_dir / STUDENT / MANIFEST).is_file():
-        raise InvalidInputError(
-            f"{run_dir} holds the student of another recipe, teacher or data; choose another folder"
-        )
+        changed = _what_changed(_recipe_in(run_dir), recipe)
+        raise InvalidInputError(f"{run_dir} holds the student of another recipe, teacher or data: {changed}")
+    refuse_other_run(run_dir, mark, lambda: _what_changed(_recipe_in(run_dir), recipe))
     return None
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """The whole memory of a GPU or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _refuse_too_large(recipe: Recipe, networks: Networks, sizes: Iterable[Size], device: torch.device) -> None:
+    """Raises InvalidInputError where the control residuals of a device batch alone exceed the whole memory."""
+    training, config = recipe.training, networks.student.config
+    samples = training.device_batch_size or training.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
+    tokens = max(math.prod(size) for size in sizes) // config["patch_size"] ** 2
+    width, layers = config["num_attention_heads"] * config["attention_head_dim"], networks.num_layers
+    layers += len(networks.teacher.transformer_blocks) if networks.teacher else 0
+    needed = samples * tokens * width * layers * networks.student.dtype.itemsize
+    memory = _memory_bytes(device)
+    if needed > memory:
+        raise InvalidInputError(
+            f"the control residuals of {samples} samples at once take {needed / 2**30:.0f} GiB, and {device.type} has "
+            f"{memory / 2**30:.0f} GiB; make training.device_batch_size smaller"
+        )
 
 
 def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsewhere: Iterable[Path] = ()) -> Trained:
@@ -199,10 +269,11 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         device = training_device()
         backbone, networks = prepare(recipe, device)
         mark = run_mark(recipe, backbone)
-        if done := _done(run_dir, mark, elsewhere):
+        if done := _done(run_dir, mark, elsewhere, recipe):
             return done
         objective = make_objective(recipe.objective, networks)
         batches = make_batches(recipe, networks, model_mark(backbone), device)
+        _refuse_too_large(recipe, networks, batches.sizes, device)
         if main:
             write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
