@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,13 @@ from refine_control.annotation.parts import REJECTS, Done, Parts
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import DECISIONS_NAME, read_decisions
 from refine_control.photos.sources import MANIFEST_NAME, entries, photos_of
+from refine_control.progress import Progress
 from refine_control.records import Entry
 from refine_control.storage import TEMPORARY, only_writer, write_json
 
 PARAMETERS = "annotate.json"
 FORMAT = 3
 """Raised when the same parameters no longer give the same rows."""
-Progress = Callable[[int, int], None]
-"""Called with (photos done, photos in all)."""
 
 
 @dataclass(frozen=True)

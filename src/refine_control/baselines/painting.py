@@ -19,9 +19,8 @@ from refine_control.baselines.models import Baseline
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.pixels import from_images, to_images
+from refine_control.progress import Progress
 from refine_control.randomness import derive_seed, slot_normals
-
-Progress = Callable[[int, int, str], None]
 
 
 def working_size(baseline: Baseline, height: int, width: int) -> tuple[int, int]:

@@ -25,7 +25,6 @@ from refine_control.cache.writer import (
     SAMPLES,
     CacheWriter,
     Posterior,
-    Progress,
     PromptStorage,
     Stored,
     numbered_prompts,
@@ -43,6 +42,7 @@ from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
 from refine_control.photos.shards import Shards
 from refine_control.pipeline.painting import complete_latents
+from refine_control.progress import Progress
 from refine_control.randomness import slot_normals
 from refine_control.records import LABELED, ROLES, UNLABELED, Photo
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file

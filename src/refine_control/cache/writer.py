@@ -30,6 +30,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone, by_parts
 from refine_control.photos.buckets import Size, grouped
 from refine_control.pixels import from_images
+from refine_control.progress import Progress
 from refine_control.records import UNLABELED, Photo
 from refine_control.storage import finish_folder, fsync_path, storage_errors, write_json
 
@@ -37,7 +38,6 @@ SAMPLES = "samples.jsonl"
 BATCH = 32
 _STATE = "state.json"
 _SECONDS_BETWEEN_SAVES = 30.0
-Progress = Callable[[int, int, str], None]
 PromptStorage = Literal["full", "int8", "none"]
 Posterior = Literal["mean", "mean_std"]
 

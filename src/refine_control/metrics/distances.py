@@ -22,11 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sum
 from refine_control.metrics.statistics import Interval
+from refine_control.progress import Progress
 
 Rows = NDArray[np.integer]
 Distance = Callable[[Features, Features], float]
-Progress = Callable[[int, int], None]
-"""Told how many of the drawn sets are done, and of how many."""
 OfDraws = Callable[[Features, Features, Rows, Progress | None], NDArray[np.float64]]
 """A distance of each pair of sets (R,) that `rows` (R, N) draw from both sides."""
 

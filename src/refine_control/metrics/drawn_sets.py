@@ -13,17 +13,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from refine_control.metrics.distances import (
-    CMMD_SCALE,
-    CMMD_SIGMA,
-    Progress,
-    Rows,
-    kid,
-    kid_blocks,
-    one_by_one,
-    weighted_frechet,
-)
+from refine_control.metrics.distances import CMMD_SCALE, CMMD_SIGMA, Rows, kid, kid_blocks, one_by_one, weighted_frechet
 from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sums
+from refine_control.progress import Progress
 
 _COUNT_VALUES = 1 << 24  # numbers of times that pictures were drawn, held at a time: 128 MB
 

@@ -25,8 +25,9 @@ from refine_control.models.card import CARD
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.loading import weights_mark
+from refine_control.progress import Progress
 from refine_control.storage import only_writer, publish_folder, write_json
-from refine_control.training.loop import Progress, fit
+from refine_control.training.loop import fit
 from refine_control.training.run import is_main_process, training_device
 
 

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.distances import Features, Progress, Rows, check_features, frechet_distance, gaussian_mmd
+from refine_control.metrics.distances import Features, Rows, check_features, frechet_distance, gaussian_mmd
 from refine_control.metrics.drawn_sets import gaussian_mmd_of_draws
 from refine_control.metrics.image_pairs import Images, Mask, PerImage, check_mask
 from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.pixels import from_images
+from refine_control.progress import Progress
 
 SCENE_SIGMA = 1.0
 """Of the order of the distance between two features of length 1, at most 2. CMMD's 10 would see little but means."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from refine_control.errors import InvalidInputError
 from refine_control.miniature import scenes
 from refine_control.photos.shards import ShardWriter
+from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.storage import MANIFEST, only_writer
-
-Progress = Callable[[int, int, str], None]
 
 
 def scene_photos(seed: int, start: int, count: int, kind: str = "any") -> Iterator[Photo]:

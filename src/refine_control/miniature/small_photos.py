@@ -14,7 +14,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import numpy as np
 
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.photos.shards import ShardWriter
+from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
 from refine_control.records import LABELED, TEST, UNLABELED, Photo, with_article
 from refine_control.storage import MANIFEST, only_writer, sha256_file
@@ -34,7 +35,6 @@ PARTS = {"teacher": 0.70, "student": 0.22, TEST: 0.08}
 """Shares of the photographs: the teacher's own, those that students learn from, and those that nobody sees."""
 _WORD = re.compile(r"'s|[^\W\d_]+|\d|[^\s\w]+")
 """CLIP's tokenizer knows words, single digits and runs of other characters: `go-kart` is three of them."""
-Progress = Callable[[int, int, str], None]
 
 
 class SmallPhotos(NamedTuple):

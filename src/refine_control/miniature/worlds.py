@@ -7,7 +7,7 @@ A world gives the pipeline to begin with, the pictures of every stage, and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -30,11 +30,10 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.loading import load_backbone, load_pipeline
 from refine_control.pipeline.painting import inpaint
 from refine_control.pixels import from_images
+from refine_control.progress import Progress
 from refine_control.randomness import derive_seed, permutation
 from refine_control.training.loop import Batches, Draw
 from refine_control.training.run import fast_precision
-
-Progress = Callable[[int, int, str], None]
 
 
 class World(Protocol):

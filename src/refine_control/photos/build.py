@@ -18,7 +18,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from refine_control.photos.load import load
 from refine_control.photos.shards import MADE_BY, Shards, ShardWriter, encode, open_manifest, write_manifest
 from refine_control.photos.sources import entries
 from refine_control.photos.survey import Survey, split, survey
+from refine_control.progress import Progress
 from refine_control.records import LABELED, ROLES, Entry, Photo, Rejected
 from refine_control.storage import (
     MANIFEST,
@@ -48,8 +49,6 @@ REJECTS = "rejects.jsonl"
 FORMAT = 2
 """Raised when the same parameters no longer give the same bytes."""
 _PARTS = ".parts"
-Progress = Callable[[int, int], None]
-"""Called with (entries done, entries in all)."""
 
 
 class _Job(NamedTuple):

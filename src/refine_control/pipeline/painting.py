@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -23,9 +23,9 @@ from refine_control.models.controlnet import SD3ControlNetModel, control_residua
 from refine_control.models.devices import pictures_at_once
 from refine_control.models.prompt_memory import Encode, PromptMemory
 from refine_control.pixels import from_images, to_images
+from refine_control.progress import Progress
 from refine_control.randomness import slot_normals
 
-Progress = Callable[[int, int, str], None]
 logger = logging.getLogger(__name__)
 
 

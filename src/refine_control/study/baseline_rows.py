@@ -17,8 +17,9 @@ from refine_control.baselines.models import load_baseline, recommended
 from refine_control.baselines.painting import facts, paint
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
+from refine_control.progress import Progress
 from refine_control.records import Photo
-from refine_control.study.compare import Progress, Result, score
+from refine_control.study.compare import Result, score
 from refine_control.study.feature_metrics import FeatureNetworks, see, set_scores
 from refine_control.study.row_results import RowResult, save_pictures
 
@@ -56,7 +57,7 @@ def add_baselines(
     rows = {}
     for number, (name, source) in enumerate(named.items()):
 
-        def tell(done: int, total: int, word: str, number: int = number, name: str = name) -> None:
+        def tell(done: int, total: int, word: str = "", number: int = number, name: str = name) -> None:
             if progress:
                 progress(number * total + done, len(named) * total, name)
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.photos.buckets import grouped
 from refine_control.pipeline.painting import inpaint
+from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
 from refine_control.study.tables import OBEYED
 
-Progress = Callable[[int, int, str], None]
 Scores = dict[str, np.ndarray]
 
 
@@ -94,7 +94,7 @@ def compare(
         began, done, painted = time.perf_counter(), 0, []
         for group in groups:
 
-            def tell(now: int, total: int, word: str, before: int = number * len(photos) + done) -> None:
+            def tell(now: int, total: int, word: str = "", before: int = number * len(photos) + done) -> None:
                 if progress:
                     progress(before + now, len(controlnets) * len(photos), name)  # noqa: B023
 

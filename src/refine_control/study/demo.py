@@ -8,7 +8,6 @@ both beside the teacher -> report. Nothing is precomputed but the mini bundle.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from refine_control.study.model_cost import model_costs
 from refine_control.study.rows import sampler_of, train_row
 from refine_control.study.signatures import signatures
 from refine_control.training.run import fast_precision
-
-Progress = Callable[[int, int, str], None]
-
 
 SHOWN = {"fc": "fc_inherit", "ours": "balanced"}
 """The students by the names they are shown under, and their rows of rows.yaml."""

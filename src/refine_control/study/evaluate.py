@@ -23,9 +23,10 @@ from refine_control.models.devices import best_device, device_name
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.picture_grid import PictureGrid, picture_grid
 from refine_control.pipeline.files import warn_unknown_words
+from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
-from refine_control.study.compare import Progress, Result, compare, read_test
+from refine_control.study.compare import Result, compare, read_test
 from refine_control.study.feature_metrics import FeatureNetworks, load_networks, metric_notes
 from refine_control.study.model_cost import model_costs
 from refine_control.study.report import Curve, ReportData, Table, write_report

@@ -23,7 +23,6 @@ from refine_control.metrics.distances import (
     Distance,
     Features,
     OfDraws,
-    Progress,
     Rows,
     SetScore,
     bias_note,
@@ -41,6 +40,7 @@ from refine_control.metrics.statistics import BOOTSTRAP_SEED
 from refine_control.miniature import scene_features
 from refine_control.miniature.obedience import Classifier
 from refine_control.models.devices import best_device
+from refine_control.progress import Progress
 from refine_control.records import Photo
 
 KID_SCALE = 1000.0

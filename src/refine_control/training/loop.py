@@ -19,6 +19,7 @@ import torch
 
 from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import DamagedError, InterruptedCleanlyError, InvalidInputError, NonFiniteError
+from refine_control.progress import Progress
 from refine_control.randomness import slot_normals, slot_uniforms
 from refine_control.signals import held
 from refine_control.storage import write_atomic
@@ -88,10 +89,6 @@ class Fitted(NamedTuple):
     """Of this sitting."""
     weights: dict[str, torch.Tensor]
     """The final weights (averaged where the recipe has an EMA), fp32, by name."""
-
-
-Progress = Callable[[int, int, str], None]
-"""(steps done, steps in all, a word on the losses)"""
 
 
 class _Log:

@@ -23,13 +23,14 @@ from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size
+from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.threads import torch_threads
 from refine_control.training.batches import CacheBatches, LabeledBatches, MixedBatches, UnlabeledBatches
 from refine_control.training.checkpoint import refuse_other_run
-from refine_control.training.loop import Progress, fit
+from refine_control.training.loop import fit
 from refine_control.training.objectives import Networks, make_objective
 from refine_control.training.validation import Validation
 

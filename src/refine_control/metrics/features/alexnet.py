@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.features.batches import Progress, in_full_precision, slices, to_pixels
+from refine_control.metrics.features.batches import in_full_precision, slices, to_pixels
 from refine_control.metrics.features.weights import ALEXNET, LPIPS_HEADS, load_strictly, read_weights
 from refine_control.metrics.image_pairs import Images, PerImage, check_images
+from refine_control.progress import Progress
 
 LAYERS = {0: (64, 11), 3: (192, 5), 6: (384, 3), 8: (256, 3), 10: (256, 3)}
 """Of each convolution by its number in the file: channels and kernel. A ReLU follows each; 3 and 6 pool before."""

@@ -14,9 +14,7 @@ from torch import nn
 
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import Images
-
-Progress = Callable[[int, int], None]
-"""Told after every batch: pictures done, pictures in all."""
+from refine_control.progress import Progress
 
 
 def check_set(images: Images) -> None:

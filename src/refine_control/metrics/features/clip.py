@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from refine_control.metrics.features.batches import Progress, features_of, to_pixels
+from refine_control.metrics.features.batches import features_of, to_pixels
 from refine_control.metrics.features.weights import CLIP, load_strictly, read_weights
 from refine_control.metrics.image_pairs import Images
+from refine_control.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from refine_control.metrics.features.batches import Progress, beside, features_of
+from refine_control.metrics.features.batches import beside, features_of
 from refine_control.metrics.features.weights import INCEPTION, load_strictly, read_weights
 from refine_control.metrics.image_pairs import Images
+from refine_control.progress import Progress
 
 SIDE = 299
 WIDTH = 2048
