@@ -1,4 +1,4 @@
-"""Recipes: what a run is made of, in validated and frozen records. `recipe_files` reads them."""
+"""Recipes: the settings of a run in validated, frozen records. `recipe_files` reads them."""
 
 from __future__ import annotations
 
@@ -211,12 +211,12 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, total_steps: int) ->
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Hex sha256 of what the recipe sets apart from the defaults: equal recipes, however written, have equal ones.
+    """Hex sha256 of the settings that differ from the defaults: equal recipes have equal fingerprints.
 
-    A default is left out so that a new setting, whose default is what was done before, leaves old results valid;
-    whoever changes a default raises `rows.FORMAT`."""
-    told = recipe.model_dump(mode="json", exclude_defaults=True)
-    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    Defaults are left out, so a new setting whose default is the earlier behaviour keeps old results valid. A change of
+    a default requires a new `rows.FORMAT`."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -95,7 +95,7 @@ def _recipe_path(path_or_name: str | Path) -> Path:
 # Which keys there are, and what they admit.
 
 
-def _section_of(field: FieldInfo) -> type[Section] | None:
+def _nested_section(field: FieldInfo) -> type[Section] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
@@ -104,7 +104,7 @@ def _fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple
     """Every dotted key with its field; sections themselves included."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
-        if inner := _section_of(field):
+        if inner := _nested_section(field):
             yield from _fields(inner, f"{prefix}{name}.")
 
 
@@ -152,7 +152,7 @@ _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below
 
 def _allowed(field: FieldInfo) -> str:
     """What a field admits, in words: `a whole number, at least 1`."""
-    if section := _section_of(field):
+    if section := _nested_section(field):
         return f"a section with the keys {', '.join(section.model_fields)}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     kinds = []

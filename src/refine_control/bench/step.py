@@ -190,10 +190,10 @@ def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device
 
 def _peak_in_fresh_process(recipe: Recipe, name: str) -> int:
     command = [sys.executable, "-m", "refine_control.bench.step", name, str(torch.get_num_threads())]
-    made = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise MissingError(f"the process that measures the memory of {name!r} failed: {made.stderr.strip()[-300:]}")
-    return int(made.stdout.split()[-1])
+    run = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise MissingError(f"the process that measures the memory of {name!r} failed: {run.stderr.strip()[-300:]}")
+    return int(run.stdout.split()[-1])
 
 
 def _spread(timing: Timing) -> Spread:
@@ -201,7 +201,7 @@ def _spread(timing: Timing) -> Spread:
 
 
 def bench_step(recipe: Recipe, *, repeats: int) -> StepBench:
-    """Compares, times and weighs the step of a supervised recipe on this machine, on a random batch.
+    """Compares losses, time and memory of the step of a supervised recipe on this machine, on a random batch.
 
     Raises InvalidInputError for a recipe of another objective."""
     if recipe.objective.kind != "supervised":

@@ -25,8 +25,8 @@ class Checkpoint(NamedTuple):
 
 def _folders(run_dir: Path) -> list[Path]:
     root = run_dir / "checkpoints"
-    found = [p for p in root.iterdir() if _NAME.match(p.name)] if root.is_dir() else []
-    return sorted(found, reverse=True)
+    folders = [p for p in root.iterdir() if _NAME.match(p.name)] if root.is_dir() else []
+    return sorted(folders, reverse=True)
 
 
 def refuse_other_run(run_dir: Path, fingerprint: str, why: Callable[[], str]) -> None:
@@ -41,7 +41,7 @@ def refuse_other_run(run_dir: Path, fingerprint: str, why: Callable[[], str]) ->
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], fingerprint: str) -> Path:
-    """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older ones and what killed writers left.
+    """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older checkpoints and temporary folders.
 
     Raises StorageError."""
     from safetensors.torch import save_file

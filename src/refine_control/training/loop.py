@@ -1,8 +1,8 @@
-"""`fit`: the one training loop. It knows optimisation, checkpoints and logs, and no objective.
+"""`fit`: the training loop, shared by all objectives. It does optimisation, checkpoints and logs.
 
-The objective owns every network, the frozen teacher included. All randomness comes from `Draw`, a
-pure function of (seed, stage, step, slot); all processes of a run agree on it, so the batch is the
-same on 1, 2 or 4 of them. Kill it anywhere, run the same command, get the same bytes.
+The objective owns every network, including the frozen teacher. All randomness comes from `Draw`, a pure function of
+(seed, stage, step, slot), so the batch of a step is the same on 1, 2 or 4 processes. A run that is killed and started
+again by the same command ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _named_scalars(losses: Any) -> dict[str, torch.Tensor]:
 
 
 def _reduce(accelerator: Any, grads: list[torch.Tensor], asked: bool) -> bool:
-    """Averages gradients over processes in one message; True on all of them where one was `asked` to stop."""
+    """Averages gradients over processes in one message; returns True on all of them if one was `asked` to stop."""
     if accelerator.num_processes == 1:
         return asked
     word = torch.full((1,), float(asked), device=grads[0].device)
@@ -152,9 +152,9 @@ def _micro_slots(training: TrainingConfig, rank: int, processes: int) -> list[ra
         raise InvalidInputError(
             f"training.batch_size {training.batch_size} is not a multiple of the {processes} processes; change one"
         )
-    own = training.batch_size // processes
-    device = min(training.device_batch_size or own, own)
-    return [range(a, min(a + device, (rank + 1) * own)) for a in range(rank * own, (rank + 1) * own, device)]
+    count = training.batch_size // processes
+    device, end = min(training.device_batch_size or count, count), (rank + 1) * count
+    return [range(first, min(first + device, end)) for first in range(rank * count, end, device)]
 
 
 def _shares(draws: Sequence[Draw]) -> list[float]:
@@ -211,7 +211,7 @@ def _refuse_nonfinite(batches: Batches, draws: Iterable[Draw], where: str) -> No
 
 
 def leave_process_group() -> None:
-    """To be called last by every process of a run: torch aborts processes that end while still connected."""
+    """Every process of a run must call this last: torch aborts processes that end while they are connected."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,10 +1,10 @@
 """Which samples fill a step, a pure function of (seed, stage, step, slot): a global shuffle, one size in each step.
 
-The samples of each size are an endless stream of shuffled epochs, cut into batches; what an epoch leaves over opens
-the next batch of its size, so that no sample is lost, whatever the batch size. In epoch e stand the batches, of all
-sizes, that are full by the end of e, in a shuffled order. After E epochs a sample of a size with n samples has been
-seen E times, or less by at most the batch size over n, rounded up; a size with fewer samples than a batch has a batch
-only every few epochs, with samples in it more than once. With one size this is a shuffle of all samples in every epoch.
+The samples of each size form an endless stream of shuffled epochs, which is cut into batches. The rest of an epoch
+begins the next batch of its size, so no sample is dropped. Epoch e contains the batches of all sizes that are full by
+the end of e, in a shuffled order. After E epochs each of the n samples of a size has been used E times, or up to
+ceil(batch size / n) times less. A size with fewer samples than a batch has a batch only every few epochs, which
+contains samples more than once. With one size this is a shuffle of all samples in every epoch.
 """
 
 # B batch size, n samples of a size, N samples, e epoch
@@ -36,7 +36,7 @@ class Order:
         self._turns: dict[tuple[int, str, int], list[Turn]] = {}
 
     def turn(self, seed: int, stage: str, step: int) -> Turn:
-        """Which size has its turn at `step`."""
+        """The batch of `step`."""
         if len(self.groups) == 1:
             return Turn(next(iter(self.groups)), step)
         epoch = step * self.batch_size // sum(map(len, self.groups.values()))  # not later than that of the step
@@ -47,7 +47,7 @@ class Order:
             turns = [
                 Turn(size, number)
                 for size in self.groups
-                for number in range(self._full_of(size, epoch), self._full_of(size, epoch + 1))
+                for number in range(self._full_batches(size, epoch), self._full_batches(size, epoch + 1))
             ]
             shuffled = permutation(derive_seed(seed, stage, "turns", epoch), len(turns))
             self._turns = {k: v for k, v in self._turns.items() if k[2] >= epoch - 1}
@@ -64,10 +64,10 @@ class Order:
         return np.asarray(out)
 
     def _full(self, epoch: int) -> int:
-        """How many batches are full before `epoch` begins."""
-        return sum(self._full_of(size, epoch) for size in self.groups)
+        """Number of batches of all sizes that are full before `epoch` begins."""
+        return sum(self._full_batches(size, epoch) for size in self.groups)
 
-    def _full_of(self, size: Size, epoch: int) -> int:
+    def _full_batches(self, size: Size, epoch: int) -> int:
         return epoch * len(self.groups[size]) // self.batch_size
 
     def _epoch(self, seed: int, stage: str, size: Size, epoch: int) -> np.ndarray:

@@ -164,18 +164,18 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
-    """What a run's weights depend on, by hash: the recipe, and in place of its names and paths what lies there.
+    """Hash of what a run's weights depend on: the recipe, and the contents of the files that it names.
 
-    So a run may be moved and found again, and one whose teacher, model, data or start have changed is another."""
+    A run whose files were moved keeps its mark; a run whose teacher, model, data or start changed has another one."""
     bare = recipe.model_copy(
         update={"model": "", "teacher": None, "init_from": None, "data": DataConfig(prompts=recipe.data.prompts)}
     )
-    told = [fingerprint(bare), model_mark(backbone), teacher_mark(backbone)]
-    told += [weights_mark(student_folder(recipe.init_from))] if recipe.init_from else []
+    parts = [fingerprint(bare), model_mark(backbone), teacher_mark(backbone)]
+    parts += [weights_mark(student_folder(recipe.init_from))] if recipe.init_from else []
     for role in recipe.objective.roles:
         manifest = Path(getattr(recipe.data, role) or "") / MANIFEST
-        told += [sha256_file(manifest)] if manifest.is_file() else []  # `Cache` says what is wrong with others
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        parts += [sha256_file(manifest)] if manifest.is_file() else []  # `Cache` says what is wrong with others
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,9 +256,9 @@ def _refuse_too_large(recipe: Recipe, networks: Networks, sizes: Iterable[Size],
 
 
 def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsewhere: Iterable[Path] = ()) -> Trained:
-    """Runs a recipe in `run_dir`, from its last checkpoint where it has one; finished runs are left as they are.
+    """Trains a recipe in `run_dir`, from its last checkpoint if it has one; finished runs are left as they are.
 
-    `elsewhere` are folders of runs of which one may be the very same, finished: then its student is the answer.
+    If one of the run folders `elsewhere` has the finished student of the same run, that student is returned.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
     mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.validate_every and not recipe.data.test:

@@ -1,4 +1,4 @@
-"""Pictures on the way: what the student paints now, from its averaged weights, beside the originals."""
+"""Validation images: what the student paints with its averaged weights, beside the originals."""
 
 # B pictures, H W pixels, h w latents
 
