@@ -107,9 +107,7 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(recipe, trained, t
 
 def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_memory_bytes", lambda device: 100_000)
-    with pytest.raises(
-        InvalidInputError, match=r"of 4 samples at once .* training\.device_batch_size smaller"
-    ):
+    with pytest.raises(InvalidInputError, match=r"of 4 samples at once .* training\.device_batch_size smaller"):
         train(recipe, tmp_path)
 
 
