@@ -30,7 +30,7 @@ LARGEST_SHARE = 1 / 5  # of all lines, for one folder
 DOORS = {
     "diffusers": ["models", "pipeline", "baselines", "miniature.networks", "bench.step"],
     "transformers": ["models", "pipeline", "baselines", "annotation", "metrics.features", "miniature.networks"],
-    "accelerate": ["training"],
+    "accelerate": ["training", "models.components"],
     "typer": ["cli"],
     "pydantic": ["config", "recipe_files", "study.comparison"],
     "yaml": ["strict_yaml"],

@@ -398,9 +398,9 @@ def test_a_folder_that_is_no_inpainting_pipeline_is_refused(copy):
     index.write_text(json.dumps({**told, "_class_name": "StableDiffusionXLPipeline"}))
     refused(copy, "StableDiffusionXLPipeline")
     index.write_text("[]")
-    refused(copy, "names no pipeline")
+    refused(copy, "does not hold a JSON object")
     index.unlink()
-    refused(copy, "model_index.json")
+    refused(copy, "model_index.json", MissingError)
     refused(copy / "nowhere", "no model folder")
 
 
@@ -424,8 +424,8 @@ def test_missing_or_foreign_weights_are_refused(copy, flux_folder, tmp_path):
         refused(copy, word)
     save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] * float("nan")}, copy / UNET)
     refused(copy, "not finite")
-    (copy / UNET).rename(copy / UNET.replace("model.", "model.fp16."))
-    refused(copy, "has no weights", MissingError)
+    (copy / UNET).rename(copy / UNET.replace("safetensors", "bin"))
+    refused(copy, r"only .*\.bin", MissingError)
     shutil.copytree(flux_folder, tmp_path / "flux", ignore=shutil.ignore_patterns("controlnet"))
     refused(tmp_path / "flux", "alimama-creative", MissingError)
 

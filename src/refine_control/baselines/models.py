@@ -5,7 +5,6 @@ Here is what they are and how they are loaded; `baseline_painting` runs them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from diffusers import (
 from refine_control.baselines.flux import FluxInpaintingControlNet
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.components import load_network, read_json
 from refine_control.models.hub import folder_of
 
 Kind = Literal["stable_diffusion", "flux"]
@@ -191,19 +191,12 @@ def _folder(name: str | Path) -> Path:
 
 
 def _kind_of(folder: Path) -> Kind:
-    try:
-        said = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
-    except FileNotFoundError:
+    class_name = read_json(folder / "model_index.json", "name a pipeline folder in diffusers layout").get("_class_name")
+    if class_name not in _KINDS:
         raise InvalidInputError(
-            f"{folder} has no model_index.json; name a pipeline folder in diffusers layout"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise InvalidInputError(f"{folder / 'model_index.json'} names no pipeline; copy the model again") from None
-    if said not in _KINDS:
-        raise InvalidInputError(
-            f"{folder} holds a {said}, which is no inpainting baseline; name a folder of {' or '.join(_KINDS)}"
+            f"{folder} holds a {class_name}, which is no inpainting baseline; name a folder of {' or '.join(_KINDS)}"
         )
-    return _KINDS[said]
+    return _KINDS[class_name]
 
 
 def _card_of(folder: Path, kind: Kind) -> Card:
@@ -213,39 +206,11 @@ def _card_of(folder: Path, kind: Kind) -> Card:
     return like._replace(paper={}, **own)
 
 
-def _load_part(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """One network of a pipeline, its weights compared with its config both ways."""
-    if not (folder / "config.json").is_file():
-        raise MissingError(f"{folder} has no config.json; fetch or copy the whole model")
-    if not any(f for pattern in _WEIGHTS for f in folder.glob(pattern)):
-        raise MissingError(
-            f"{folder} has no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]}, whole or in shards; fp16 copies and pickles are "
-            "not read); fetch or copy the whole model"
-        )
-    try:
-        loaded, found = model.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # diffusers, transformers and safetensors share no error; all mean a folder at fault
-        why = " ".join(str(error).split())[:200]
-        raise InvalidInputError(f"{folder} cannot be loaded as {model.__name__} ({why}); copy it again") from error
-    wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in found[kind])
-    if wrong:
-        raise InvalidInputError(
-            f"the weights in {folder} disagree with its config.json in {len(wrong)} tensors, first {wrong[0]}; use the "
-            "config that belongs to these weights"
-        )
-    bad = next((k for k, v in loaded.named_parameters() if not torch.isfinite(v).all()), None)
-    if bad:
-        raise InvalidInputError(f"{folder}: the tensor {bad} holds values that are not finite; use another checkpoint")
-    return loaded
-
-
 def _load_pipeline(pipeline: Any, folder: Path, **parts: Any) -> Any:
     """The pipeline of loaded parts; tokenizers and scheduler come from the folder."""
     try:
         return pipeline.from_pretrained(folder, local_files_only=True, **parts)
-    except Exception as error:  # as above
+    except Exception as error:  # diffusers and transformers share no error; all mean a folder at fault
         why = " ".join(str(error).split())[:200]
         raise InvalidInputError(f"{folder} cannot be loaded as a pipeline ({why}); copy it again") from error
 
@@ -253,14 +218,14 @@ def _load_pipeline(pipeline: Any, folder: Path, **parts: Any) -> Any:
 def _load_stable_diffusion(folder: Path) -> MeanInpaintPipeline:
     from transformers import CLIPTextModel
 
-    unet = _load_part(UNet2DConditionModel, folder / "unet")
+    unet = load_network(UNet2DConditionModel, folder / "unet")
     if unet.config["in_channels"] != 9:
         raise InvalidInputError(
             f"the U-Net of {folder} takes {unet.config['in_channels']} channels, an inpainting one 9 (latents, mask, "
             "masked latents); name a checkpoint that was trained to inpaint"
         )
-    vae = _load_part(AutoencoderKL, folder / "vae")
-    text_encoder = _load_part(CLIPTextModel, folder / "text_encoder")
+    vae = load_network(AutoencoderKL, folder / "vae")
+    text_encoder = load_network(CLIPTextModel, folder / "text_encoder")
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return _load_pipeline(MeanInpaintPipeline, folder, unet=unet, vae=vae, text_encoder=text_encoder, **unused)
 
@@ -277,11 +242,11 @@ def _load_flux(folder: Path, controlnet: str | Path | None, precision: str) -> F
     return _load_pipeline(
         FluxControlNetPipeline,
         folder,
-        controlnet=_load_part(FluxInpaintingControlNet, root, dtype),
-        transformer=_load_part(FluxTransformer2DModel, folder / "transformer", dtype),
-        text_encoder=_load_part(CLIPTextModel, folder / "text_encoder", dtype),
-        text_encoder_2=_load_part(T5EncoderModel, folder / "text_encoder_2", dtype),
-        vae=_load_part(AutoencoderKL, folder / "vae"),
+        controlnet=load_network(FluxInpaintingControlNet, root, dtype),
+        transformer=load_network(FluxTransformer2DModel, folder / "transformer", dtype),
+        text_encoder=load_network(CLIPTextModel, folder / "text_encoder", dtype),
+        text_encoder_2=load_network(T5EncoderModel, folder / "text_encoder_2", dtype),
+        vae=load_network(AutoencoderKL, folder / "vae"),
     )
 
 

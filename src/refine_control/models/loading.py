@@ -6,25 +6,32 @@ a folder whose config and weights disagree in layer count, without a word (docs/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
+)
 
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, CARD
+from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_json
 from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.fit import check_neighbours
 from refine_control.models.hub import folder_of
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
 SD3_MAX_SEQUENCE_LENGTH = 256
 
 
@@ -40,58 +47,30 @@ def resolve(model: str | Path) -> Path:
     return folder_of(model, files, "`mini`, a folder in diffusers layout, or a hub id")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise InvalidInputError(f"{folder} has no config.json; give a ControlNet folder in diffusers layout") from None
-    except ValueError:
-        raise InvalidInputError(f"{folder / 'config.json'} is not JSON; save the model again") from None
+def verify_folder(folder: Path) -> None:
+    """Compares a folder that this project wrote, or a component of one, with its manifest: every size and sha256.
 
-
-def _compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: Path) -> None:
-    """Key sets and shapes both ways, all finite."""
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [k for k in expected.keys() & found.keys() if expected[k].shape != found[k].shape]
-    for names, what in ((missing, "lacks"), (unknown, "holds unknown"), (sorted(shapes), "has another shape for")):
-        if names:
-            raise InvalidInputError(
-                f"the weights in {folder} disagree with its config.json: it {what} {len(names)} tensors, "
-                f"first {names[0]}; use the config that belongs to these weights"
-            )
-    bad = next((k for k, v in found.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
-    if bad:
-        raise InvalidInputError(f"{folder}: the tensor {bad} holds values that are not finite; use another checkpoint")
+    Raises DamagedError for the first file that differs. Of other folders, and of the hub's, nothing is known."""
+    for root in (folder, folder.parent):
+        ours = root == folder or (root / INDEX).is_file()
+        if ours and root.parent.name != "snapshots" and (root / MANIFEST).is_file():
+            read_manifest(root)
+            return
 
 
 def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNetModel:
     """An fp32 ControlNet on the CPU from a folder or hub id, loaded strictly.
 
     `extra_channels` stands in for a config without `extra_conditioning_channels` (the published teacher's;
-    docs/paper.md, trap 6). Raises InvalidInputError when config and weights disagree or a weight is not finite."""
-    from safetensors.torch import load_file
-
+    docs/paper.md, trap 6). Raises MissingError for files that are not there, InvalidInputError when config and weights
+    disagree or a weight is not finite, DamagedError where a file is not the one that was saved."""
     path = resolve(folder)
-    config = _read_config(path)
-    files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
-    files = [f for f in files if "fp16" not in f.name] or files
-    if not files:
-        raise InvalidInputError(f"{path} has no {WEIGHTS}; only safetensors are read")
-    known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
-    arguments = {"extra_conditioning_channels": extra_channels, **{k: v for k, v in config.items() if k in known}}
-    arguments["dual_attention_layers"] = tuple(arguments.get("dual_attention_layers") or ())
-    try:
-        tensors = {k: v for file in files for k, v in load_file(file).items()}
-    except Exception as error:  # safetensors raises its own Rust error type for a cut or foreign file
-        raise InvalidInputError(f"{path}: {error}; copy the weights again") from error
-    with torch.device("meta"):
-        controlnet = SD3ControlNetModel(**arguments)
-    table = "pos_embed.pos_embed"  # a fixed table that some files leave out; where it is, it must fit
-    expected = {k: v for k, v in controlnet.state_dict().items() if k != table or k in tensors}
-    _compare(tensors, expected, path)
-    controlnet = SD3ControlNetModel(**arguments)
-    controlnet.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    return controlnet.eval()
+    if not (path / CONFIG).is_file():
+        inner = next((name for name in ("student", "controlnet") if (path / name / CONFIG).is_file()), None)
+        advice = f"name {path / inner}" if inner else "give a ControlNet folder in diffusers layout"
+        raise InvalidInputError(f"{path} has no {CONFIG}; {advice}")
+    verify_folder(path)
+    return load_network(SD3ControlNetModel, path, extra_conditioning_channels=extra_channels)
 
 
 def weights_mark(name: str | Path) -> str:
@@ -131,43 +110,82 @@ def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: in
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars for the seconds that loading takes."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+class _Part(NamedTuple):
+    """A component of an SD3 pipeline."""
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()
+    load: Callable[[Any, Path], Any]
+    classes: Mapping[str, Any]
+    """By the names that a model_index.json may give; tokenizers have two."""
+
+
+def _parts() -> Mapping[str, _Part]:
+    """By name, the small ones first, so that a wrong folder is refused before gigabytes are read."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    clip_tokenizer = _Part(load_tokenizer, {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer})
+    t5_tokenizer = _Part(load_tokenizer, {"T5TokenizerFast": T5Tokenizer, "T5Tokenizer": T5Tokenizer})
+    clip = _Part(load_network, {"CLIPTextModelWithProjection": CLIPTextModelWithProjection})
+    return {
+        "scheduler": _Part(load_scheduler, {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}),
+        "tokenizer": clip_tokenizer,
+        "tokenizer_2": clip_tokenizer,
+        "tokenizer_3": t5_tokenizer,
+        "vae": _Part(load_network, {"AutoencoderKL": AutoencoderKL}),
+        "text_encoder": clip,
+        "text_encoder_2": clip,
+        "transformer": _Part(load_network, {"SD3Transformer2DModel": SD3Transformer2DModel}),
+        "text_encoder_3": _Part(load_network, {"T5EncoderModel": T5EncoderModel}),
+    }
+
+
+def _read_index(path: Path) -> dict[str, str | None]:
+    """The class of each component of an SD3 pipeline folder, None for one that it does without."""
+    if not (path / INDEX).is_file():
+        raise InvalidInputError(f"{path} has no {INDEX}; give a pipeline folder in diffusers layout")
+    index = read_json(path / INDEX, "give a pipeline folder in diffusers layout")
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        raise InvalidInputError(
+            f"{path / INDEX} describes a {index.get('_class_name')}; give a folder of SD3's pipeline"
+        )
+    classes: dict[str, str | None] = {}
+    for name, part in {**_parts(), "controlnet": None}.items():
+        entry = index.get(name, [None, None])
+        classes[name] = entry[1] if isinstance(entry, list) and len(entry) == 2 else str(entry)
+        if part and classes[name] not in part.classes and not (classes[name] is None and name.endswith("_3")):
+            raise InvalidInputError(
+                f"{path / INDEX} names {classes[name]} as {name}; SD3 has a {next(iter(part.classes))} there"
+            )
+    if (classes["text_encoder_3"] is None) != (classes["tokenizer_3"] is None):
+        raise InvalidInputError(f"{path / INDEX} names one of text_encoder_3 and tokenizer_3; name both or none")
+    return classes
 
 
 def load_pipeline(
-    model: str | Path, controlnet: SD3ControlNetModel | None = None, dtype: torch.dtype = torch.float32
+    model: str | Path, controlnet: SD3ControlNetModel | None = None
 ) -> StableDiffusion3ControlNetInpaintingPipeline:
-    """The stock inpainting pipeline of a model; the folder may lack a ControlNet (plain SD3) if one is given."""
+    """The stock inpainting pipeline of a model in fp32, every component loaded strictly and fitting the others.
+
+    The folder may lack a ControlNet (plain SD3) if one is given. Raises what `load_controlnet` raises."""
     path = resolve(model)
-    try:
-        index = json.loads((path / "model_index.json").read_text())
-    except FileNotFoundError:
-        raise InvalidInputError(f"{path} has no model_index.json; give a pipeline folder in diffusers layout") from None
-    if controlnet is None:
-        if "controlnet" not in index:
-            raise InvalidInputError(
-                f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
-            )
-        controlnet = load_controlnet(path / "controlnet")
-    given: dict[str, Any] = {"controlnet": controlnet}
-    if index.get("text_encoder_3", [None])[0] is None:
-        given |= {"text_encoder_3": None, "tokenizer_3": None}
-    with _quiet():
-        return StableDiffusion3ControlNetInpaintingPipeline.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, **given
+    classes = _read_index(path)
+    if controlnet is None and classes["controlnet"] is None:
+        raise InvalidInputError(
+            f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
         )
+    verify_folder(path)
+    components: dict[str, Any] = {}
+    for name, part in _parts().items():
+        if (named := classes[name]) and not (path / name).is_dir():
+            advice = (
+                f"fetch it, or write [null, null] for {name} and its tokenizer" if name.endswith("_3") else "fetch it"
+            )
+            raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; {advice}")
+        components[name] = part.load(part.classes[named], path / name) if named else None
+    components["controlnet"] = controlnet or load_network(
+        SD3ControlNetModel, path / "controlnet", extra_conditioning_channels=1
+    )
+    check_neighbours(components, path)
+    return StableDiffusion3ControlNetInpaintingPipeline(**components)
 
 
 def _card(model: str | Path) -> dict[str, Any]:
@@ -199,11 +217,6 @@ def load_backbone(
 
     Raises what `load_pipeline` raises, and InvalidInputError for a VAE that does not say how SD3 scales its latents."""
     pipeline = load_pipeline(model, controlnet)
-    unsaid = [name for name in ("scaling_factor", "shift_factor") if pipeline.vae.config.get(name) is None]
-    if unsaid:
-        raise InvalidInputError(
-            f"the VAE of {model} has no {unsaid[0]} in its config.json; SD3's have one: write it there"
-        )
     card = _card(model)
     backbone = Backbone(
         pipeline,

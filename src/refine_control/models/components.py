@@ -1,0 +1,295 @@
+"""Strict loading of one component of a model folder in diffusers layout: network, tokenizer or scheduler.
+
+A network is built on the meta device from its config.json and compared with the headers of its safetensors (names,
+shapes, types) before any weight is read. diffusers and transformers themselves accept weights that disagree with the
+config, and fill what is missing at random (docs/paper.md, trap 5).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from refine_control.errors import InvalidInputError, MissingError
+
+VARIANTS = ("", ".fp32", ".bf16", ".fp16")
+"""Suffixes of files that hold the same weights, in the order of preference."""
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_TABLE = "pos_embed.pos_embed"
+"""Fixed positions of SD3's networks, which some files leave out."""
+_MOST_TABLE_ELEMENTS = 2**29
+_POSITIVE = re.compile("(size|heads|head_dim|channels|groups)$")
+_UNSEEN = {
+    "AutoencoderKL": ("block_out_channels", "norm_num_groups", "scaling_factor"),
+    "SD3Transformer2DModel": ("attention_head_dim", "num_attention_heads", "patch_size", "sample_size"),
+    "SD3ControlNetModel": ("attention_head_dim", "num_attention_heads", "patch_size", "sample_size"),
+    "CLIPTextModelWithProjection": ("num_attention_heads", "hidden_act", "eos_token_id"),
+    "T5EncoderModel": ("num_heads", "feed_forward_proj"),
+    "FlowMatchEulerDiscreteScheduler": ("shift",),
+}
+"""Options that a config must state: their defaults may be another model's, and no shape would show it."""
+
+
+class Header(NamedTuple):
+    """One tensor of a weight file, unread."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises MissingError with the `advice` where there is no file, InvalidInputError for one that holds no object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise MissingError(f"{path.parent} has no {path.name}; {advice}") from None
+    except (ValueError, RecursionError):
+        raise InvalidInputError(f"{path} is not JSON; copy it again") from None
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+    if not isinstance(content, dict):
+        raise InvalidInputError(f"{path} does not hold a JSON object; copy it again")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _check_class(path: Path, config: Mapping[str, Any], component: Any) -> None:
+    """The class that a config names is that of the component or one that it extends."""
+    accepted = {ancestor.__name__ for ancestor in component.__mro__}
+    stated = config.get("architectures") if hasattr(component, "config_class") else config.get("_class_name")
+    names = stated if isinstance(stated, list) else [stated] if stated is not None else []
+    if names and not accepted.intersection(map(str, names)):
+        raise InvalidInputError(f"{path} describes a {names[0]}; {path.parent} must hold a {component.__name__}")
+
+
+def _accepts(parameter: inspect.Parameter, value: Any) -> bool:
+    """Whether a JSON value is of one of the types in an annotation; one that names no simple type accepts all."""
+    words = set(re.findall(r"\w+", str(parameter.annotation)))
+    kinds = {bool: {"bool"}, int: {"int", "float"}, float: {"float"}, str: {"str", "Literal"}, list: {"tuple", "list"}}
+    simple = set().union(*kinds.values())
+    return type(value) not in kinds or not words & simple or bool(words & (kinds[type(value)] | {"Sequence", "Any"}))
+
+
+def _check_options(path: Path, config: Mapping[str, Any], component: Any) -> None:
+    """Options have the types of the constructor and are finite, sizes positive, and what no shape shows is stated."""
+    if absent := [name for name in _UNSEEN.get(component.__name__, ()) if config.get(name) is None]:
+        raise InvalidInputError(f"{path} has no {absent[0]}; use the config that belongs to these weights")
+    # transformers checks its own options by type
+    parameters = {} if hasattr(component, "config_class") else inspect.signature(component.__init__).parameters
+    for name, value in config.items():
+        if name in parameters and not _accepts(parameters[name], value):
+            annotation = str(parameters[name].annotation).removeprefix("<class '").removesuffix("'>")
+            raise InvalidInputError(
+                f"{path}: {name} is {value!r:.40}, which is not of the type {annotation}; correct it"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInputError(f"{path}: {name} is {value}, which is not finite; correct it")
+        positive = _POSITIVE.search(name) and name != "extra_conditioning_channels"
+        if name in parameters and positive and isinstance(value, int) and value < 1:
+            raise InvalidInputError(f"{path}: {name} is {value}; it must be at least 1")
+
+
+def find_weights(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that together hold a network's weights: one, or all shards, of the first whole variant.
+
+    Raises MissingError that names the files of an incomplete set."""
+    shard = re.compile(rf"{re.escape(stem)}((?:\.\w+)?)-(\d+)-of-(\d+)((?:\.\w+)?)\.safetensors")
+    present = {path.name: path for path in folder.iterdir() if path.is_file()}
+    for variant in VARIANTS:
+        if single := present.get(f"{stem}{variant}.safetensors"):
+            return [single]
+        matches = [match for match in map(shard.fullmatch, sorted(present)) if match and match[1] + match[4] == variant]
+        if not matches:
+            continue
+        total = matches[0][3]
+        shards = {int(match[2]): present[match[0]] for match in matches if match[3] == total}
+        absent = sorted(set(range(1, int(total) + 1)) - shards.keys()) if int(total) < 10_000 else [1]
+        if absent:
+            before, after = matches[0][1], matches[0][4]
+            name = f"{stem}{before}-{absent[0]:05d}-of-{total}{after}.safetensors"
+            raise MissingError(f"{folder} lacks {len(absent)} of {int(total)} files of weights, first {name}; fetch it")
+        return [shards[number] for number in sorted(shards)]
+    others = sorted(name for name in present if name.endswith((".bin", ".safetensors", ".ckpt", ".pt", ".msgpack")))
+    seen = f", only {others[0]}, which is not read" if others else ""
+    raise MissingError(f"{folder} has no {stem}.safetensors{seen}; only safetensors are read: fetch or copy that file")
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    from safetensors import safe_open
+
+    headers: dict[str, Header] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    if name in headers:
+                        raise InvalidInputError(f"{file} and {headers[name].file.name} both hold the tensor {name}")
+                    tensor = opened.get_slice(name)
+                    headers[name] = Header(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+        except InvalidInputError:
+            raise
+        except Exception as error:  # safetensors raises its own Rust error type for a cut or foreign file
+            raise InvalidInputError(
+                f"{file} is cut or not a safetensors file ({_one_line(error)}); copy the weights again"
+            ) from error
+    return headers
+
+
+def _renamed(headers: dict[str, Header], network: Any) -> dict[str, Header]:
+    """The headers by today's names: attention of older VAEs, and text models with and without their prefix."""
+    if fix := getattr(network, "_fix_state_dict_keys_on_load", None):
+        fix(headers)
+    prefix = getattr(network, "base_model_prefix", "") + "."
+    if prefix != "." and not any(name.startswith(prefix) for name in network.state_dict()):
+        return {name.removeprefix(prefix): header for name, header in headers.items()}
+    return headers
+
+
+def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str, Header]:
+    """The headers of the tensors to load. Raises InvalidInputError unless they are those of the network, both ways."""
+    expected = network.state_dict()
+    optional = {name: buffer for name, buffer in network.named_buffers() if name not in expected or name == _TABLE}
+    tied: Mapping[str, str] = getattr(network, "_tied_weights_keys", None) or {}
+    for copy, original in tied.items():
+        if copy in headers:
+            headers.setdefault(original, headers[copy])
+    ignored = [re.compile(pattern) for pattern in getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    headers = {n: h for n, h in headers.items() if n in expected or not any(p.search(n) for p in ignored)}
+    known = {**optional, **expected}
+    both = sorted(known.keys() & headers.keys())
+    for names, complaint in (
+        (sorted(expected.keys() - headers.keys() - {*optional, *tied}), "it lacks {} tensors, first {}"),
+        (sorted(headers.keys() - known.keys()), "it holds unknown {} tensors, first {}"),
+        (
+            [n for n in both if headers[n].shape != tuple(known[n].shape)],
+            "it has another shape for {} tensors, first {}",
+        ),
+        (
+            [n for n in both if known[n].is_floating_point() and headers[n].dtype not in _FLOATS],
+            "it has another type for {} tensors, first {}",
+        ),
+    ):
+        if names:
+            said = complaint.format(len(names), names[0])
+            if "type" in said or "shape" in said:
+                said += f" ({headers[names[0]].dtype} {list(headers[names[0]].shape)})"
+            raise InvalidInputError(
+                f"the weights in {folder} disagree with its config.json: {said}; use the config that belongs to "
+                "these weights"
+            )
+    return {name: headers[name] for name in both if name in expected}
+
+
+def _read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors by name, floats in `dtype`, all of them finite."""
+    from safetensors import safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(header.file for header in headers.values()):
+        with safe_open(file, "pt") as opened:
+            for name, header in headers.items():
+                if header.file != file:
+                    continue
+                tensor = opened.get_tensor(header.name)
+                tensor = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+                if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+                    raise InvalidInputError(
+                        f"{file}: the tensor {name} holds values that are not finite; use another checkpoint"
+                    )
+                tensors[name] = tensor
+    return tensors
+
+
+def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float32, **defaults: Any) -> Any:
+    """A network of the class `component` (diffusers or transformers) on the CPU, floats in `dtype`, for inference.
+
+    `defaults` stand in for options that its config.json leaves out. Raises MissingError for files that are not there,
+    InvalidInputError for a config or weights that cannot be used or disagree."""
+    from accelerate import init_empty_weights
+
+    path = folder / "config.json"
+    config = {**defaults, **read_json(path, f"fetch or copy the whole {component.__name__}")}
+    of_transformers = hasattr(component, "config_class")
+    stem = "model" if of_transformers else "diffusion_pytorch_model"
+    _check_class(path, config, component)
+    _check_options(path, config, component)
+    headers = _read_headers(find_weights(folder, stem))
+    if deep := [n for n, v in config.items() if "layers" in n and isinstance(v, int) and v > max(1, len(headers))]:
+        raise InvalidInputError(f"{path}: {deep[0]} is {config[deep[0]]}, more layers than {folder} holds tensors")
+    try:
+        with torch.device("meta"):
+            network = _build(component, config)
+    except Exception as error:  # whatever the constructor stumbles over, the config is at fault
+        raise InvalidInputError(
+            f"{path} does not describe a {component.__name__} ({_one_line(error)}); use the config that belongs to "
+            "these weights"
+        ) from error
+    headers = _compare(_renamed(headers, network), network, folder)
+    computed = {name: buffer for name, buffer in network.named_buffers() if name not in headers}
+    if too_large := [name for name, buffer in computed.items() if buffer.numel() > _MOST_TABLE_ELEMENTS]:
+        raise InvalidInputError(
+            f"{path} describes a {too_large[0]} of {computed[too_large[0]].numel():.0e} numbers; correct it"
+        )
+    if computed:
+        with init_empty_weights(include_buffers=False):
+            network = _build(component, config)
+    network.load_state_dict(_read_tensors(headers, dtype), strict=False, assign=True)
+    if of_transformers:
+        network.tie_weights()
+    return network.eval()
+
+
+def _build(component: Any, config: Mapping[str, Any]) -> Any:
+    """A new network of `component`; options that it does not know are left out, as diffusers and transformers do."""
+    if hasattr(component, "config_class"):
+        return component(component.config_class.from_dict(dict(config)))
+    known = component._get_init_keys(component)
+    return component(**{name: value for name, value in config.items() if name in known})
+
+
+def load_scheduler(component: Any, folder: Path) -> Any:
+    """A scheduler of the class `component`, every option checked as a network's. Raises as `load_network`."""
+    path = folder / "scheduler_config.json"
+    config = read_json(path, "fetch or copy the whole model")
+    _check_class(path, config, component)
+    _check_options(path, config, component)
+    try:
+        return component.from_config(config)
+    except Exception as error:  # as of a network
+        raise InvalidInputError(
+            f"{path} does not describe a {component.__name__} ({_one_line(error)}); copy it again"
+        ) from error
+
+
+def load_tokenizer(component: Any, folder: Path) -> Any:
+    """A tokenizer of the class `component`, by its files alone. Raises as `load_network`."""
+    if not folder.is_dir():
+        raise MissingError(f"there is no folder {folder}; fetch or copy the whole model")
+    read_json(folder / "tokenizer_config.json", "fetch or copy the whole tokenizer")
+    sets = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+    if not any(all((folder / name).is_file() for name in names) for names in sets):
+        raise MissingError(
+            f"{folder} has no tokenizer.json (nor vocab.json with merges.txt, nor spiece.model); fetch it"
+        )
+    try:
+        tokenizer = component.from_pretrained(folder, local_files_only=True)
+        tokenizer("a red circle")
+    except Exception as error:  # tokenizers, transformers and sentencepiece share no error
+        raise InvalidInputError(
+            f"{folder} does not hold a {component.__name__} ({_one_line(error)}); copy it again"
+        ) from error
+    return tokenizer
