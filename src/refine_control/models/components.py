@@ -25,6 +25,8 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _TABLE = "pos_embed.pos_embed"
 """Fixed positions of SD3's networks, which some files leave out."""
 _MOST_TABLE_ELEMENTS = 2**29
+_TEXT_PREFIX = "text_model."
+"""Of the tensors of a CLIPTextModel, until transformers 5."""
 _POSITIVE = re.compile("(size|heads|head_dim|channels|groups)$")
 _UNSEEN = {
     "AutoencoderKL": ("block_out_channels", "norm_num_groups", "scaling_factor"),
@@ -153,10 +155,9 @@ def _renamed(headers: dict[str, Header], network: Any) -> dict[str, Header]:
     """The headers by today's names: attention of older VAEs, and text models with and without their prefix."""
     if fix := getattr(network, "_fix_state_dict_keys_on_load", None):
         fix(headers)
-    prefix = getattr(network, "base_model_prefix", "") + "."
-    if prefix != "." and not any(name.startswith(prefix) for name in network.state_dict()):
-        return {name.removeprefix(prefix): header for name, header in headers.items()}
-    return headers
+    if any(name.startswith(_TEXT_PREFIX) for name in network.state_dict()):
+        return headers
+    return {name.removeprefix(_TEXT_PREFIX): header for name, header in headers.items()}
 
 
 def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str, Header]:
