@@ -16,7 +16,7 @@ from refine_control.miniature.scene_shards import scene_photos
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED
 from refine_control.study.compare import compare, read_test, score
-from refine_control.study.evaluate import summarise, write_results
+from refine_control.study.evaluate import evaluate, summarise, write_results
 from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
 
 PHOTOS = list(scene_photos(0, 0, 5))
@@ -155,3 +155,10 @@ def test_test_shards_are_read_and_others_refused(tmp_path):
         read_test(shards(tmp_path / "one", LABELED, 1))
     with pytest.raises(InvalidInputError, match="no finished shards"):
         read_test(tmp_path)
+
+
+def test_a_student_may_not_be_called_teacher(tmp_path):
+    from refine_control.config import SamplerConfig
+
+    with pytest.raises(InvalidInputError, match="another name"):
+        evaluate("mini", None, {"teacher": tmp_path}, tmp_path, tmp_path / "out", SamplerConfig())

@@ -38,6 +38,7 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone
 from refine_control.models.devices import pictures_at_once
+from refine_control.models.fit import geometry
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
 from refine_control.photos.shards import Shards
@@ -90,19 +91,8 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
     """Raises InvalidInputError for latents (h, w) that the transformer or a ControlNet has no positions for."""
     factor = backbone.pipeline.vae_scale_factor
     for h, w in sizes:
-        told = f"samples of {factor * w} x {factor * h} pixels"
         for network in (backbone.transformer, backbone.pipeline.controlnet, *controlnets):
-            patch, most = network.config["patch_size"], network.config["pos_embed_max_size"]
-            if most is not None and max(h, w) // patch > most:
-                limit = most * patch * factor
-                raise InvalidInputError(
-                    f"{told} are too large for this model, whose position embedding ends at {limit} pixels a side; "
-                    "build them with a smaller --size"
-                )
-            if h % patch or w % patch:
-                raise InvalidInputError(
-                    f"{told} are not whole patches of {patch} latents; build them with another --size"
-                )
+            geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
 def _warn_small(sizes: Iterable[Size], backbone: Backbone) -> None:

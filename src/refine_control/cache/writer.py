@@ -267,6 +267,7 @@ def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> di
     writer.put("prompt_index", 0, len(numbers), np.asarray(numbers, np.int32))
     if stored.prompts == "none":
         return {}
+    backbone.warn_unread(prompts)
     layout: Layout | None = None
     errors = writer.state.setdefault("prompt_errors", [])
 

@@ -20,10 +20,13 @@ from refine_control.models.devices import (
     missing_bytes,
     pictures_at_once,
 )
-from refine_control.models.words import only_known
+from refine_control.models.fit import Geometry, geometry
+from refine_control.models.words import cut_warnings, only_known, unknown_words_warning
 
 logger = logging.getLogger(__name__)
 _NO_ROOM = "%s has %.1f GB for weights, and %s need %.1f: they stay where they are"
+_MOST_PROMPT_WARNINGS = 3
+"""Of prompts that come in batches; whoever knows all of them asks for one warning by `warn_unread`."""
 
 
 class Backbone:
@@ -41,6 +44,8 @@ class Backbone:
         self.pipeline = pipeline
         self.vocabulary = vocabulary
         self.max_sequence_length = max_sequence_length
+        self._examined: set[int] = set()
+        self._prompt_warnings = 0
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
         for part in (pipeline.vae, pipeline.transformer, *self.text_encoders, pipeline.controlnet):
             if part is not None:
@@ -59,7 +64,12 @@ class Backbone:
     @property
     def side(self) -> int:
         """Pixels of a side of the square pictures that the model was made for."""
-        return int(self.transformer.config["sample_size"]) * int(self.pipeline.vae_scale_factor)
+        return self.geometry.side
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes that it paints."""
+        return geometry(self.vae.config, self.transformer.config)
 
     def to(self, device: torch.device | str, painting: bool = True) -> Backbone:
         """Moves the networks in their types, in place; without `painting` only the VAE and the text encoders.
@@ -112,10 +122,32 @@ class Backbone:
         """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
         return list(prompts) if self.vocabulary is None else [only_known(p, self.vocabulary) for p in prompts]
 
+    def warn_unread(self, prompts: Sequence[str]) -> None:
+        """Logs what of the prompts the model does not read: unknown words, and what its text encoders cut off.
+
+        A prompt is examined once. `encode_prompts` calls this; a caller that knows all its prompts calls it before,
+        for one warning about all of them."""
+        unexamined = [prompt for prompt in dict.fromkeys(prompts) if hash(prompt) not in self._examined]
+        self._examined.update(map(hash, unexamined))
+        if not unexamined or self._prompt_warnings >= _MOST_PROMPT_WARNINGS:
+            return
+        p, limit = self.pipeline, self.pipeline.tokenizer_max_length
+        encoders = [("text_encoder", p.tokenizer, limit), ("text_encoder_2", p.tokenizer_2, limit)]
+        if p.text_encoder_3 is not None:
+            encoders.append(("text_encoder_3", p.tokenizer_3, self.max_sequence_length))
+        warnings = cut_warnings(encoders, self.readable(unexamined))
+        if self.vocabulary is not None and (ignored := unknown_words_warning(unexamined, self.vocabulary)):
+            warnings.append(ignored)
+        self._prompt_warnings += bool(warnings)
+        last = self._prompt_warnings == _MOST_PROMPT_WARNINGS
+        for warning in warnings:
+            logger.warning("%s%s", warning, " (no more prompts are reported)" if last else "")
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code.
 
-        On the transformer's device, wherever the text encoders are."""
+        On the transformer's device, wherever the text encoders are. Logs a warning of what is not read."""
+        self.warn_unread(prompts)
         with torch.no_grad():
             embeds, pooled = encode_prompts(self.pipeline, self.readable(prompts), self.max_sequence_length)
         return embeds.to(self.device), pooled.to(self.device)

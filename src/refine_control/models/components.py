@@ -215,6 +215,15 @@ def _read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str
     return tensors
 
 
+def read_config(component: Any, folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config of a component, its class and options checked; what it leaves out is not filled in."""
+    path = folder / name
+    config = read_json(path, f"fetch or copy the whole {component.__name__}")
+    _check_class(path, config, component)
+    _check_options(path, config, component)
+    return config
+
+
 def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float32, **defaults: Any) -> Any:
     """A network of the class `component` (diffusers or transformers) on the CPU, floats in `dtype`, for inference.
 
@@ -222,12 +231,9 @@ def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float3
     InvalidInputError for a config or weights that cannot be used or disagree."""
     from accelerate import init_empty_weights
 
-    path = folder / "config.json"
-    config = {**defaults, **read_json(path, f"fetch or copy the whole {component.__name__}")}
+    path, config = folder / "config.json", {**defaults, **read_config(component, folder)}
     of_transformers = hasattr(component, "config_class")
     stem = "model" if of_transformers else "diffusion_pytorch_model"
-    _check_class(path, config, component)
-    _check_options(path, config, component)
     headers = _read_headers(find_weights(folder, stem))
     if deep := [n for n, v in config.items() if "layers" in n and isinstance(v, int) and v > max(1, len(headers))]:
         raise InvalidInputError(f"{path}: {deep[0]} is {config[deep[0]]}, more layers than {folder} holds tensors")
@@ -265,9 +271,7 @@ def _build(component: Any, config: Mapping[str, Any]) -> Any:
 def load_scheduler(component: Any, folder: Path) -> Any:
     """A scheduler of the class `component`, every option checked as a network's. Raises as `load_network`."""
     path = folder / "scheduler_config.json"
-    config = read_json(path, "fetch or copy the whole model")
-    _check_class(path, config, component)
-    _check_options(path, config, component)
+    config = read_config(component, folder, path.name)
     try:
         return component.from_config(config)
     except Exception as error:  # as of a network

@@ -178,7 +178,7 @@ def use_cpu_kernels(*modules: nn.Module) -> None:
 
 
 def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
-    """Casts transformer and ControlNets in place and moves them to the backbone's device; these kernels for bf16 on a CPU."""
+    """Casts transformer and ControlNets in place, on the backbone's device; bf16 on a CPU uses these kernels."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if dtype == torch.bfloat16 and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, *controlnets)

@@ -24,10 +24,10 @@ from diffusers import (
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, CARD
-from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_json
+from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
-from refine_control.models.fit import check_neighbours
+from refine_control.models.fit import Geometry, check_neighbours, geometry
 from refine_control.models.hub import folder_of
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
@@ -199,9 +199,16 @@ def _vocabulary(card: dict[str, Any]) -> frozenset[str] | None:
     return frozenset(card["vocabulary"]) if card.get("vocabulary") else None
 
 
-def closed_vocabulary(model: str | Path) -> frozenset[str] | None:
-    """The words that a model reads, by its card, without loading it; None where any word may be read."""
-    return _vocabulary(_card(model))
+def read_geometry(model: str | Path) -> Geometry:
+    """The sizes that a model paints, by its configs, without loading it. Raises what `resolve` does, and for a broken
+    config what `load_network` does."""
+    path = resolve(model)
+    _read_index(path)
+    configs = []
+    for component in (AutoencoderKL, SD3Transformer2DModel):
+        folder = path / {AutoencoderKL: "vae"}.get(component, "transformer")
+        configs.append(read_config(component, folder))
+    return geometry(*configs)
 
 
 def load_backbone(

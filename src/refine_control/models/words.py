@@ -1,9 +1,12 @@
-"""Closed vocabularies: which words of a prompt a small model was trained on, and which it ignores."""
+"""What of a prompt a model does not read: words outside a closed vocabulary, and text beyond its encoders' tokens."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
+
+_SHOWN_WORDS, _SHOWN_LETTERS = 8, 60
 
 
 def words(prompt: str) -> list[str]:
@@ -23,3 +26,48 @@ def only_known(prompt: str, vocabulary: Collection[str]) -> str:
     spoken = words(prompt)
     known = [word for word in spoken if word in vocabulary]
     return prompt if len(known) == len(spoken) else " ".join(known)
+
+
+def unknown_words_warning(prompts: Sequence[str], vocabulary: Collection[str]) -> str | None:
+    """A sentence that lists the words of the prompts that a model ignores; None where it knows all of them."""
+    unknown, share = unknown_words(prompts, vocabulary)
+    if not unknown:
+        return None
+    listed = ", ".join(repr(word) for word in unknown[:_SHOWN_WORDS]) + (" ..." if len(unknown) > _SHOWN_WORDS else "")
+    return (
+        f"this model has a closed vocabulary without {len(unknown)} words of the prompts, {100 * share:.0f} % of all "
+        f"their words: {listed}; they are ignored"
+    )
+
+
+def cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> dict[str, str]:
+    """What lies beyond `limit` tokens, special ones included, by prompt; prompts that fit are left out."""
+    cut = {}
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
+        if len(tokens["input_ids"]) > limit:
+            lost = tokens["input_ids"][limit - 1 : -1]
+            cut[prompt] = (
+                prompt[tokens["offset_mapping"][limit - 1][0] :] if tokenizer.is_fast else tokenizer.decode(lost)
+            )
+    return cut
+
+
+def cut_warnings(encoders: Sequence[tuple[str, Any, int]], prompts: Sequence[str]) -> list[str]:
+    """Sentences that say which text of the prompts is cut, and where: one for encoders that cut alike.
+
+    `encoders` are (name, tokenizer, tokens that it reads)."""
+    alike: dict[tuple[int, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for name, tokenizer, limit in encoders:
+        if cut := cut_text(tokenizer, prompts, limit):
+            alike.setdefault((limit, tuple(cut), tuple(cut.values())), []).append(name)
+    return [
+        f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that {' and '.join(names)} read; "
+        f"the end is cut off: {_shortened(lost[0])!r} of {_shortened(cut[0])!r}"
+        + (" and so on" if len(cut) > 1 else "")
+        for (limit, cut, lost), names in alike.items()
+    ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + "..."

@@ -14,15 +14,16 @@ import torch
 
 from refine_control import __version__
 from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.distances import set_difference, set_interval
 from refine_control.metrics.statistics import BOOTSTRAP_SEED, bootstrap_mean, gap_closed, paired_difference
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device, device_name
-from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
+from refine_control.models.fit import check_controlnet
+from refine_control.models.loading import load_backbone, load_controlnet, read_geometry, weights_mark
 from refine_control.picture_grid import PictureGrid, picture_grid
-from refine_control.pipeline.files import warn_unknown_words
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
@@ -205,13 +206,20 @@ def evaluate(
     `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
     All runs on the GPU where there is one, the scene's oracle apart.
     The students named `ours` and `fc` give the share of the gap that is closed."""
-    photos = read_test(test)
-    warn_unknown_words(model, [p.prompt for p in photos])
+    if TEACHER in students:
+        raise InvalidInputError(
+            "a student cannot be called teacher, the name of the teacher's row; give it another name"
+        )
+    photos, sizes = read_test(test), read_geometry(model)
+    for height, width in sorted({photo.mask.shape for photo in photos}):
+        sizes.check(height, width)
     with only_writer(out):
         backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
         controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
-        for controlnet in controlnets.values():
+        for name, controlnet in controlnets.items():
+            check_controlnet(controlnet.config, backbone.transformer.config, students.get(name, TEACHER))
             controlnet.to(backbone.device)
+        backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
         sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}

@@ -1,0 +1,52 @@
+"""What `inpaint` refuses before any weight is read, and what it writes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
+from refine_control.models import loading
+from refine_control.pipeline.files import inpaint_file
+
+SAMPLER = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    mask = np.zeros((70, 80), np.uint8)
+    mask[20:50, 20:50] = 255
+    Image.new("RGB", (80, 70), "teal").save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    return tmp_path / "a.png", tmp_path / "m.png"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """No weights are read."""
+
+    def fail(*_given, **_more):
+        raise AssertionError("weights were read")
+
+    for name in ("load_backbone", "load_controlnet"):
+        monkeypatch.setattr(loading, name, fail)
+
+
+@pytest.mark.parametrize("size", [0, 17, 60, 100, 104, 1_000_000])
+def test_a_size_that_the_model_cannot_paint_is_refused_from_its_config(files, unread, tmp_path, size):
+    with pytest.raises(InvalidInputError, match=rf"size {size} "):
+        inpaint_file(*files, "a red circle", tmp_path / "out.png", size=size)
+
+
+@pytest.mark.parametrize("name", ["out", "out.gif", "out.png.txt", ".png"])
+def test_a_picture_of_another_kind_is_not_written(files, unread, tmp_path, name):
+    with pytest.raises(InvalidInputError, match=r"\.png, \.jpg"):
+        inpaint_file(*files, "a red circle", tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.PNG", "PNG"), ("b.jpg", "JPEG"), ("c.webp", "WEBP")])
+def test_the_extension_says_what_is_written(files, tmp_path, monkeypatch, tiny_backbone, name, kind):
+    monkeypatch.setattr(loading, "load_backbone", lambda model, controlnet=None, device="cpu": tiny_backbone)
+    out = inpaint_file(*files, "a red circle", tmp_path / name, sampler=SAMPLER)
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == (kind, (64, 64))
