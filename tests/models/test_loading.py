@@ -407,8 +407,9 @@ def test_a_component_of_a_bundle_is_compared_with_the_bundle_s_manifest(folder):
     refused(lambda: load_pipeline(bundle), "vae/config.json", kind=DamagedError)
 
 
-def test_a_folder_around_a_controlnet_names_the_inner_one(saved):
-    refused(lambda: load_controlnet(saved.parent), "no config.json", f"name {saved}")
+def test_a_folder_of_another_kind_names_the_right_one(saved, published):
+    refused(lambda: load_controlnet(published), "a model in diffusers layout", f"give {published / 'controlnet'}")
+    refused(lambda: load_pipeline(saved), "a trained ControlNet", "a model must be given here")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "none", "a/b/c"])
@@ -420,8 +421,9 @@ def test_a_hub_id_that_cannot_be_had_is_missing():
     refused(lambda: load_controlnet("nobody-at-all/no-such-model"), "the hub did not give it", kind=MissingError)
 
 
-def test_a_pipeline_folder_without_an_index_is_refused(saved):
-    refused(lambda: load_backbone(saved), "no model_index.json")
+def test_a_folder_without_an_index_or_config_is_refused(tmp_path):
+    refused(lambda: load_backbone(tmp_path), "no model_index.json")
+    refused(lambda: load_controlnet(tmp_path), "no config.json")
 
 
 @pytest.mark.parametrize(("layers", "warned"), [(5, True), (12, False)])

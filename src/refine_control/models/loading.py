@@ -22,6 +22,7 @@ from diffusers import (
 )
 
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.folders import A_CONTROLNET, A_MODEL, refuse_other_kind
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, CARD
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
@@ -65,10 +66,9 @@ def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNe
     docs/paper.md, trap 6). Raises MissingError for files that are not there, InvalidInputError when config and weights
     disagree or a weight is not finite, DamagedError where a file is not the one that was saved."""
     path = resolve(folder)
+    refuse_other_kind(path, A_CONTROLNET)
     if not (path / CONFIG).is_file():
-        inner = next((name for name in ("student", "controlnet") if (path / name / CONFIG).is_file()), None)
-        advice = f"name {path / inner}" if inner else "give a ControlNet folder in diffusers layout"
-        raise InvalidInputError(f"{path} has no {CONFIG}; {advice}")
+        raise InvalidInputError(f"{path} has no {CONFIG}; give a ControlNet folder in diffusers layout")
     verify_folder(path)
     return load_network(SD3ControlNetModel, path, extra_conditioning_channels=extra_channels)
 
@@ -140,6 +140,7 @@ def _parts() -> Mapping[str, _Part]:
 
 def _read_index(path: Path) -> dict[str, str | None]:
     """The class of each component of an SD3 pipeline folder, None for one that it does without."""
+    refuse_other_kind(path, A_MODEL)
     if not (path / INDEX).is_file():
         raise InvalidInputError(f"{path} has no {INDEX}; give a pipeline folder in diffusers layout")
     index = read_json(path / INDEX, "give a pipeline folder in diffusers layout")
