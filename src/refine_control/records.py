@@ -23,7 +23,7 @@ TEST = "test"
 """Photo, mask and prompt that no training sees."""
 ROLES: tuple[str, ...] = (LABELED, UNLABELED, TEST)
 MAX_PIXELS = 100_000_000
-"""More than photographs have: beyond, a file is a decompression bomb."""
+"""A picture of so many pixels or more is taken for a decompression bomb."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RejectReason(Enum):
     ANIMATED = "animated"
     """More than one frame or page."""
     BOMB = "bomb"
-    """More pixels than photographs have: a decompression bomb."""
+    """MAX_PIXELS or more: a decompression bomb."""
     TOO_SMALL = "too_small"
     """The shorter side is less than the size of a sample."""
     NO_MASK = "no_mask"

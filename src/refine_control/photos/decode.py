@@ -1,9 +1,10 @@
 """The bytes of an image file -> a picture of 8 bits a channel, as a viewer shows it.
 
-What a file holds decides its format, not its name. EXIF orientation is applied. An embedded colour profile
-is applied (-> sRGB) and then, like all metadata, dropped. 16-bit grey is scaled by 1/257; transparency is
-laid on white in a photo and on black in a mask, so what is transparent in a mask is kept. Of a phone's
-multi-picture JPEG the first picture is the photo; anything else with two frames or pages is refused.
+The content of a file decides its format, not its name. EXIF orientation is applied. An embedded colour profile
+is applied (-> sRGB) and then, like all metadata, dropped. Broken metadata (EXIF, profile, texts) count as absent, as
+long as the pixels are whole: see `photos.metadata`. 16-bit grey is scaled by 1/257; transparent pixels become white in
+a photo and black (keep) in a mask. The first picture of a phone's multi-picture JPEG is the photo; any other file with
+two frames or pages is refused.
 """
 
 # H W pixels as shown
@@ -13,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms
 
+from refine_control.photos.metadata import check_pixels, without_metadata
 from refine_control.records import MAX_PIXELS, Rejected, RejectReason
 
+Result = TypeVar("Result")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -51,18 +54,19 @@ class Header(NamedTuple):
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The file as Pillow sees it, one picture of a bearable size; what fails inside becomes TRUNCATED."""
+    """The file as Pillow sees it, one picture of fewer than MAX_PIXELS; an error inside becomes TRUNCATED."""
     with warnings.catch_warnings():  # Pillow warns of odd metadata, and of bombs that are refused below
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError:
-            raise Rejected(RejectReason.BOMB, f"more than {MAX_PIXELS:,} pixels") from None
+            raise Rejected(RejectReason.BOMB, f"{MAX_PIXELS:,} pixels or more") from None
         except Exception:  # Pillow's plugins raise nearly anything at bytes that are not an image
             raise Rejected(RejectReason.UNREADABLE, f"not an image; known: {', '.join(FORMATS)}") from None
         with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Rejected(RejectReason.BOMB, f"{image.width} x {image.height} pixels, the limit is {MAX_PIXELS:,}")
+            if image.width * image.height >= MAX_PIXELS:
+                detail = f"{image.width} x {image.height} pixels; a photo has fewer than {MAX_PIXELS:,}"
+                raise Rejected(RejectReason.BOMB, detail)
             try:
                 if image.format != "MPO" and getattr(image, "is_animated", False):
                     raise Rejected(RejectReason.ANIMATED, f"{getattr(image, 'n_frames', 2)} frames or pages")
@@ -71,36 +75,63 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
                 raise error if isinstance(error, Rejected) else Rejected(RejectReason.TRUNCATED, str(error)) from None
 
 
+def _read(data: bytes, work: Callable[[Image.Image], Result]) -> Result:
+    """`work` on the opened picture; once more without the metadata where these may be what cannot be read."""
+    data = check_pixels(data)
+    try:
+        with _opened(data) as image:
+            return work(image)
+    except Rejected as error:
+        plain = without_metadata(data) if error.reason in (RejectReason.UNREADABLE, RejectReason.TRUNCATED) else data
+        if plain == data:
+            raise
+        try:
+            with _opened(plain) as image:
+                return work(image)
+        except Rejected:
+            raise error from None
+
+
 def _header(image: Image.Image) -> Header:
-    """Before the pixels are loaded; of a TIFF they are loaded here, because Pillow turns it by itself then."""
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    orientation = orientation if orientation in _TURNS else 1
+    """Before the pixels are loaded; a TIFF is loaded here, because Pillow turns it while loading."""
+    orientation = _orientation(image)
     if image.format == "TIFF":
         image.load()
         return Header(image.size, orientation)
     return Header((image.height, image.width) if orientation >= 5 else image.size, orientation)
 
 
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where the EXIF is broken or says anything else."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        return int(orientation) if orientation in _TURNS else 1
+    except Exception:  # whatever Pillow meets in bytes that are no EXIF
+        return 1
+
+
 def decode(data: bytes) -> tuple[Image.Image, Header]:
     """The first picture, 8 bits a channel, as shown. Raises Rejected with the reason."""
-    with _opened(data) as image:
+
+    def work(image: Image.Image) -> tuple[Image.Image, Header]:
         header = _header(image)
         image.load()
-        turned = image.format == "TIFF"
-        return turn(_eight_bit(image), 1 if turned else header.orientation), header
+        return turn(_eight_bit(image), 1 if image.format == "TIFF" else header.orientation), header
+
+    return _read(data, work)
 
 
 def read_header(data: bytes) -> Header:
     """Size and orientation of a picture. Raises Rejected with the reason."""
-    with _opened(data) as image:
-        return _header(image)
+    return _read(data, _header)
 
 
 def thumbnail(data: bytes, side: int) -> tuple[np.ndarray, Header]:
-    """(side, side) uint8 grey, the whole picture as shown, its shape forgotten. Raises Rejected with the reason.
+    """(side, side) uint8 grey: the whole picture as shown, without its aspect ratio. Raises Rejected with the reason.
 
-    A JPEG is decoded at the smallest scale that suffices; colour profiles are left out."""
-    with _opened(data) as image:
+    A JPEG is decoded at the smallest scale that suffices; colour profiles are ignored."""
+
+    def work(image: Image.Image) -> tuple[np.ndarray, Header]:
         header = _header(image)
         whole = image.size
         if image.format in ("JPEG", "MPO"):
@@ -112,6 +143,8 @@ def thumbnail(data: bytes, side: int) -> tuple[np.ndarray, Header]:
         small = grey.resize((side, side), Image.Resampling.BOX, box=box)
         return np.asarray(turn(small, 1 if image.format == "TIFF" else header.orientation)), header
 
+    return _read(data, work)
+
 
 def _eight_bit(image: Image.Image, *, profile: bool = True) -> Image.Image:
     """Modes I, I;16 -> L by v / 257; a profile -> sRGB; other modes as they are, apart from the file."""
@@ -122,10 +155,10 @@ def _eight_bit(image: Image.Image, *, profile: bool = True) -> Image.Image:
     embedded = image.info.get("icc_profile") if profile else None
     if embedded and image.mode in ("RGB", "RGBA", "CMYK"):
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile means what no profile means
-            ours, theirs = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(embedded))
-            turned = ImageCms.profileToProfile(image, theirs, ours, outputMode=mode)
-            return turned if turned is not None else image.copy()
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a broken profile is ignored
+            srgb, theirs = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+            converted = ImageCms.profileToProfile(image, theirs, srgb, outputMode=mode)
+            return converted if converted is not None else image.copy()
     return image.copy()
 
 

@@ -85,8 +85,9 @@ def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise Rejected(RejectReason.MASK_UNREADABLE, "`size` is not [height, width] in whole pixels")
     height, width = size
-    if height * width > MAX_PIXELS:
-        raise Rejected(RejectReason.MASK_UNREADABLE, f"{width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+    if height * width >= MAX_PIXELS:
+        detail = f"{width} x {height} pixels; a photo has fewer than {MAX_PIXELS:,}"
+        raise Rejected(RejectReason.MASK_UNREADABLE, detail)
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", "replace")
     if isinstance(counts, str):
