@@ -50,7 +50,13 @@ class RejectReason(Enum):
     BAD_ROW = "bad_row"
     """A manifest line that is not a JSON object, or names no image."""
     DUPLICATE = "duplicate"
-    """The same image, mask and id as an earlier entry."""
+    """An earlier entry, annotation or member of a tar is the same."""
+    AMBIGUOUS = "ambiguous"
+    """Two photos of one name or id: a mask, a text or an annotation may be of either."""
+    UNUSED = "unused"
+    """A file of the source that is neither a photo nor a part of one."""
+    CROWD = "crowd"
+    """An annotation that COCO calls a crowd: no single object."""
     OUTSIDE_TREE = "outside_tree"
     """A link or path that leaves the source folder, or a linked folder, which is not followed."""
     UNREADABLE = "unreadable"
@@ -83,6 +89,10 @@ class RejectReason(Enum):
     """The prompt was found doubtful and nobody has looked at it yet."""
     NO_REGION = "no_region"
     """None of the proposed regions is fit for inpainting."""
+
+
+LEFT_OUT = frozenset({RejectReason.UNUSED, RejectReason.CROWD})
+"""Reasons of what never was a sample to be: such lines change neither the shards nor what a limit counts."""
 
 
 class Rejected(Exception):

@@ -136,7 +136,7 @@ def test_samples_keep_the_shape_of_their_photos_and_the_hole(source, tmp_path):
 
 
 def test_without_buckets_nothing_tells_of_them_and_the_two_do_not_mix(source, tmp_path):
-    assert "buckets" not in Parameters().told()
+    assert "buckets" not in Parameters().as_dict()
     build(source, tmp_path / "squares", **{**CHOSEN, "buckets": False})
     told = b"".join(data for name, data in tree(tmp_path / "squares").items() if name.endswith(".json"))
     assert b"bucket" not in told

@@ -105,7 +105,7 @@ def test_pixels_that_fail_their_checksum_are_refused():
         changed = data.copy()
         changed[place] ^= 1 << bit
         for read in (decode, read_header, lambda each: thumbnail(each, 8)):
-            with pytest.raises(Rejected, match="truncated.*checksum.*IDAT"):
+            with pytest.raises(Rejected, match=r"truncated.*checksum.*IDAT"):
                 read(bytes(changed))
     changed = data.copy()
     changed[data.index(b"IDAT")] ^= 0x20  # `iDAT`: no kind of metadata that is known

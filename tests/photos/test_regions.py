@@ -70,6 +70,15 @@ def test_a_large_ragged_mask_survives():
     assert np.array_equal(decode_rle(segmentation), mask)
 
 
+def test_whole_numbers_written_as_floats_or_text_are_read():
+    mask = np.zeros((3, 4), bool)
+    mask[1:, 1] = mask[:, 2] = True
+    for size, counts in (([3.0, "4"], [4.0, "5", "3.0"]), (["3", 4.0], "453")):
+        assert np.array_equal(decode_rle({"size": size, "counts": counts}), mask)
+    box = polygons_to_mask([["1", 0.0, "3.0", 0, 3, "2", 1, 2]], 3, 4)
+    assert np.array_equal(np.argwhere(box), [[0, 1], [0, 2], [1, 1], [1, 2]])
+
+
 @pytest.mark.parametrize(
     "segmentation",
     [
@@ -77,7 +86,8 @@ def test_a_large_ragged_mask_survives():
         {"size": [2, 2]},
         {"counts": "4"},
         {"size": [2], "counts": "4"},
-        {"size": [2, 2.0], "counts": "4"},
+        {"size": [2, 2.5], "counts": "4"},
+        {"size": [2, "two"], "counts": "4"},
         {"size": [True, 4], "counts": "4"},
         {"size": [-2, -2], "counts": "4"},
         {"size": [0, 0], "counts": ""},
@@ -91,7 +101,8 @@ def test_a_large_ragged_mask_survives():
         {"size": [2, 2], "counts": "4p"},
         {"size": [2, 2], "counts": "４"},
         {"size": [2, 2], "counts": 4},
-        {"size": [2, 2], "counts": [4.0]},
+        {"size": [2, 2], "counts": [4.5]},
+        {"size": [2, 2], "counts": [None, 4]},
         {"size": [2, 2], "counts": [True, 3]},
         {"size": [2, 2], "counts": [5, -1]},
         {"size": [2, 2], "counts": [2**70, 4]},
@@ -168,7 +179,8 @@ def test_a_pixel_is_in_when_a_ray_from_its_centre_crosses_an_odd_number_of_edges
     "polygon",
     [
         [1, 2, 3],
-        ["1", 2, 3, 4, 5, 6],
+        ["one", 2, 3, 4, 5, 6],
+        [True, 2, 3, 4, 5, 6],
         [1, 2, 3, 4, 5, float("nan")],
         [1, 2, 3, 4, 5, 10**300],
         "123456",

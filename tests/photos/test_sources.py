@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -177,8 +178,12 @@ def test_coco_rows_of_the_wrong_kind_are_told(tmp_path):
     photos = [{"id": 0, "file_name": "0.png", "license": {}}, 5, {"id": 8}]
     found = list(entries(coco(tmp_path, annotations=rows, images=photos, licenses=None)))
     problems = [entry.problem[0] if entry.problem else None for entry in found]
-    assert problems == [R.BAD_ROW, R.BAD_ROW, None, None, None, None, None, R.DUPLICATE, R.BAD_ROW, R.BAD_ROW]
-    assert [refused(entry) for entry in found[3:6]] == [R.MASK_UNREADABLE, R.NO_MASK, R.NO_PROMPT]
+    bad = R.BAD_ROW
+    assert problems == [bad, bad, None, None, None, bad, bad, R.DUPLICATE, bad, bad]
+    assert [refused(entry) for entry in found[3:5]] == [R.MASK_UNREADABLE, R.NO_MASK]
+    details = [entry.problem[1] for entry in found if entry.problem]
+    for detail, words in zip(details, ("not an object", "image_id.*99", "category_id.*[1]", "`id`.*[6]"), strict=False):
+        assert re.search(words, detail)
     assert load(found[2], S).meta["id"] == 1
 
 
@@ -189,25 +194,30 @@ def test_coco_lists_may_have_any_order(tmp_path, monkeypatch, alike):
         monkeypatch.setattr(coco_listing, "_number", lambda name: int(isinstance(name, int | str)))
     for seed in range(30):
         draw = random.Random(seed)
-        ids = draw.sample([7, "7", "ü", 10**30, True, 0], draw.randint(0, 6))
+        ids = draw.sample([7, "8", "ü", 10**30, "007", 0], draw.randint(0, 6))
         photos = [{"id": name, "file_name": f"{n}.png"} for n, name in enumerate(ids)] + [{"file_name": "no id.png"}]
         draw.shuffle(photos)
-        owners = draw.choices([*ids, *ids] if alike and ids else [7, "7", "ü", 10**30, 0, None, [7], 7.0], k=12)
+        owners = draw.choices(
+            [*ids, *ids] if alike and ids else ["7", 7.0, 8, "ü", 10**30, "0.0", None, [7], 7.5], k=12
+        )
         rows = [{"id": n, "image_id": owner, "iscrowd": n % 5 == 0} for n, owner in enumerate(owners)]
         members = [("images", photos), ("annotations", rows if ids else []), ("other", [[{}]]), ("x", {})]
         draw.shuffle(members)
         path = tmp_path / f"{seed}.json"
         path.write_text(json.dumps(dict(members), ensure_ascii=False))
         (tmp_path / photos[0]["file_name"]).touch()
-        named = {n: row["image_id"] for n, row in enumerate(rows if ids else [])}
-        named = {n: None if isinstance(owner, float | list) else owner for n, owner in named.items()}
+        same = {"7": 7, 8: "8", "0.0": 0}
+        named = {n: None if row["image_id"] in (None, [7]) else row["image_id"] for n, row in enumerate(rows)}
+        named = {n: same.get(name, name) for n, name in named.items()} if ids else {}
         of = {n: next((p for p in photos if "id" in p and p["id"] == name), None) for n, name in named.items()}
         expected = [f"annotation-{n}" for n, photo in of.items() if photo is None]
         for photo in photos:
             own = [n for n, owner in of.items() if owner is photo and not rows[n]["iscrowd"]]
             expected += [(photo["file_name"], n) for n in own or [None]]
-        found = entries(path, tmp_path)
+        crowds = []
+        found = entries(path, tmp_path, crowds.append)
         assert [(entry.image, entry.meta.get("id")) if entry.image else entry.key for entry in found] == expected
+        assert len(crowds) == sum(rows[n]["iscrowd"] and photo is not None for n, photo in of.items())
 
 
 def test_a_coco_file_that_changes_while_it_is_read_is_refused(tmp_path):
@@ -230,10 +240,12 @@ def test_tars_of_img2dataset(tmp_path):
         }
 
     tar_of(tmp_path / "00001.tar", sample(2) | {"notes.txt": b"x"})
-    tar_of(tmp_path / "00000.tar", sample(0) | sample(1) | {"./deep/0.er/a.b.png": saved(picture())})
+    tar_of(tmp_path / "00000.tar", sample(0) | sample(1))
     for name in ("00000.parquet", "00000_stats.json", ".hidden.tar"):
         (tmp_path / name).write_bytes(b"not read")
-    found = list(entries(tmp_path))
+    left_out = []
+    found = list(entries(tmp_path, left_out=left_out.append))
+    assert [entry.image for entry in left_out] == ["00001.tar/notes.txt", ".hidden.tar"]
     assert [entry.image for entry in found] == [
         "00000.tar/000000000.jpg",
         "00000.tar/000000001.jpg",
@@ -263,7 +275,10 @@ def test_nothing_leaves_through_a_tar(tmp_path):
             info.type, info.linkname = tarfile.SYMTYPE, link
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("../../secret.png"))
-    assert [entry.image for entry in entries(folder)] == ["a.tar/b.png", "a.tar/../../secret.png"]
+    left_out = []
+    found = entries(folder, left_out=left_out.append)
+    assert [entry.image for entry in found] == ["a.tar/b.png", "a.tar/../../secret.png"]
+    assert [entry.image for entry in left_out] == ["a.tar/c.png", "a.tar/d.png"]
     assert read_bytes(folder, "a.tar/../../secret.png") == b""  # the tar's own
     tar_of(tmp_path / "out.tar", {"b.png": saved(picture(1))})
     (folder / "link.tar").symlink_to(tmp_path / "out.tar")
@@ -322,10 +337,14 @@ def test_a_tar_that_changes_is_read_anew(tmp_path):
 def test_facts_in_a_tar_that_are_none_are_told(tmp_path):
     photo = saved(picture())
     members = {"a.png": photo, "a.json": b"{", "b.png": photo, "b.txt": b"\xff", "c.png": photo, "c.json": b"[1]"}
-    members |= {"d.png": photo, "d.json": b'{"box": [1, 2, 3], "category": 5}', "e.json": b"{}"}
-    found = list(entries(tar_of(tmp_path / "a.tar", members)))
-    assert [entry.problem[0] if entry.problem else None for entry in found] == [R.BAD_ROW] * 3 + [None]
-    assert (found[3].segmentation, found[3].prompt) == (None, None)
+    members |= {"d.png": photo, "d.json": b'{"box": [1, 2, 3]}', "e.png": photo, "e.json": b'{"category": 5}'}
+    members |= {"f.png": photo, "f.json": b'{"box": null, "category": NaN}', "g.json": b"{}"}
+    left_out = []
+    found = list(entries(tar_of(tmp_path / "a.tar", members), left_out=left_out.append))
+    problems = [entry.problem[0] if entry.problem else None for entry in found]
+    assert problems == [R.BAD_ROW] * 4 + [R.NO_PROMPT, None]
+    assert (found[5].segmentation, found[5].prompt) == (None, None)
+    assert [entry.image for entry in left_out] == ["a.tar/g.json"]
 
 
 def test_a_manifests_header_and_its_mistakes(tmp_path):
@@ -363,7 +382,10 @@ def test_segmentations_follow_the_laws_of_masks(tmp_path):
         ({"image": "a.png", "segmentation": []}, R.MASK_EMPTY),
         ({"image": "a.png", "segmentation": [[1, 2, "x"]]}, R.MASK_UNREADABLE),
         ({"image": "a.png", "segmentation": {"size": [H, W], "counts": "zz"}}, R.MASK_UNREADABLE),
-        ({"image": "a.png", "segmentation": "zz"}, R.NO_MASK),
+        ({"image": "a.png", "segmentation": "zz"}, R.MASK_UNREADABLE),
+        ({"image": "a.png", "segmentation": [BOX], "width": float(W + 1), "height": f"{H}"}, R.MASK_SIZE_MISMATCH),
+        ({"image": "a.png", "segmentation": [BOX], "width": 10**9, "height": 10**9}, R.MASK_SIZE_MISMATCH),
+        ({"image": "a.png", "segmentation": [BOX], "width": W + 0.5, "height": H}, R.BAD_ROW),
     ):
         (entry,) = entries(manifest(tmp_path, {"local_prompt": "x", **row}))
         if expected is None:

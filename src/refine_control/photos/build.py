@@ -61,7 +61,7 @@ class _Job(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build made: entries = all samples + all rejects."""
+    """What a build made: entries = all samples + all rejects, those of left-out files included."""
 
     out: Path
     entries: int
@@ -106,24 +106,28 @@ def build(
     with worker_processes(workers) as in_order:
         found = survey(job.source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
         if not found.photos:
-            raise InvalidInputError(f"no photo was found in {source}; want a manifest.jsonl, tars, or name.jpg files")
-        wanted = {**chosen.told(), "format": FORMAT, "source_sha256": found.sha256, "entries": len(found.photos)}
-        _check_folder(out, wanted)
+            others = f", only others such as {found.left_out[0].image}" if found.left_out else ""
+            raise InvalidInputError(
+                f"no photo was found in {source}{others}; want a manifest.jsonl, tars, or name.jpg files"
+            )
+        entries_in_all = len(found.photos) + len(found.left_out)
+        expected = {**chosen.as_dict(), "format": FORMAT, "source_sha256": found.sha256, "entries": entries_in_all}
+        _check_folder(out, expected)
         with only_writer(out):
-            _check_folder(out, wanted)  # again: nobody else can change it now
+            _check_folder(out, expected)  # again: nobody else can change it now
             done = (out / MANIFEST).is_file()
             if not done:
                 _remove_leftovers(out)
                 if not (out / PARAMETERS).is_file():
-                    write_json(out / PARAMETERS, {**wanted, "made_by": MADE_BY})
+                    write_json(out / PARAMETERS, {**expected, "made_by": MADE_BY})
                 _build_roles(job, out, found, in_order, progress)
             with storage_errors(out):
                 shutil.rmtree(out / _PARTS, ignore_errors=True)
             return _summary(out, time.monotonic() - started, done)
 
 
-def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
-    """Refuses an `out` that is something else than this build, begun or done."""
+def _check_folder(out: Path, expected: dict[str, Any]) -> None:
+    """Refuses an `out` that is anything but this build, begun or done."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -135,11 +139,11 @@ def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
             raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and is not a build; name a new folder")
         return
     try:
-        found, now = ({"buckets": False, **told} for told in (json.loads(path.read_bytes()), wanted))
+        there, now = ({"buckets": False, **facts} for facts in (json.loads(path.read_bytes()), expected))
         differing = [
-            f"{key.replace('source_sha256', 'the content of the source')} ({found.get(key)} there, {value} now)"
+            f"{key.replace('source_sha256', 'the content of the source')} ({there.get(key)} there, {value} now)"
             for key, value in now.items()
-            if found.get(key) != value
+            if there.get(key) != value
         ]
     except (ValueError, AttributeError, TypeError):
         raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
@@ -159,7 +163,7 @@ def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progres
     report = progress or (lambda done, total: None)
     chosen, total, count = job.chosen, len(found.photos), itertools.count(1)
     rejects: list[dict[str, Any]] = []
-    described = {"parameters": chosen.told(), "source_sha256": found.sha256}
+    described = {"parameters": chosen.as_dict(), "source_sha256": found.sha256}
     roles = split(found.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
     for role in ROLES:
         kind = BucketWriter if chosen.buckets else ShardWriter
@@ -185,9 +189,16 @@ def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progres
             rejects += kept["rejects"]
         writer.finish(**described)
     rejects.sort(key=lambda line: line["row"])
+    all_rejected = len(rejects) == total
+    rejects += [
+        _reject_line(entry, _Refusal(entry.problem[0].value, entry.problem[1]))
+        for entry in found.left_out
+        if entry.problem is not None
+    ]
+    total += len(found.left_out)
     write_atomic(out / REJECTS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejects))
     reasons = dict(Counter(line["reason"] for line in rejects))
-    if len(rejects) == total:
+    if all_rejected:
         listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
         raise InvalidInputError(f"all {total} entries of {job.source} were rejected: {listed}; see {out / REJECTS}")
     facts = {"kind": "build", "entries": total, "rejects": reasons, **described}
@@ -221,8 +232,7 @@ def _add(
         if isinstance(sample, _Sample):
             writer.add(sample.photo, sample.members)
         else:
-            line = {"row": row, "key": entry.key, "path": entry.image, "reason": sample.reason}
-            refused.append({**line, "detail": sample.detail})
+            refused.append({"row": row, **_reject_line(entry, sample)})
         yield
 
 
@@ -231,6 +241,11 @@ class _Refusal(NamedTuple):
 
     reason: str
     detail: str
+
+
+def _reject_line(entry: Entry, refusal: _Refusal) -> dict[str, Any]:
+    """A line of `rejects.jsonl`; without a `row` for what was left out."""
+    return {"key": entry.key, "path": entry.image, **refusal._asdict()}
 
 
 class _Sample(NamedTuple):

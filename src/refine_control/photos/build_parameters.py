@@ -54,6 +54,6 @@ class Parameters:
         h, w = nearest(width, height, sizes_for(self.size)) if self.buckets else (self.size, self.size)
         return self.enlarge or (width >= w and height >= h)
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """For manifests: `buckets` only where there are some, so that builds of squares stay what they were."""
         return {name: value for name, value in asdict(self).items() if name != "buckets" or value}

@@ -12,6 +12,8 @@ import os
 import shutil
 import tarfile
 import tempfile
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -40,19 +42,35 @@ def locate(root: Path, name: str) -> Where:
         if parts[count - 1].lower().endswith(TAR_SUFFIXES):
             outer = Path(*parts[:count])
             if (root / outer).is_file():
-                where = Where(_inside(root, outer), "/".join(parts[count:]))
-                if where.member not in tar_listing(where.path).members:
-                    raise Rejected(RejectReason.UNREADABLE, "no such file")
-                return where
-    return Where(_inside(root, Path(name)), None)
+                path = _inside(root, str(outer))
+                members = tar_listing(path).members
+                for member in _spellings("/".join(parts[count:])):
+                    if member in members:
+                        return Where(path, member)
+                raise Rejected(RejectReason.UNREADABLE, "no such file")
+    return Where(_inside(root, name), None)
 
 
-def _inside(root: Path, name: Path) -> Path:
+def _spellings(name: str) -> Iterator[str]:
+    """A name as a list spells it, then as a file system may: in either Unicode form, and with slashes."""
+    yield name
+    other = name.replace("\\", "/")
+    for each in (other,) if other.isascii() else (other, *(unicodedata.normalize(f, other) for f in ("NFC", "NFD"))):
+        if each != name:
+            yield each
+
+
+def _inside(root: Path, name: str) -> Path:
     """The regular file `name` with links resolved; Rejected where it leaves `root` or is no such file."""
-    try:
-        path = (root / name).resolve(strict=True)
-    except (OSError, ValueError, RuntimeError):
-        raise Rejected(RejectReason.UNREADABLE, "no such file") from None
+    path = None
+    for spelling in _spellings(name):
+        try:
+            path = (root / spelling).resolve(strict=True)
+            break
+        except (OSError, ValueError, RuntimeError):
+            continue
+    if path is None:
+        raise Rejected(RejectReason.UNREADABLE, "no such file")
     if not path.is_relative_to(root.resolve()):
         raise Rejected(RejectReason.OUTSIDE_TREE, "the path leaves the source folder")
     if not path.is_file():
@@ -63,18 +81,18 @@ def _inside(root: Path, name: Path) -> Path:
 def exists(root: Path, name: str) -> bool:
     """Whether anything has this name, be it readable or not, inside `root` or not."""
     try:
-        return os.path.lexists(root / name) or locate(root, name).member is not None
+        return os.path.lexists(root / name) or locate(root, name) is not None
     except (Rejected, ValueError):
         return False
 
 
-def read_bytes(root: Path, name: str) -> bytes:
-    """The whole file or member `name`, relative to `root`; Rejected where there is none that may be read."""
+def read_bytes(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
+    """The whole file or member `name`, relative to `root`; Rejected where there is none of at most `most` bytes."""
     path, member = locate(root, name)
     try:
         size = path.stat().st_size if member is None else tar_listing(path).members[member].size
-        if size > MAX_BYTES:
-            raise Rejected(RejectReason.UNREADABLE, f"{size:,} bytes; no photograph has more than {MAX_BYTES:,}")
+        if size > most:
+            raise Rejected(RejectReason.UNREADABLE, f"{name} has {size:,} bytes; at most {most:,} are read")
         return path.read_bytes() if member is None else tar_listing(path).read(member)
     except OSError as error:
         raise Rejected(RejectReason.UNREADABLE, f"cannot be read: {os.strerror(error.errno or 0)}") from None
@@ -92,14 +110,15 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.members: dict[str, Span] = {}
+        self.unread: list[tuple[str, str]] = []
+        """Members that cannot be read, and why: links, and those whose name a later member has."""
         self.problem: str | None = None
         """What is wrong with it, where it is cut or broken; the members before that are whole."""
         self._file = _unpacked(path) if path.name.lower().endswith((".gz", ".tgz")) else path.open("rb")
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 for info in tar:
-                    if info.isreg() and not info.issparse():
-                        self.members[os.path.normpath(info.name)] = Span(info.offset_data, info.size)
+                    self._note(info)
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep what is kept here
                 self._file.seek(tar.offset)
                 mark = self._file.read(_BLOCK)
@@ -107,6 +126,15 @@ class Tar:
                     self.problem = f"the tar has no end mark and breaks off at byte {tar.offset}"
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             self.problem = f"the tar is cut or broken: {error}"
+
+    def _note(self, info: tarfile.TarInfo) -> None:
+        name = os.path.normpath(info.name)
+        if info.isreg() and not info.issparse():
+            if name in self.members:
+                self.unread.append((name, "a later member of the tar has this name"))
+            self.members[name] = Span(info.offset_data, info.size)
+        elif not info.isdir():
+            self.unread.append((name, "links and special files in a tar are not read"))
 
     def read(self, member: str) -> bytes:
         """The bytes of a member; Rejected when the tar ends before they do. Threads may call it."""

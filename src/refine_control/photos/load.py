@@ -25,6 +25,7 @@ from refine_control.photos.buckets import Size, nearest
 from refine_control.photos.decode import Header, decode, on_ground, read_header, turn
 from refine_control.photos.files import exists, read_bytes
 from refine_control.photos.regions import decode_rle, polygons_to_mask
+from refine_control.photos.values import take_whole
 from refine_control.records import MAX_PIXELS, Entry, Photo, Rejected, RejectReason
 
 MIN_HOLE_KEPT = 0.5
@@ -76,12 +77,15 @@ def _mask_file(entry: Entry) -> Image.Image:
 def _drawn(entry: Entry, header: Header) -> Image.Image:
     """The segmentation in grey: run lengths in their own size, polygons on the photo or on the plane they name."""
     if entry.segmentation is None:
-        raise Rejected(RejectReason.NO_MASK, "no mask is named")
+        raise Rejected(RejectReason.NO_MASK, "neither a mask nor a region of one object is named")
     if isinstance(entry.segmentation, dict):
         return Image.fromarray(decode_rle(entry.segmentation)).convert("L")
-    width, height = entry.meta.get("width"), entry.meta.get("height")
-    if type(width) is not int or type(height) is not int or width < 1 or height < 1 or width * height > MAX_PIXELS:
-        width, height = header.size
+    sides = take_whole(entry.meta, "width"), take_whole(entry.meta, "height")
+    # exporters write 0 or -1 for a size that they do not know
+    width, height = (side if side is not None and side > 0 else s for side, s in zip(sides, header.size, strict=True))
+    if width * height >= MAX_PIXELS:
+        detail = f"the list says {width} x {height}, photo {header.size[0]} x {header.size[1]}"
+        raise Rejected(RejectReason.MASK_SIZE_MISMATCH, detail)
     return Image.fromarray(polygons_to_mask(entry.segmentation, height, width)).convert("L")
 
 

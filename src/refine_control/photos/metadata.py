@@ -63,7 +63,7 @@ def check_pixels(data: bytes) -> bytes:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG without anything but its picture and its EXIF; other formats, and files without any, as they are."""
+    """A PNG or JPEG with nothing but its picture and its EXIF; files of other formats as they are."""
     if data.startswith(_PNG):
         return _without(data, [(c.start, c.end) for c in _chunks(data) if c.kind in _PNG_METADATA - {b"eXIf"}])
     return _without(data, list(_jpeg_metadata(data))) if data.startswith(_JPEG) else data

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from refine_control.errors import InvalidInputError
+from refine_control.photos.values import number, shown, whole
 from refine_control.records import MAX_PIXELS, Rejected, RejectReason
 
 Segmentation = dict[str, Any] | list[Any]
@@ -82,9 +83,10 @@ def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
 
     Rejected when it is not that, or when the counts do not add up to H x W: this is known before memory is taken."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-        raise Rejected(RejectReason.MASK_UNREADABLE, "`size` is not [height, width] in whole pixels")
-    height, width = size
+    sides = [whole(side) or 0 for side in size] if isinstance(size, list | tuple) else []
+    if len(sides) != 2 or min(sides) < 1:
+        raise Rejected(RejectReason.MASK_UNREADABLE, f"`size` is {shown(size)}, not [height, width] in whole pixels")
+    height, width = sides
     if height * width >= MAX_PIXELS:
         detail = f"{width} x {height} pixels; a photo has fewer than {MAX_PIXELS:,}"
         raise Rejected(RejectReason.MASK_UNREADABLE, detail)
@@ -92,10 +94,12 @@ def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
         counts = counts.decode("ascii", "replace")
     if isinstance(counts, str):
         runs = _decompress(counts)
-    elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= MAX_PIXELS for count in counts):
-        runs = np.asarray(counts, np.int64)
     else:
-        raise Rejected(RejectReason.MASK_UNREADABLE, "`counts` is neither a text nor a list of whole numbers from 0")
+        lengths = [whole(count) for count in counts] if isinstance(counts, list) else [None]
+        if not all(length is not None and 0 <= length <= MAX_PIXELS for length in lengths):
+            detail = "`counts` is neither text nor a list of whole numbers from 0"
+            raise Rejected(RejectReason.MASK_UNREADABLE, detail)
+        runs = np.asarray(lengths, np.int64)
     if runs.size and (runs.min() < 0 or runs.max() > MAX_PIXELS):
         raise Rejected(RejectReason.MASK_UNREADABLE, "`counts` holds a run that is negative or longer than any photo")
     if (total := int(runs.sum())) != height * width:
@@ -110,12 +114,12 @@ def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: in
     A polygon with fewer than three corners holds none. Rejected when one is not a list of pairs of finite numbers."""
     mask = np.zeros((height, width), bool)
     for polygon in polygons:
-        numbers = isinstance(polygon, list | tuple) and all(type(value) in (int, float) for value in polygon)
-        # written so that NaN fails it
-        if not numbers or len(polygon) % 2 or not all(-_FARTHEST <= value <= _FARTHEST for value in polygon):
-            raise Rejected(RejectReason.MASK_UNREADABLE, "a polygon is not a list [x0, y0, x1, y1, ...] of numbers")
-        if len(polygon) >= 6:
-            _fill(mask, np.asarray(polygon, np.float64).reshape(-1, 2))
+        values = [number(value) for value in polygon] if isinstance(polygon, list | tuple) else [None]
+        if len(values) % 2 or not all(value is not None and -_FARTHEST <= value <= _FARTHEST for value in values):
+            detail = f"a polygon is {shown(polygon)}, not a list [x0, y0, x1, y1, ...] of numbers"
+            raise Rejected(RejectReason.MASK_UNREADABLE, detail)
+        if len(values) >= 6:
+            _fill(mask, np.asarray(values, np.float64).reshape(-1, 2))
     return mask
 
 

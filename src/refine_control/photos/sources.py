@@ -4,16 +4,17 @@
 | --- | --- |
 | `manifest.jsonl`, or a folder that holds one | rows of `image`, `mask` or `segmentation`, `local_prompt`, ... |
 | a folder with tars at its top, or one tar | WebDataset, as img2dataset writes it: see `photos.webdataset` |
-| any other folder | searched for `name.jpg|png|webp|tif...` + `name.mask.png` + `name.txt` |
+| any other folder | searched for photos, masks and texts by the names of `photos.pairing`; a text is a local prompt |
 | a `.json` file | COCO's instances: see `photos.coco` |
 
 Nothing is decoded here; what is held are the names of one folder, the listing of one tar or JSON, and some 30 bytes
-of every entry. A region or a prompt may be missing: an annotator can fill it in, `photos.load` refuses it. What cannot
-be used at all is an entry with a problem: nothing is lost silently.
+of every entry. A region or a prompt may be missing: an annotator can add it, `photos.load` refuses it. What cannot
+be used at all is an entry with a problem, and every other file of a folder or tar is an entry that is left out: nothing
+is lost silently.
 
 A manifest's first line may be a header: an object without `image` whose `root` is the folder that the rows' paths
 start from; without it that is the manifest's own folder. The people's decisions in `decisions.jsonl` beside it hold: a
-refused row has the problem REVIEW_REJECTED, a mended prompt takes the place of the row's. A row with `prompt_problems`
+refused row has the problem REVIEW_REJECTED, a corrected prompt replaces the row's. A row with `prompt_problems`
 on which nobody has decided has the problem NEEDS_REVIEW.
 """
 
@@ -23,30 +24,36 @@ import heapq
 import itertools
 import json
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
 from refine_control.photos.files import TAR_SUFFIXES, read_bytes
+from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, Photograph, hidden, is_mask_name, one_spelling, pair
 from refine_control.photos.seen import Seen
-from refine_control.records import Entry, Rejected, RejectReason, flat_meta, make_key, one_line
+from refine_control.photos.values import take_id, take_segmentation, take_text, whole_ids
+from refine_control.photos.webdataset import described_entry, tar_entries, unused_entry
+from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, flat_meta, make_key, one_line
 
 MANIFEST_NAME = "manifest.jsonl"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
-MASK_SUFFIX = ".mask.png"
 _NAMES_SORTED = 1 << 13
 _NOT_META = frozenset({"image", "mask", "segmentation", "local_prompt", "global_prompt"})
+_BESIDE_TARS = frozenset({"request"})
+"""Of `data download`; img2dataset's own tables are called after their tars."""
 
 
-def entries(source: Path, images: Path | None = None) -> Iterator[Entry]:
+def entries(
+    source: Path, images: Path | None = None, left_out: Callable[[Entry], None] | None = None
+) -> Iterator[Entry]:
     """Streams the entries of a source (see above) in the order of its rows, or of the sorted names.
 
-    `images` is the folder of COCO's photos where it is not the JSON's own. Raises InvalidInputError when `source`
-    is nothing of the kind."""
-    return _unique(_reader(Path(source), images))
+    `images` is the folder of COCO's photos where it is not the JSON's own. `left_out` is called with the entries of
+    what never was a sample to be (LEFT_OUT), each before the next that is streamed. Raises InvalidInputError when
+    `source` is nothing of the kind."""
+    return _checked(_reader(Path(source), images), left_out or (lambda entry: None))
 
 
 def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
@@ -56,51 +63,71 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
     if source.is_dir():
         if (source / MANIFEST_NAME).is_file():
             return _manifest_entries(source / MANIFEST_NAME)
-        return _tar_entries(source, tars) if (tars := _tars(source)) else _folder_entries(source)
+        tars = _tars(source)
+        return _tar_entries(source, tars) if tars.names else _folder_entries(source)
     if source.is_file():
-        if source.suffix == ".jsonl":
+        if source.suffix.lower() == ".jsonl":
             return _manifest_entries(source)
         if source.suffix.lower() == ".json":
             from refine_control.photos.coco import coco_entries
 
             return coco_entries(source, images)
         if source.name.lower().endswith(TAR_SUFFIXES):
-            return _tar_entries(source.parent, [source.name])
+            return _tar_entries(source.parent, _Tars([source.name], []))
     fault = "is not" if source.exists() else "does not exist; name"
     raise InvalidInputError(f"{source} {fault} a folder of photos or tars, a .jsonl manifest or COCO's .json")
 
 
-def _tars(folder: Path) -> list[str]:
-    """Names of the tars at the top of a folder; photos beside them would be passed over, so that is refused."""
-    tars, photo = [], ""
+class _Tars(NamedTuple):
+    """The tars at the top of a folder and what lies beside them."""
+
+    names: list[str]
+    others: list[Leftover]
+
+
+def _tars(folder: Path) -> _Tars:
+    """Raises InvalidInputError where there are photos beside the tars: one of the two would be passed over."""
     with os.scandir(folder) as listing:
-        for name in (each.name for each in listing if not each.name.startswith(".")):
-            if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file():
-                tars.append(name)
-            elif name.lower().endswith(SUFFIXES):
-                photo = min(photo or name, name)
-    if tars and photo:
-        raise InvalidInputError(f"{folder} holds tars ({min(tars)}) and photos ({photo}); give each a folder")
-    return sorted(tars)
+        listed = sorted((each.name, _is_folder(each)) for each in listing)
+    files = [name for name, is_folder in listed if not is_folder and not name.startswith(".")]
+    tars = [name for name in files if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file()]
+    photos = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    if tars and photos:
+        raise InvalidInputError(f"{folder} holds tars ({tars[0]}) and photos ({photos[0]}); give each a folder")
+    stems = {name[: -len(suffix)] for name in tars for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)}
+    known = {*tars, *_BESIDE_TARS, *(f"{stem}{end}" for stem in stems for end in (".parquet", "_stats.json"))}
+    kind = {True: "a folder beside tars is not searched", False: "no tar; other files beside tars are not read"}
+    return _Tars(tars, [Leftover(name, kind[is_folder]) for name, is_folder in listed if name not in known])
 
 
-def _tar_entries(root: Path, tars: list[str]) -> Iterator[Entry]:
-    from refine_control.photos.webdataset import tar_entries
+def _tar_entries(root: Path, tars: _Tars) -> Iterator[Entry]:
+    for name in tars.names:
+        yield from tar_entries(root, name)
+    for name, why in tars.others:
+        yield unused_entry(root, name, why)
 
-    return itertools.chain.from_iterable(tar_entries(root, name) for name in tars)
 
-
-def _unique(found: Iterator[Entry]) -> Iterator[Entry]:
+def _checked(listed: Iterator[Entry], left_out: Callable[[Entry], None]) -> Iterator[Entry]:
+    """The entries without those that are left out; what no source may hold is found here for all of them."""
     seen = Seen()
-    for entry in found:
-        if not seen.add(entry.key) and entry.problem is None:
-            entry = replace(entry, problem=(RejectReason.DUPLICATE, "an earlier entry has this image, mask and id"))
+    for entry in listed:
+        if entry.problem is not None:
+            if entry.problem[0] in LEFT_OUT:
+                left_out(entry)
+                continue
+            seen.add(entry.key)
+        elif not seen.add(entry.key):
+            entry = replace(entry, problem=(RejectReason.DUPLICATE, "an earlier entry has this image, region and id"))
+        elif is_mask_name(entry.image):
+            entry = replace(entry, problem=(RejectReason.BAD_ROW, "the image is a mask by its name"))
+        elif entry.mask is not None and os.path.normpath(entry.mask) == os.path.normpath(entry.image):
+            entry = replace(entry, problem=(RejectReason.BAD_ROW, "the mask is the photo itself"))
         yield entry
 
 
-def photos_of(found: Iterable[Entry]) -> Iterator[list[Entry]]:
+def photos_of(listed: Iterable[Entry]) -> Iterator[list[Entry]]:
     """Groups consecutive entries of one image: what an annotator looks at once."""
-    for _, group in itertools.groupby(found, key=lambda entry: (entry.root, entry.image)):
+    for _, group in itertools.groupby(listed, key=lambda entry: (entry.root, entry.image)):
         yield list(group)
 
 
@@ -112,22 +139,41 @@ def _manifest_entries(path: Path) -> Iterator[Entry]:
     root = path.parent
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise InvalidInputError(f"{path} is in UTF-16; save it as UTF-8")
             if not line.strip():
                 continue
-            row = _row(line)
-            if number == 1 and row and "image" not in row and isinstance(row.get("root"), str):
-                root = _root(path, row["root"])
+            try:
+                row = _row(line)
+                if number == 1 and "image" not in row and isinstance(row.get("root"), str):
+                    root = _root(path, row["root"])
+                    continue
+                entry = _manifest_entry(root, row)
+            except Rejected as error:
+                problem = (error.reason, f"line {number}: {error.detail}")
+                yield Entry(f"row-{number}", root, _image_name(line), None, None, problem=problem)
             else:
-                doubts = row.get("prompt_problems") if row else None
-                yield _decided(_manifest_entry(root, number, row), decisions, doubts)
+                yield _decided(entry, decisions, row.get("prompt_problems"))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise Rejected(RejectReason.BAD_ROW, "not text in UTF-8") from None
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        row = None
+    if not isinstance(row, dict):
+        raise Rejected(RejectReason.BAD_ROW, "not a JSON object")
+    return row
+
+
+def _image_name(line: bytes) -> str:
+    """Of a row that cannot be used; empty where it names none."""
+    try:
+        return take_text(_row(line), "image")
+    except Rejected:
+        return ""
 
 
 def _root(manifest: Path, named: str) -> Path:
@@ -137,25 +183,25 @@ def _root(manifest: Path, named: str) -> Path:
     return root
 
 
-def _manifest_entry(root: Path, number: int, row: dict[str, Any] | None) -> Entry:
-    image = row.get("image") if row is not None else None
-    if row is None or not isinstance(image, str) or not image:
-        detail = f"line {number} is not a JSON object with an `image`"
-        return Entry(f"row-{number}", root, "", None, None, problem=(RejectReason.BAD_ROW, detail))
-    mask = row.get("mask") if isinstance(row.get("mask"), str) and row["mask"] else None
-    given = row.get("segmentation")
-    segmentation = given if mask is None and isinstance(given, dict | list) else None
+def _manifest_entry(root: Path, row: dict[str, Any]) -> Entry:
+    """The entry of a row. Rejected where a field has a value that it cannot have."""
+    image = take_text(row, "image")
+    if not image:
+        fields = ", ".join(sorted(map(str, row))[:8])
+        raise Rejected(RejectReason.BAD_ROW, f"no `image` is named; the fields are: {fields or 'none'}")
+    mask = take_text(row, "mask") or None
+    segmentation = take_segmentation(row) if mask is None else None
     region = mask if segmentation is None else json.dumps(segmentation, sort_keys=True)
-    name = row.get("id") if isinstance(row.get("id"), str | int) else None
     captions = row["captions"] if isinstance(row.get("captions"), list) else []
+    take_id(row, "source_image_id")
     return Entry(
-        key=make_key(image, region, name),
+        key=make_key(image, region, take_id(row, "id")),
         root=root,
         image=image,
         mask=mask,
-        prompt=one_line(row.get("local_prompt")) or None,
-        global_prompt=one_line(row.get("global_prompt")) or next(filter(None, map(one_line, captions)), ""),
-        meta=flat_meta(row, _NOT_META),
+        prompt=one_line(take_text(row, "local_prompt", RejectReason.NO_PROMPT)) or None,
+        global_prompt=one_line(take_text(row, "global_prompt")) or next(filter(None, map(one_line, captions)), ""),
+        meta=flat_meta(row, _NOT_META) | whole_ids(row),
         segmentation=segmentation,
     )
 
@@ -163,13 +209,10 @@ def _manifest_entry(root: Path, number: int, row: dict[str, Any] | None) -> Entr
 def _decided(entry: Entry, decisions: dict[str, Decision], doubts: object) -> Entry:
     """The entry as people left it; `doubts` of its prompt that nobody has settled keep it out."""
     decision = decisions.get(id_of(entry)) if decisions else None
-    if entry.problem is not None:
-        return entry
     if decision is None:
         if not isinstance(doubts, list) or not doubts:
             return entry
-        told = ", ".join(map(str, doubts))
-        detail = f"the prompt is doubtful ({told}): see `data review`"
+        detail = f"the prompt is doubtful ({', '.join(map(str, doubts))}): see `data review`"
         return replace(entry, problem=(RejectReason.NEEDS_REVIEW, detail))
     if decision.action == REJECT:
         return replace(entry, problem=(RejectReason.REVIEW_REJECTED, "refused in the review"))
@@ -183,36 +226,61 @@ def _folder_entries(root: Path) -> Iterator[Entry]:
     waiting = [Path()]
     while waiting:
         here = waiting.pop()
-        folders, links, files = _listed(root / here)
-        for name in links:
+        try:
+            listed = _list_folder(root / here)
+        except OSError as error:
+            if here == Path():
+                raise InvalidInputError(f"cannot read the folder {root}: {error.strerror}") from None
+            problem = (RejectReason.UNREADABLE, f"the folder cannot be read: {error.strerror}")
+            yield Entry(make_key(here.as_posix(), None), root, here.as_posix(), None, None, problem=problem)
+            continue
+        for name in listed.links:
             image = (here / name).as_posix()
             problem = (RejectReason.OUTSIDE_TREE, "a linked folder is not followed")
             yield Entry(make_key(image, None), root, image, None, None, problem=problem)
+        folder = "" if here == Path() else f"{here.as_posix()}/"
         # a photo, its mask and its text are alike up to the first dot, and so stand together
-        for (start, _), alike in itertools.groupby(files, key=lambda name: name.partition(".")[:2]):
-            siblings = dict.fromkeys(alike if start else ())
-            for name in siblings:
-                low = name.lower()
-                if low.endswith(SUFFIXES) and not low.endswith(MASK_SUFFIX):
-                    yield _folder_entry(root, here / name, siblings)
-        waiting += [here / name for name in reversed(folders)]
+        for _, alike in itertools.groupby(listed.files, key=lambda name: one_spelling(name).partition(".")[:2]):
+            yield from _group_entries(root, folder, list(alike))
+        for name in listed.hidden:
+            yield unused_entry(root, f"{folder}{name}", "a hidden folder is not searched")
+        waiting += [here / name for name in reversed(listed.folders)]
 
 
-def _listed(path: Path) -> tuple[list[str], list[str], Iterator[str]]:
-    """The sorted names of the folders, the linked folders and the files in a folder, without hidden folders."""
+def _group_entries(root: Path, folder: str, files: list[str]) -> Iterator[Entry]:
+    """The photos among files in their order, then what is left over of these."""
+    leftovers: list[Leftover] = []
+    for photograph in sorted(pair(files, leftovers.append), key=lambda each: files.index(each.image)):
+        yield _folder_entry(root, folder, photograph)
+    for each in leftovers:
+        yield unused_entry(root, folder + each.file, each.why)
+
+
+class _Listed(NamedTuple):
+    """The sorted names in a folder."""
+
+    folders: list[str]
+    links: list[str]
+    """Linked folders."""
+    hidden: list[str]
+    """Hidden folders."""
+    files: Iterator[str]
+
+
+def _list_folder(path: Path) -> _Listed:
     folders: list[str] = []
     links: list[str] = []
+    passed: list[str] = []
     files = _SortedNames()
-    try:
-        with os.scandir(path) as listing:
-            for each in listing:
-                if not _is_folder(each):
-                    files.add(each.name)
-                elif not each.name.startswith("."):
-                    (links if each.is_symlink() else folders).append(each.name)
-    except OSError as error:
-        raise InvalidInputError(f"cannot read the folder {error.filename or path}: {error.strerror}") from None
-    return sorted(folders), sorted(links), iter(files)
+    with os.scandir(path) as listing:
+        for each in listing:
+            if not _is_folder(each):
+                files.add(each.name)
+            elif hidden(each.name):
+                passed.append(each.name)
+            else:
+                (links if each.is_symlink() else folders).append(each.name)
+    return _Listed(sorted(folders), sorted(links), sorted(passed), iter(files))
 
 
 def _is_folder(each: os.DirEntry[str]) -> bool:
@@ -223,7 +291,9 @@ def _is_folder(each: os.DirEntry[str]) -> bool:
 
 
 class _SortedNames:
-    """The names in a folder, iterated in their order; till then they take little more than their letters."""
+    """The names in a folder, iterated in their order; until then they take little more memory than their letters.
+
+    The order is that of one Unicode spelling, so that a photo and its mask stand together however they are spelled."""
 
     def __init__(self) -> None:
         self._new: list[str] = []
@@ -235,33 +305,39 @@ class _SortedNames:
             self._close()
 
     def _close(self) -> None:
-        self._runs.append("".join(f"{name}\0" for name in sorted(self._new)).encode("utf-8", "surrogateescape"))
+        ordered = sorted(self._new, key=_place)
+        self._runs.append("".join(f"{name}\0" for name in ordered).encode("utf-8", "surrogateescape"))
         self._new = []
 
     def __iter__(self) -> Iterator[str]:
         self._close()
-        return heapq.merge(*map(_names_of, self._runs))
+        return heapq.merge(*map(_split_names, self._runs), key=_place)
 
 
-def _names_of(run: bytes) -> Iterator[str]:
+def _place(name: str) -> tuple[str, str]:
+    return one_spelling(name), name
+
+
+def _split_names(run: bytes) -> Iterator[str]:
     start = 0
     while (end := run.find(b"\0", start)) >= 0:
         yield run[start:end].decode("utf-8", "surrogateescape")
         start = end + 1
 
 
-def _folder_entry(root: Path, relative: Path, siblings: Container[str]) -> Entry:
-    image, mask, text = relative.as_posix(), relative.stem + MASK_SUFFIX, relative.stem + ".txt"
-    mask_name = relative.with_name(mask).as_posix() if mask in siblings else None
-    entry = Entry(make_key(image, mask_name), root, image, mask_name, None)
-    if text not in siblings:
+def _folder_entry(root: Path, folder: str, photo: Photograph) -> Entry:
+    """The entry of a photo in a folder, where a text is a local prompt."""
+    entry = described_entry(root, folder, photo if photo.ambiguity else photo._replace(text=None))
+    entry = replace(entry, meta={name: value for name, value in entry.meta.items() if name != "id"})
+    if photo.text is None or entry.problem is not None:
         return entry
     try:
-        words = read_bytes(root, relative.with_name(text).as_posix()).decode("utf-8-sig")
-        return replace(entry, prompt=one_line(words) or None)
+        words = read_bytes(root, folder + photo.text).decode("utf-8-sig")
     except UnicodeDecodeError:
-        return replace(entry, problem=(RejectReason.NO_PROMPT, f"{text} is not a readable UTF-8 text"))
+        return replace(entry, problem=(RejectReason.NO_PROMPT, f"{photo.text} is not text in UTF-8"))
     except Rejected as error:
         outside = error.reason is RejectReason.OUTSIDE_TREE
         reason = error.reason if outside else RejectReason.NO_PROMPT
         return replace(entry, problem=(reason, f"prompt: {error.detail}"))
+    meta = {name: value for name, value in entry.meta.items() if name != "local_prompt_source"}
+    return replace(entry, prompt=one_line(words) or None, meta=meta)

@@ -1,7 +1,7 @@
 """One pass over a source before anything is built: what it holds, which entries are one photograph, and their roles.
 
 Entries of one photo id, of one content, or of near-duplicate contents (`photos.near_duplicates`) are one photograph,
-and so is whatever hangs together by a chain of these. It is called by the least of its ids.
+and so are entries that a chain of these connects. Its name is the least of its ids.
 """
 
 # N photographs, n entries
@@ -40,6 +40,8 @@ class Survey:
     """The photograph of each entry, in the order of `sources.entries`."""
     usable: set[str]
     """The photographs of which a sample can be expected: the split counts these alone."""
+    left_out: list[Entry]
+    """What never was a sample to be; none of it is in `sha256` or `photos`."""
 
 
 class _Task(NamedTuple):
@@ -118,16 +120,17 @@ class _Photographs:
 def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, fits: Fits) -> Survey:
     """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small."""
     whole, photographs = hashlib.sha256(), _Photographs()
-    own, serves = array("q"), bytearray()
+    numbers, serves = array("q"), bytearray()
     contents: dict[bytes, int] = {}
     marks, marked = array("Q"), array("q")
+    left_out: list[Entry] = []
     # what the workers look at runs a few groups ahead of what is folded here
-    ahead, behind = itertools.tee(photos_of(itertools.islice(entries(source, images), limit)))
+    ahead, behind = itertools.tee(photos_of(itertools.islice(entries(source, images, left_out.append), limit)))
     for group, look in zip(behind, in_order(_look, map(_task, ahead)), strict=True):
         for entry, mask in zip(group, look.masks, strict=True):
-            whole.update(json.dumps([*_told(entry), look.content, mask], sort_keys=True).encode() + b"\n")
+            whole.update(json.dumps([*_listed_facts(entry), look.content, mask], sort_keys=True).encode() + b"\n")
             number = photographs.number(entry.photo)
-            own.append(number)
+            numbers.append(number)
             serves.append(_serves(entry, look, mask, fits))
             if look.content is None:
                 continue
@@ -141,13 +144,14 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
                 marked.append(number)
     for one, other in near_pairs(np.asarray(marks, np.uint64)):
         photographs.join(marked[one], marked[other])
-    names = [photographs.names[photographs.root(number)] for number in own]
+    names = [photographs.names[photographs.root(number)] for number in numbers]
     for name in names:
         whole.update(json.dumps(name).encode() + b"\n")
-    return Survey(whole.hexdigest(), names, {name for name, each in zip(names, serves, strict=True) if each})
+    usable = {name for name, each in zip(names, serves, strict=True) if each}
+    return Survey(whole.hexdigest(), names, usable, left_out)
 
 
-def _told(entry: Entry) -> list[object]:
+def _listed_facts(entry: Entry) -> list[object]:
     """What the source says of an entry, as far as it reaches a sample."""
     problem = entry.problem[0].value if entry.problem else None
     words = [entry.prompt, entry.global_prompt, entry.meta, problem, entry.segmentation]
