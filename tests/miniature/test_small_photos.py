@@ -114,3 +114,64 @@ def test_what_is_no_folder_of_shards_is_refused(tmp_path):
     (tmp_path / "0.tar.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DamagedError, match="cannot be read to its end"):
         read_small_photos(tmp_path, "teacher")
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def jpeg(picture, **options):
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=95, **options)
+    return data.getvalue()
+
+
+def test_a_photograph_that_is_stored_lying_is_read_as_it_is_shown(tmp_path):
+    pixels = np.full((96, 64, 3), 30, np.uint8)
+    box = [20, 50, 45, 80]
+    pixels[50:81, 20:46] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = jpeg(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90), exif=exif)
+    facts = json.dumps({"category": "square", "box": box}).encode()
+    members = [(f"k{n}.{end}", data) for n in range(40) for end, data in (("jpg", lying), ("json", facts))]
+    write_members(tmp_path / "0.tar", members)
+    found = read_small_photos(tmp_path, "teacher")
+    red = (found.images[..., 0] > 150) & (found.images[..., 1] < 90)
+    assert (red & found.masks).sum() > 0.9 * red.sum() > 0
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path, caplog):
+    good, facts = jpeg(Image.new("RGB", (64, 64), (9, 99, 9))), {"category": "goldfish", "box": ["10", 20.0, 40, 50]}
+    names = [f"22.{n:02d}" for n in range(200)]
+    mine = [name for name in names if part_of(name) == "teacher"]
+    broken = {
+        mine[0]: (good[: len(good) // 2], json.dumps(facts).encode()),
+        mine[1]: (b"no picture", json.dumps(facts).encode()),
+        mine[2]: (good, b"{"),
+        mine[3]: (good, json.dumps({**facts, "box": [1, 2, "x", 4]}).encode()),
+        mine[4]: (good, json.dumps({"box": [10, 20, 40, 50]}).encode()),
+    }
+    samples = {name: broken.get(name, (good, json.dumps(facts).encode())) for name in names}
+    members = [
+        (f"{name}.{end}", data) for name in names for end, data in zip(("jpg", "json"), samples[name], strict=True)
+    ]
+    write_members(tmp_path / "0.tar", [*members, ("orphan.json", b"{}")])
+    write_members(tmp_path / "1.tar", [member for member in members if member[0].startswith(f"{mine[9]}.")])
+    found = read_small_photos(tmp_path, "teacher")
+    assert len(found.keys) == len(set(found.keys)) == len(mine) - len(broken) + 1
+    assert all(key.replace("-", "").isalnum() for key in found.keys)
+    assert found.masks[0][20:50, 10:40].all()
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "6 files" in line
+    assert all(f"{name}.jpg" in line for name in mine[:4])
+    caplog.clear()
+    read_small_photos(tmp_path, "teacher")
+    assert not caplog.records
+    out = tmp_path / "out"
+    assert build_small_photos(tmp_path, out, labeled=4, unlabeled=2, test=1)[LABELED] == 4
+    assert len(Shards(out / LABELED)) == 4

@@ -58,8 +58,8 @@ def build_scenes(
             folder = out / role
             described = {"scenes": count, "seed": derive_seed(test_seed if role == TEST else seed, "shards", role)}
             if (folder / MANIFEST).is_file():
-                had = json.loads((folder / MANIFEST).read_text())
-                if {k: had.get(k) for k in described} != described:
+                previous = json.loads((folder / MANIFEST).read_text())
+                if {k: previous.get(k) for k in described} != described:
                     raise InvalidInputError(f"{folder} holds other scenes; choose another folder")
                 continue
             if not count:

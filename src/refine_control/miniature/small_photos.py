@@ -1,8 +1,9 @@
 """Small real photographs with a category and a box each: the mini model's other world.
 
 A folder of WebDataset tars (plain or gzipped) whose samples are KEY.jpg and KEY.json = {"category", "box": [x0, y0, x1,
-y1] in pixels}. The box is the mask, the category the local prompt. Which part a photograph belongs to is a function of
-its key alone, so the teacher, the students and the test never share one, whatever is read when.
+y1] in pixels}, read by the code of `data build`: photographs are turned as they are shown, and one that cannot be used
+is left out with a warning. The box is the mask, the category the local prompt. The part of a photograph is a function
+of its KEY alone, so the teacher, the students and the test never share one, whatever is read when.
 """
 
 # N photographs, S side of a picture in pixels
@@ -10,23 +11,40 @@ its key alone, so the teacher, the students and the test never share one, whatev
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
+import logging
 import re
-import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.photos.decode import decode, on_ground
+from refine_control.photos.files import TAR_SUFFIXES, read_bytes, tar_listing
 from refine_control.photos.shards import ShardWriter
+from refine_control.photos.webdataset import tar_entries
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
-from refine_control.records import LABELED, TEST, UNLABELED, Photo, with_article
+from refine_control.records import (
+    LABELED,
+    LEFT_OUT,
+    TEST,
+    UNLABELED,
+    Entry,
+    Photo,
+    Rejected,
+    RejectReason,
+    make_key,
+    with_article,
+)
 from refine_control.storage import MANIFEST, only_writer, sha256_file
+
+logger = logging.getLogger(__name__)
 
 SIDE = 64
 AREA = (0.05, 0.6)
@@ -35,6 +53,10 @@ PARTS = {"teacher": 0.70, "student": 0.22, TEST: 0.08}
 """Shares of the photographs: the teacher's own, those that students learn from, and those that nobody sees."""
 _WORD = re.compile(r"'s|[^\W\d_]+|\d|[^\s\w]+")
 """CLIP's tokenizer knows words, single digits and runs of other characters: `go-kart` is three of them."""
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_NAMED = 5
+"""Files that a warning names."""
+_warned: set[tuple[Path, str]] = set()
 
 
 class SmallPhotos(NamedTuple):
@@ -68,9 +90,9 @@ def part_of(key: str) -> str:
 
 def category_words(folder: Path) -> tuple[str, ...]:
     """Every word that a prompt of these photographs may hold, as CLIP splits them, sorted; with the articles."""
-    named = {str(told.get("category", "")) for _, told, _ in _samples(folder)}
-    found = {word for name in named for word in _WORD.findall(with_article(name).lower())}
-    return tuple(sorted(found | {"a", "an"}))
+    categories = {str(entry.meta.get("category", "")) for entry in _entries(folder) if entry.problem is None}
+    words = {word for name in categories for word in _WORD.findall(with_article(name).lower())}
+    return tuple(sorted(words | {"a", "an"}))
 
 
 def read_small_photos(
@@ -80,20 +102,30 @@ def read_small_photos(
 
     Raises InvalidInputError without such shards or a photograph of that part, DamagedError for a cut shard."""
     keys, images, masks, prompts = [], [], [], []
-    for key, told, data in _samples(folder):
-        if part_of(key) != part:
+    taken, faults = set[str](), dict[str, str]()
+    for entry in _entries(folder):
+        left_out = entry.problem is not None and entry.problem[0] in LEFT_OUT
+        if not left_out and part_of(_name(entry)) != part:
             continue
-        found = _square(data, told, side)
-        if found is None:
+        try:
+            square = _square(entry, side)
+        except Rejected as error:
+            faults[entry.image] = error.detail
             continue
+        if square is None:
+            continue
+        key = _name(entry)
+        key = key if _SAFE_KEY.fullmatch(key) and key not in taken else make_key(entry.image, None)
+        taken.add(key)
         keys.append(key)
-        images.append(found[0])
-        masks.append(found[1])
-        prompts.append(with_article(str(told["category"])))
+        images.append(square[0])
+        masks.append(square[1])
+        prompts.append(with_article(str(entry.meta["category"])))
         if progress and len(keys) % 256 == 0:
             progress(len(keys), limit or len(keys), part)
         if len(keys) == limit:
             break
+    _warn(folder, faults)
     if not keys:
         raise InvalidInputError(f"{folder} has no photograph of the part {part} with a box of {AREA} of its picture")
     return SmallPhotos(keys, np.stack(images), np.stack(masks), prompts)
@@ -114,65 +146,81 @@ def build_small_photos(
                 f"{source} has {len(student.keys)} photographs for students and {len(held_back.keys)} for the test; "
                 f"the budget asks for {labeled + unlabeled} and {test}"
             )
-        for role, found, start, count in (
+        for role, photos, start, count in (
             (LABELED, student, 0, labeled),
             (UNLABELED, student, labeled, unlabeled),
             (TEST, held_back, 0, test),
         ):
-            described = {"small_photos": count, "first": found.keys[start], "last": found.keys[start + count - 1]}
+            described = {"small_photos": count, "first": photos.keys[start], "last": photos.keys[start + count - 1]}
             folder = out / role
             if (folder / MANIFEST).is_file():
-                had = json.loads((folder / MANIFEST).read_text())
-                if {k: had.get(k) for k in described} != described:
+                previous = json.loads((folder / MANIFEST).read_text())
+                if {k: previous.get(k) for k in described} != described:
                     raise InvalidInputError(f"{folder} holds other photographs; choose another folder")
                 continue
             writer = ShardWriter(folder, role, image_format="webp")
             for i in range(start, start + count):
-                meta = {"photo": found.keys[i]}
-                writer.add(Photo(found.keys[i], found.images[i], found.masks[i], found.prompts[i], "", meta))
+                meta = {"photo": photos.keys[i]}
+                writer.add(Photo(photos.keys[i], photos.images[i], photos.masks[i], photos.prompts[i], "", meta))
             writer.finish(**described)
     return {LABELED: labeled, UNLABELED: unlabeled, TEST: test}
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.name.endswith((".tar", ".tar.gz"))) if folder.is_dir() else []
-    if not found:
+    listed = sorted(folder.iterdir()) if folder.is_dir() else []
+    shards = [p for p in listed if p.name.lower().endswith(TAR_SUFFIXES) and not p.name.startswith(".")]
+    if not shards:
         raise InvalidInputError(f"{folder} holds no .tar or .tar.gz; give a folder of WebDataset shards")
-    return found
+    return shards
 
 
-def _samples(folder: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    """Key, JSON and picture of every sample that has both, shard by shard."""
+def _entries(folder: Path) -> Iterator[Entry]:
+    """What `data build` sees in the shards. Raises DamagedError for a cut shard."""
     for shard in _shards(folder):
-        waiting: dict[str, dict[str, bytes]] = {}
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    stem, _, suffix = member.name.rpartition(".")
-                    file = tar.extractfile(member) if suffix in ("jpg", "json") else None
-                    if file is None:
-                        continue
-                    parts = waiting.setdefault(stem, {})
-                    parts[suffix] = file.read()
-                    if len(parts) == 2:
-                        yield Path(stem).name, json.loads(parts["json"]), waiting.pop(stem)["jpg"]
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            raise DamagedError(f"{shard} cannot be read to its end: {error}; get it again") from None
+        fault = tar_listing(shard).problem
+        if fault is not None:
+            raise DamagedError(f"{shard} cannot be read to its end: {fault}; get it again")
+        yield from tar_entries(folder, shard.name)
 
 
-def _square(data: bytes, told: dict[str, Any], side: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Picture and mask; None for a box that is none or covers too little or too much."""
-    from PIL import Image
+def _name(entry: Entry) -> str:
+    """Of the photograph in its shard, without folder and extension: what its part depends on."""
+    return PurePosixPath(entry.image).stem
 
-    box = told.get("box")
-    if not told.get("category") or not isinstance(box, list) or len(box) != 4:
-        return None
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+
+def _square(entry: Entry, side: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Picture and mask; None for a box that covers too little or too much. Raises Rejected with the reason."""
+    if entry.problem is not None:
+        raise Rejected(*entry.problem)
+    if not entry.meta.get("category"):
+        raise Rejected(RejectReason.NO_PROMPT, "its .json names no `category`")
+    x0, y0, x1, y1 = _box(entry)
+    picture = on_ground(decode(read_bytes(entry.root, entry.image))[0], "white")
     scale = side / min(picture.size)
     width, height = (max(side, round(scale * length)) for length in picture.size)
     left, top = (width - side) // 2, (height - side) // 2
     image = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
-    x0, y0, x1, y1 = (round(scale * float(v)) for v in box)
+    x0, y0, x1, y1 = (round(scale * value) for value in (x0, y0, x1, y1))
     mask = np.zeros((side, side), bool)
     mask[max(0, y0 - top) : max(0, y1 - top), max(0, x0 - left) : max(0, x1 - left)] = True
     return (np.asarray(image), mask) if AREA[0] <= mask.mean() <= AREA[1] else None
+
+
+def _box(entry: Entry) -> tuple[float, float, float, float]:
+    """The `box` of an entry's description, which `photos.webdataset` has read as a polygon around its last pixels."""
+    polygons = entry.segmentation if isinstance(entry.segmentation, list) else []
+    if entry.mask is None and len(polygons) == 1 and len(polygons[0]) == 8:
+        x0, y0, x1, _, _, y1, *_ = polygons[0]
+        if polygons[0] == [x0, y0, x1, y0, x1, y1, x0, y1]:
+            return x0, y0, x1 - 1, y1 - 1
+    raise Rejected(RejectReason.NO_MASK, "its .json names no `box`")
+
+
+def _warn(folder: Path, faults: dict[str, str]) -> None:
+    """Names the files that are left out, each once in a process."""
+    new = {name: why for name, why in faults.items() if (folder, name) not in _warned}
+    _warned.update((folder, name) for name in new)
+    if new:
+        named = "; ".join(f"{name} ({why})" for name, why in itertools.islice(new.items(), _NAMED))
+        more = f"; and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
+        logger.warning("left out of %s, %d files: %s%s", folder, len(new), named, more)

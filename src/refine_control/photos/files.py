@@ -90,12 +90,17 @@ def read_bytes(root: Path, name: str, most: int = MAX_BYTES) -> bytes:
     """The whole file or member `name`, relative to `root`; Rejected where there is none of at most `most` bytes."""
     path, member = locate(root, name)
     try:
-        size = path.stat().st_size if member is None else tar_listing(path).members[member].size
-        if size > most:
-            raise Rejected(RejectReason.UNREADABLE, f"{name} has {size:,} bytes; at most {most:,} are read")
-        return path.read_bytes() if member is None else tar_listing(path).read(member)
+        if member is not None:
+            return tar_listing(path).read(member, most)
+        _check_size(name, path.stat().st_size, most)
+        return path.read_bytes()
     except OSError as error:
         raise Rejected(RejectReason.UNREADABLE, f"cannot be read: {os.strerror(error.errno or 0)}") from None
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise Rejected(RejectReason.UNREADABLE, f"{name} has {size:,} bytes; at most {most:,} are read")
 
 
 class Span(NamedTuple):
@@ -136,9 +141,10 @@ class Tar:
         elif not info.isdir():
             self.unread.append((name, "links and special files in a tar are not read"))
 
-    def read(self, member: str) -> bytes:
-        """The bytes of a member; Rejected when the tar ends before they do. Threads may call it."""
+    def read(self, member: str, most: int = MAX_BYTES) -> bytes:
+        """The bytes of a member; Rejected when they are more, or the tar ends before them. Threads may call it."""
         offset, size = self.members[member]
+        _check_size(member, size, most)
         pieces = []
         while size > 0 and (piece := os.pread(self._file.fileno(), size, offset)):
             pieces.append(piece)

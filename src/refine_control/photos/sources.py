@@ -327,7 +327,11 @@ def _split_names(run: bytes) -> Iterator[str]:
 
 def _folder_entry(root: Path, folder: str, photo: Photograph) -> Entry:
     """The entry of a photo in a folder, where a text is a local prompt."""
-    entry = described_entry(root, folder, photo if photo.ambiguity else photo._replace(text=None))
+
+    def read(name: str, most: int) -> bytes:
+        return read_bytes(root, folder + name, most)
+
+    entry = described_entry(root, folder, photo if photo.ambiguity else photo._replace(text=None), read)
     entry = replace(entry, meta={name: value for name, value in entry.meta.items() if name != "id"})
     if photo.text is None or entry.problem is not None:
         return entry

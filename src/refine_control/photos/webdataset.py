@@ -9,12 +9,12 @@ of the region, in pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refine_control.photos.files import locate, read_bytes, tar_listing
+from refine_control.photos.files import locate, tar_listing
 from refine_control.photos.pairing import Leftover, Photograph, pair
 from refine_control.photos.values import given, number, shown, take_segmentation, take_text, whole_ids
 from refine_control.records import Entry, Rejected, RejectReason, flat_meta, make_key, one_line, with_article
@@ -43,7 +43,7 @@ def tar_entries(root: Path, tar: str) -> Iterator[Entry]:
         return
     leftovers = [Leftover(*each) for each in listing.unread]
     for photograph in pair(listing.members, leftovers.append):
-        yield described_entry(root, f"{tar}/", photograph)
+        yield described_entry(root, f"{tar}/", photograph, listing.read)
     if listing.problem is not None:
         problem = (RejectReason.TRUNCATED, listing.problem)
         yield Entry(make_key(tar, None), root, tar, None, None, problem=problem)
@@ -56,16 +56,18 @@ def unused_entry(root: Path, name: str, why: str) -> Entry:
     return Entry(make_key(name, None), root, name, None, None, problem=(RejectReason.UNUSED, why))
 
 
-def described_entry(root: Path, folder: str, photo: Photograph) -> Entry:
-    """The entry of a photo in `folder` (empty, or ending in a slash) with its caption and description."""
+def described_entry(root: Path, folder: str, photo: Photograph, read: Callable[[str, int], bytes]) -> Entry:
+    """The entry of a photo in `folder` (empty, or ending in a slash) with its caption and description.
+
+    `read` gives the bytes of a file in `folder`, of at most so many."""
     name = folder + photo.image
     mask = folder + photo.mask if photo.mask else None
     entry = Entry(make_key(name, mask), root, name, mask, None)
     if photo.ambiguity:
         return replace(entry, problem=(RejectReason.AMBIGUOUS, photo.ambiguity))
     try:
-        facts = _facts(_text(root, folder, photo.description), photo.description)
-        caption = _text(root, folder, photo.text)
+        facts = _facts(_text(read, photo.description), photo.description)
+        caption = _text(read, photo.text)
         prompt, source = _prompt(facts)
         region = _region(facts)
         global_prompt = (
@@ -91,12 +93,9 @@ def _prompt(facts: dict[str, Any]) -> tuple[str, Any]:
     return with_article(take_text(facts, "category", RejectReason.NO_PROMPT)), "category"
 
 
-def _text(root: Path, folder: str, member: str | None) -> str:
-    if member is None:
-        return ""
-    data = read_bytes(root, folder + member, most=_MOST_TEXT)
+def _text(read: Callable[[str, int], bytes], member: str | None) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return "" if member is None else read(member, _MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Rejected(RejectReason.BAD_ROW, f"{member} is not text in UTF-8") from None
 
