@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decode import decode, on_ground
 from refine_control.photos.files import TAR_SUFFIXES, read_bytes, tar_listing
 from refine_control.photos.shards import ShardWriter
@@ -167,6 +168,7 @@ def build_small_photos(
 
 
 def _shards(folder: Path) -> list[Path]:
+    refuse_other_kind(folder, PHOTOGRAPHS)
     listed = sorted(folder.iterdir()) if folder.is_dir() else []
     shards = [p for p in listed if p.name.lower().endswith(TAR_SUFFIXES) and not p.name.startswith(".")]
     if not shards:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
+from refine_control.folders import Kind, refuse_output_kind
 from refine_control.photos.buckets import BucketWriter
 from refine_control.photos.build_parameters import Parameters
 from refine_control.photos.load import load
@@ -132,6 +133,7 @@ def _check_folder(out: Path, expected: dict[str, Any]) -> None:
         return
     if not out.is_dir():
         raise InvalidInputError(f"{out} is a file; name a folder")
+    refuse_output_kind(out, Kind.BUILD)
     path = out / PARAMETERS
     if not path.is_file():
         strangers = [each.name for each in out.iterdir() if each.name != ".lock" and not each.name.endswith(TEMPORARY)]

@@ -32,6 +32,7 @@ from PIL import Image
 
 from refine_control import __version__
 from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.folders import ONE_ROLE, SHARDS_OR_BUILD, refuse_other_kind
 from refine_control.photos.seen import Seen
 from refine_control.photos.shard_index import INDEX, Index, IndexWriter
 from refine_control.records import ROLES, UNLABELED, Photo
@@ -88,6 +89,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of shards or of a build, checked against its own digest.
 
     Raises InvalidInputError where there is none, DamagedError where a bit of it has changed."""
+    refuse_other_kind(folder, SHARDS_OR_BUILD)
     path = folder / MANIFEST
     if not path.is_file():
         raise InvalidInputError(f"{folder} holds no finished shards (no {MANIFEST}); make them with `data build`")
@@ -226,9 +228,8 @@ class Shards(Sequence[Photo]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        refuse_other_kind(self.folder, ONE_ROLE)
         self.manifest = open_manifest(self.folder)
-        if self.manifest.get("kind") != "shards":
-            raise InvalidInputError(f"{folder} is not one role's folder; name {folder}/{ROLES[0]} or another role")
         for name, expected in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
@@ -275,7 +276,8 @@ def read_shards(folder: Path) -> Iterator[Photo]:
 def verify(folder: Path) -> list[str]:
     """Reads every byte of a folder of shards, or of a whole build, and names whatever is missing, cut or changed.
 
-    An empty list: all is as it was written."""
+    An empty list: all is as it was written. Raises InvalidInputError for a folder of another kind."""
+    refuse_other_kind(folder, SHARDS_OR_BUILD)
     try:
         manifest = open_manifest(folder)
     except (InvalidInputError, DamagedError) as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
+from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
 from refine_control.photos.files import TAR_SUFFIXES, read_bytes
 from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, Photograph, hidden, is_mask_name, one_spelling, pair
@@ -52,7 +53,7 @@ def entries(
 
     `images` is the folder of COCO's photos where it is not the JSON's own. `left_out` is called with the entries of
     what never was a sample to be (LEFT_OUT), each before the next that is streamed. Raises InvalidInputError when
-    `source` is nothing of the kind."""
+    `source` is nothing of the kind, or a folder that this project writes for another use."""
     return _checked(_reader(Path(source), images), left_out or (lambda entry: None))
 
 
@@ -61,6 +62,7 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
     if images is not None and source.suffix.lower() != ".json":
         raise InvalidInputError(f"a folder of images is for COCO's .json files; {source} says where its photos are")
     if source.is_dir():
+        refuse_other_kind(source, PHOTOGRAPHS)
         if (source / MANIFEST_NAME).is_file():
             return _manifest_entries(source / MANIFEST_NAME)
         tars = _tars(source)
