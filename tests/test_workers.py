@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,23 +13,29 @@ from refine_control.errors import InvalidInputError
 from refine_control.workers import workers
 
 CODE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
-from refine_control.workers import workers
+from refine_control import workers
 from refine_control.errors import InterruptedCleanlyError
 
-def work(path):
-    (path / "begun").touch()
-    time.sleep(2)
-    (path / "ended").touch()
+folder, count, ignored = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "ignored"
+
+def work(number):
+    (folder / f"begun-{number}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    (folder / f"ended-{number}").touch()
+
+def shutdown(pool, **options):  # called once no further task begins
+    (folder / "stopping").touch()
+    return leave(pool, **options)
 
 if __name__ == "__main__":
-    paths = [Path(sys.argv[1]) / str(n) for n in range(12)]
-    for path in paths:
-        path.mkdir()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    leave, workers.ProcessPoolExecutor.shutdown = workers.ProcessPoolExecutor.shutdown, shutdown
     try:
-        with workers(2) as in_order:
-            list(in_order(work, paths))
+        with workers.workers(count) as in_order:
+            list(in_order(work, range(12)))
     except InterruptedCleanlyError as error:
         print(error)
         sys.exit(error.exit_code)
@@ -48,23 +55,42 @@ def test_results_come_in_the_order_of_the_tasks():
         pass
 
 
+def wait_for(process: subprocess.Popen, folder: Path, pattern: str) -> None:
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("disposition", ["default", "ignored"])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_after_a_signal_what_runs_ends_and_nothing_begins(number, tmp_path):
-    script = tmp_path / "script.py"
+def test_after_a_signal_what_runs_ends_and_nothing_begins(number, count, disposition, tmp_path):
+    """SIGINT that was ignored at the start stays ignored, and a warning says so."""
+    script, folder = tmp_path / "script.py", tmp_path / "tasks"
     script.write_text(CODE)
-    (tmp_path / "tasks").mkdir()
-    command = [sys.executable, str(script), str(tmp_path / "tasks")]
+    folder.mkdir()
+    command = [sys.executable, str(script), str(folder), str(count), disposition]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
-        end = time.monotonic() + 60
-        while not list(tmp_path.glob("tasks/*/begun")) and time.monotonic() < end:
-            time.sleep(0.05)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal sends it
-        else:
-            process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (75, "")
+        try:
+            wait_for(process, folder, f"begun-{count - 1}")
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)  # as a terminal sends it
+            else:
+                process.send_signal(number)
+            stays = number == signal.SIGINT and disposition == "ignored"
+            if count > 1 and not stays:
+                wait_for(process, folder, "stopping")
+            if count > 1 or stays:
+                (folder / "go").touch()
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    begun, ended = (len(list(folder.glob(f"{mark}-*"))) for mark in ("begun", "ended"))
+    if stays:
+        assert (process.returncode, begun, ended) == (0, 12, 12)
+        assert "SIGINT was ignored" in err
+        return
+    assert process.returncode == 75
     assert "run the same command to continue" in out
-    begun, ended = (len(list(tmp_path.glob(f"tasks/*/{mark}"))) for mark in ("begun", "ended"))
-    assert begun == ended <= 2
+    assert (begun, ended) == ((1, 0) if count == 1 else (2, 2))

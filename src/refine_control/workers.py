@@ -12,18 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.synchronize import Event
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, WorkerDiedError
+from refine_control.signals import interruptible
 from refine_control.threads import set_up
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _AHEAD = 4
 """Tasks for each process that are under way or wait for their turn: what is held does not grow with the job."""
-
-
-_STOPPED = "stopped by a signal; what is finished is kept: run the same command to continue"
 
 
 class InOrder(Protocol):
@@ -36,13 +34,21 @@ class InOrder(Protocol):
 def workers(count: int) -> Iterator[InOrder]:
     """Yields a map over `count` processes; 1 is this process itself.
 
-    After SIGINT or SIGTERM no task begins; those under way end, by themselves or by what the signal means to them.
-    Raises InterruptedCleanlyError then, WorkerDiedError when a process dies, InvalidInputError for a count below 1."""
+    After SIGINT or SIGTERM no task begins; those under way end. Raises InterruptedCleanlyError then, WorkerDiedError
+    when a process dies, InvalidInputError for a count below 1."""
     if count < 1:
         raise InvalidInputError(f"workers is {count}; it must be at least 1")
-    if count == 1:
-        yield map
-        return
+    with interruptible():
+        if count == 1:
+            yield map
+        else:
+            with _pool(count) as in_order:
+                yield in_order
+
+
+@contextlib.contextmanager
+def _pool(count: int) -> Iterator[InOrder]:
+    """The map over processes of their own."""
     from concurrent.futures.process import BrokenProcessPool
 
     # a forked child of a process with threads may hang: spawned ones start clean
@@ -60,10 +66,7 @@ def workers(count: int) -> Iterator[InOrder]:
             ahead.extend(pool.submit(_do, work, task) for task in itertools.islice(coming, 1))
 
     try:
-        with _terminated_as_interrupted():
-            yield in_order
-    except KeyboardInterrupt:
-        raise InterruptedCleanlyError(_STOPPED) from None
+        yield in_order
     except BrokenProcessPool:
         raise WorkerDiedError(
             f"one of {count} worker processes died, most likely for want of memory; what is finished is kept: "
@@ -72,27 +75,6 @@ def workers(count: int) -> Iterator[InOrder]:
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is KeyboardInterrupt here, and SIGINT to the workers, which a terminal's Ctrl-C reaches by itself."""
-
-    def leave(number: int, frame: Any) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid:
-                os.kill(child.pid, signal.SIGINT)
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: signals stay with their owner
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -111,7 +93,7 @@ _stopped: Event | None = None
 
 def _do(work: Callable[[Task], Result], task: Task) -> Result:
     if _stopped is not None and _stopped.is_set():
-        raise InterruptedCleanlyError(_STOPPED)
+        raise InterruptedCleanlyError("no task begins after a signal")
     return work(task)
 
 
