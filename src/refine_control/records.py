@@ -89,6 +89,8 @@ class RejectReason(Enum):
     """The prompt was found doubtful and nobody has looked at it yet."""
     NO_REGION = "no_region"
     """None of the proposed regions is fit for inpainting."""
+    MODEL_FAILED = "model_failed"
+    """The segmenter or describer refused this picture or failed on it; `data annotate --retry-failed` tries again."""
 
 
 LEFT_OUT = frozenset({RejectReason.UNUSED, RejectReason.CROWD})

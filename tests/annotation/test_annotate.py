@@ -19,7 +19,8 @@ from refine_control.annotation.annotate import annotate
 from refine_control.annotation.annotator import Annotation, Annotator
 from refine_control.annotation.engines import local, ray_actors
 from refine_control.annotation.parts import PHOTOS_PER_PART, Part
-from refine_control.errors import InvalidInputError
+from refine_control.annotation.refusals import Unanswered
+from refine_control.errors import InvalidInputError, MissingError
 from refine_control.photos.build import build
 from refine_control.photos.decisions import append_decision, decide
 from refine_control.photos.regions import decode_rle
@@ -206,11 +207,149 @@ def test_given_regions_stay_as_they_are(photos, tmp_path):
         (source / f"{number}.txt").write_text(f"disc {number}")
     work = Annotator(Annotation())
     part = Part(0, list(photos_of(entries(source))), [0, 1], 2)
-    rows = [row for photo in work(part)["photos"] for row in photo["rows"]]
+    rows = [row for photo in work(part).photos if photo for row in photo.rows]
     assert [(r["mask"], r["local_prompt"], r["bbox"]) for r in rows] == [
         ("0.mask.png", "disc 0", [30, 20, 30, 30]),
         ("1.mask.png", "disc 1", [30, 20, 30, 30]),
     ]
+
+
+# A fault of one photo is not a fault of the run
+
+
+class Picky:
+    """A describer that refuses questions, by their number, or ends the run at one of them."""
+
+    name = "picky"
+
+    def __init__(self, refused=(), ends_at=None) -> None:
+        self.refused, self.ends_at, self.asked = set(refused), ends_at, 0
+
+    def answer(self, requests):
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        self.asked += 1
+        if self.ends_at is not None and self.asked > self.ends_at:
+            return Unanswered("gone", MissingError("no server answers"))
+        if self.asked - 1 in self.refused:
+            return Unanswered("the server refuses it (400: content policy)")
+        return json.dumps({"prompt": f"a disc of grey {request.pictures[0].mean():.3f}"})
+
+
+def described(source: Path, out: Path, monkeypatch, engine, **options):
+    """An annotation of given regions by `engine`."""
+    monkeypatch.setattr(module, "_describer", lambda chosen: engine)
+    return annotate(source, out, Annotation(prompts="qwen"), **options)
+
+
+def rejects_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_a_refused_photo_is_named_and_the_others_are_kept(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    summary = described(source, out, monkeypatch, Picky({3}))
+    (reject,) = rejects_of(out)
+    assert (reject["path"], reject["reason"]) == ("03.png", "model_failed")
+    assert "content policy" in reject["detail"]
+    assert len(rows_of(out)) == PHOTOS - 1
+    assert all(row["local_prompt"].startswith("a disc of grey") for row in rows_of(out))
+    assert (summary.photos, summary.rejects) == (PHOTOS, {"model_failed": 1})
+    assert "--retry-failed" in str(summary)
+    engine = Picky()
+    assert described(source, out, monkeypatch, engine).did_nothing
+    assert engine.asked == 0
+
+
+def test_a_retry_asks_for_the_refused_photos_alone_and_gives_what_a_good_run_gives(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    described(source, out, monkeypatch, Picky({3, 17}))
+    decided = rows_of(out)[4]["id"]
+    decide_on(out, decided)
+    assert described(source, out, monkeypatch, Picky({1}), retry_failed=True).rejects == {"model_failed": 1}
+    engine = Picky()
+    summary = described(source, out, monkeypatch, engine, retry_failed=True)
+    assert (engine.asked, summary.changed, summary.void_decisions, summary.rejects) == (1, 0, 0, {})
+    described(source, tmp_path / "fresh", monkeypatch, Picky())
+    assert published(tmp_path / "fresh") == {n: b for n, b in published(out).items() if n != "decisions.jsonl"}
+    assert described(source, out, monkeypatch, Picky(), retry_failed=True).did_nothing
+
+
+def test_a_retry_leaves_the_other_rows_of_its_photo_as_they_are(photos, tmp_path, monkeypatch):
+    out, chosen = tmp_path / "out", Annotation(masks="felzenszwalb", prompts="qwen", min_area=0.01, max_area=0.9)
+    monkeypatch.setattr(module, "_describer", lambda chosen: Picky({1}))
+    source = tmp_path / "one"
+    source.mkdir()
+    shutil.copy(photos / "00.png", source)
+    annotate(source, out, chosen)
+    (kept,) = rows_of(out)
+    monkeypatch.setattr(module, "_describer", lambda chosen: Echo())  # which says other words
+    annotate(source, out, chosen, retry_failed=True)
+    assert rows_of(out)[0] == kept
+    assert [row["local_prompt_source"].split(",")[0] for row in rows_of(out)] == ["picky", "echo"]
+
+
+def test_what_was_answered_before_the_server_was_gone_is_not_asked_again(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(MissingError, match="no server"):
+        described(source, out, monkeypatch, Picky({3}, ends_at=7))
+    assert not (out / "manifest.jsonl").exists()
+    engine = Picky()
+    described(source, out, monkeypatch, engine)
+    assert engine.asked == PHOTOS - 7
+    assert [reject["path"] for reject in rejects_of(out)] == ["03.png"]
+
+
+def test_a_photo_with_broken_pixels_costs_itself(source, tmp_path, monkeypatch):
+    path = source / "05.jpg"
+    Image.open(source / "05.png").save(path)
+    (source / "05.png").unlink()
+    path.write_bytes(path.read_bytes()[:-300])  # the header, all that a given mask needs, can be read
+    described(source, tmp_path / "out", monkeypatch, Picky())
+    assert [(reject["path"], reject["reason"]) for reject in rejects_of(tmp_path / "out")] == [("05.jpg", "truncated")]
+    assert len(rows_of(tmp_path / "out")) == PHOTOS - 1
+
+
+def test_what_people_refused_stays_refused_and_a_doubtful_prompt_is_written_anew(source, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    again(source, first)
+    rows = (first / "manifest.jsonl").read_text().splitlines()
+    rows[3] = json.dumps({**json.loads(rows[3]), "prompt_problems": ["repeats"]})
+    (first / "manifest.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    append_decision(first / "decisions.jsonl", decide(rows_of(first)[0]["id"], "reject", "eve"))
+    described(first, second, monkeypatch, Picky())
+    assert [(reject["path"], reject["reason"]) for reject in rejects_of(second)] == [("00.png", "review_rejected")]
+    assert len(rows_of(second)) == PHOTOS - 1
+    monkeypatch.setattr(module, "_describer", lambda chosen: None)
+    annotate(first, tmp_path / "third", Annotation())  # the doubtful prompt would stay
+    assert [reject["reason"] for reject in rejects_of(tmp_path / "third")] == ["review_rejected", "needs_review"]
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("CUDA out of memory"), RuntimeError("shape mismatch")], ids=str)
+def test_a_photo_on_which_the_segmenter_fails_costs_itself(photos, tmp_path, monkeypatch, error):
+    real = module._proposer(OFFLINE)
+
+    def fails(image):
+        if broken(image):
+            raise error
+        return real(image)
+
+    monkeypatch.setattr(module, "_proposer", lambda chosen: fails)
+    broken = lambda image: image.shape == (80, 96, 3) and image[0, 0, 0] == first  # noqa: E731
+    first = np.asarray(Image.open(photos / "01.png"))[0, 0, 0]
+    annotate(photos, tmp_path / "out", Annotation(masks="felzenszwalb", limit=4))
+    (reject,) = rejects_of(tmp_path / "out")
+    assert (reject["path"], reject["reason"]) == ("01.png", "model_failed")
+    assert {row["image"] for row in rows_of(tmp_path / "out")} == {"00.png", "02.png", "03.png"}
+    broken = lambda image: True  # noqa: E731
+    kind = InvalidInputError if isinstance(error, OutOfMemoryError) else RuntimeError
+    with pytest.raises(kind, match=r"not even with one small picture|shape mismatch"):
+        annotate(photos, tmp_path / "none", Annotation(masks="felzenszwalb", limit=4))
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"dilate": -1}])

@@ -94,6 +94,53 @@ def test_a_batch_answers_as_its_rows_do_alone(describer):
     assert describer.answer([]) == []
 
 
+def out_of_memory(monkeypatch, describer, *, above: int, tokens: int = 10_000) -> None:
+    """The model runs out of memory for batches of more than `above` questions, or of more than `tokens` tokens."""
+    generate = describer.model.generate
+
+    def limited(**inputs):
+        if len(inputs["input_ids"]) > above or inputs["input_ids"].shape[1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(describer.model, "generate", limited)
+
+
+def test_memory_for_single_questions_suffices(describer, monkeypatch):
+    expected = describer.answer(REQUESTS)
+    out_of_memory(monkeypatch, describer, above=1)
+    assert describer.answer(REQUESTS) == expected
+
+
+def test_a_picture_on_which_the_model_fails_costs_itself(describer, monkeypatch):
+    expected = describer.answer(REQUESTS)
+    prepare = describer.prepare
+
+    def processor_error(requests):
+        if any(request.pictures[0].shape[0] == 64 for request in requests):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return prepare(requests)
+
+    monkeypatch.setattr(describer, "prepare", processor_error)
+    answers = describer.answer(REQUESTS)
+    assert answers[:4] == expected[:4]
+    assert "aspect ratio" in answers[4].why
+    assert answers[4].ends_run is None
+    out_of_memory(monkeypatch, describer, above=1, tokens=describer.prepare(REQUESTS[:4]).input_ids.shape[1] - 1)
+    answers = describer.answer(REQUESTS[:4])
+    assert [isinstance(answer, str) for answer in answers] == [True, True, False, True]
+    assert "out of memory" in answers[2].why
+
+
+def test_a_model_that_fails_on_any_picture_ends_the_run(describer, monkeypatch):
+    out_of_memory(monkeypatch, describer, above=0)
+    with pytest.raises(InvalidInputError, match="not even with one small picture"):
+        describer.answer(REQUESTS)
+    monkeypatch.setattr(describer.model, "generate", None)
+    with pytest.raises(TypeError):
+        describer.answer(REQUESTS)
+
+
 def test_padding_is_on_the_left_and_every_picture_has_its_tokens(describer):
     inputs = describer.prepare(REQUESTS)
     assert (inputs.attention_mask.diff(dim=1) >= 0).all()

@@ -16,7 +16,6 @@ from refine_control.annotation.prompts import (
     TEMPLATE_VERSION,
     WORDS,
     crop_around,
-    describe,
     describe_many,
     draw_outline,
     global_request,
@@ -24,8 +23,9 @@ from refine_control.annotation.prompts import (
     parse,
     problems,
 )
+from refine_control.annotation.refusals import Unanswered
 from refine_control.annotation.reword import Worded, local_prompt_from, variant
-from refine_control.errors import InvalidInputError
+from refine_control.errors import InvalidInputError, MissingError
 
 CODES = {
     "not_json",
@@ -262,7 +262,7 @@ def test_only_faulty_answers_are_asked_for_again_with_the_fault_named():
     masks = [box(60, 90, 5 * n, 30, 5 * n + 20, 60) for n in range(4)]
     first = [told("a brown dog"), "a grey cat", told("the region"), told("a red kite")]
     engine = Scripted(first, [told("a grey cat"), told("the masked region")])
-    found = describe(engine, photo(), masks)
+    found = describe_many(engine, [local_request(photo(), mask) for mask in masks])
     assert [each.prompt for each in found] == ["a brown dog", "a grey cat", "the masked region", "a red kite"]
     assert [each.problems for each in found] == [(), (), ("talks_about_mask",), ()]
     assert [each.attempts for each in found] == [1, 2, 2, 1]
@@ -289,6 +289,16 @@ def test_of_two_faulty_answers_the_better_stays_and_is_marked(first, second, kep
     assert found.prompt == kept
     assert found.problems
     assert found.attempts == 2
+
+
+def test_a_refusal_is_passed_on_and_one_of_the_second_question_leaves_the_first_answer():
+    refused, gone = Unanswered("filtered"), Unanswered("gone", MissingError("no server"))
+    requests = [local_request(photo(), box(60, 90, 5 * n, 30, 5 * n + 20, 60)) for n in range(3)]
+    engine = Scripted([refused, told("dog"), told("cat")], [refused, gone])
+    first, second, third = describe_many(engine, requests)
+    assert (first, third) == (refused, gone)
+    assert (second.prompt, second.problems) == ("dog", ("too_short",))
+    assert len(engine.asked[1]) == 2
 
 
 def test_global_and_local_questions_mix_and_nothing_is_asked_of_nobody():

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import random
+import re
 import sys
 import threading
 import time
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refine_control.annotation.prompts import describe
+from refine_control.annotation.prompts import describe_many, local_request
+from refine_control.annotation.refusals import CONTROL, Unanswered
 from refine_control.annotation.vlm_server import ServerDescriber
-from refine_control.errors import InvalidInputError, MissingError, WorkerDiedError
+from refine_control.errors import InvalidInputError, MissingError, RefineControlError, WorkerDiedError
 from refine_control.records import Request
 
 FAST = {"first_wait": 0.01, "timeout": 20.0}
@@ -107,6 +109,7 @@ def questions(count: int) -> list[Request]:
 
 
 def grey(body, tries) -> tuple[int, bytes]:
+    """What the picture of `questions` shows; the control gets an answer too."""
     _, (picture,) = asked(body)
     return completion(f"grey {picture.mean() / 5:.0f}")
 
@@ -174,45 +177,107 @@ def test_waits_grow_and_the_servers_own_wait_is_heeded(serve):
         assert np.diff(server.times)[0] > 1
 
 
-def test_a_server_that_stays_busy_is_named_after_the_last_try(serve):
+def error_of(answers) -> RefineControlError:
+    """The error that ends the run, which the last answer carries."""
+    assert isinstance(answers[-1], Unanswered)
+    assert answers[-1].ends_run is not None
+    return answers[-1].ends_run
+
+
+def test_a_server_that_stays_busy_ends_the_run_after_the_last_try_and_a_control(serve):
     with serve(lambda body, tries: (503, b"no\n worker" + b"." * 999)) as server:
-        with pytest.raises(WorkerDiedError, match=r"error \(503: no worker\.+\); check") as caught:
-            ServerDescriber(server.url, "tiny", retries=2, concurrency=1, **FAST).answer(questions(3))
-        assert list(server.tries.values()) == [3]  # the first failure ends it
-    assert len(str(caught.value)) < 400
-    with serve(lambda body, tries: None) as server, pytest.raises(WorkerDiedError, match="stopped answering"):
-        ServerDescriber(server.url, "tiny", retries=1, **FAST).answer(questions(1))
+        engine = ServerDescriber(server.url, "tiny", retries=2, concurrency=1, **FAST)
+        error = error_of(engine.answer(questions(3)))
+        assert server.tries == {"question 0": 3, CONTROL.text: 1}  # the others are not asked any more
+    assert isinstance(error, WorkerDiedError)
+    assert re.search(r"error \(503: no worker\.+\); check", str(error))
+    assert len(str(error)) < 400
+    with serve(lambda body, tries: None) as server:
+        error = error_of(ServerDescriber(server.url, "tiny", retries=1, **FAST).answer(questions(1)))
+        assert isinstance(error, WorkerDiedError)
+        assert "stopped answering" in str(error)
     done = threading.Event()
     with serve(lambda body, tries: done.wait(20) and None) as server:
-        with pytest.raises(WorkerDiedError, match="ReadTimeout"):
-            ServerDescriber(server.url, "tiny", retries=0, timeout=0.2).answer(questions(1))
+        error = error_of(ServerDescriber(server.url, "tiny", retries=0, timeout=0.2).answer(questions(1)))
+        assert "ReadTimeout" in str(error)
         done.set()
 
 
-def test_an_error_that_no_second_try_mends_is_told_at_once(serve):
-    with serve(lambda body, tries: (404, b'{"error": "no model tiny"}')) as server:
-        with pytest.raises(WorkerDiedError, match=r"404: .*no model tiny"):
-            ServerDescriber(server.url, "tiny", **FAST).answer(questions(2))
-        assert max(server.tries.values()) == 1
-    for body in (b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": [1]}}]}', b"\xff"):
-        with (
-            serve(lambda _, tries, body=body: (200, body)) as server,
-            pytest.raises(WorkerDiedError, match="something else than a chat completion"),
-        ):
-            ServerDescriber(server.url, "tiny", **FAST).answer(questions(1))
+FILTERED = b'{"error": {"message": "content management policy", "code": "content_filter"}}'
+NOT_CHAT = (b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": [1]}}]}', b"\xff", b"null")
+REFUSALS = {
+    "content filter": ((400, FILTERED), "400: content management policy"),
+    "moderation": ((403, FILTERED), "403: content management policy"),
+    "too large": ((413, b"too large"), "413: too large"),
+    "unprocessable": ((422, b"no picture"), "422: no picture"),
+    "broken by it": ((500, b"cannot decode"), "500: cannot decode"),
+    "hangs up": (None, "no answer"),
+    "refusal": ((200, b'{"choices": [{"message": {"content": null, "refusal": "I cannot"}}]}'), "I cannot"),
+    "filtered": (
+        (200, b'{"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}'),
+        "content_filter",
+    ),
+    **{f"not chat {number}": ((200, body), "not a chat completion") for number, body in enumerate(NOT_CHAT)},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_picture_that_the_server_refuses_costs_that_picture(serve, kind, count):
+    refusal, why = REFUSALS[kind]
+    refused = count // 2
+
+    def reply(body, tries):
+        return refusal if asked(body)[0] == f"question {refused}" else grey(body, tries)
+
+    with serve(reply) as server:
+        answers = ServerDescriber(server.url, "tiny", retries=1, **FAST).answer(questions(count))
+    answer = answers.pop(refused)
+    assert isinstance(answer, Unanswered)
+    assert answer.ends_run is None
+    assert why in answer.why
+    assert answers == [f"grey {n}" for n in range(count) if n != refused]
+
+
+@pytest.mark.parametrize("refusal", [(400, b"no pictures here"), (200, b"<html>"), (301, b"moved")], ids=str)
+def test_a_server_that_refuses_the_control_too_ends_the_run(serve, refusal):
+    with serve(lambda body, tries: refusal) as server:
+        error = error_of(ServerDescriber(server.url, "tiny", concurrency=1, **FAST).answer(questions(3)))
+        assert server.tries == {"question 0": 1, CONTROL.text: 1}
+    assert isinstance(error, WorkerDiedError if refusal[0] == 200 else MissingError)
+    assert refusal[1].decode() in str(error)
+
+
+def test_a_server_that_begins_to_refuse_everything_is_noticed_at_the_second_refusal(serve):
+    def reply(body, tries):
+        return grey(body, tries) if asked(body)[0] in ("question 0", "question 1") else (403, b"account closed")
+
+    with serve(reply) as server:
+        answers = ServerDescriber(server.url, "tiny", concurrency=1, **FAST).answer(questions(5))
+    assert answers[:2] == ["grey 0", "grey 1"]
+    assert [answer.ends_run is None for answer in answers[2:]] == [True, False, False]
+    assert isinstance(error_of(answers), MissingError)
+
+
+@pytest.mark.parametrize(("status", "said"), [(404, "no model tiny"), (402, "no credit"), (401, "without a key")])
+def test_what_no_request_would_get_past_ends_the_run_at_once(serve, status, said):
+    with serve(lambda body, tries: (status, json.dumps({"error": said}).encode())) as server:
+        error = error_of(ServerDescriber(server.url, "tiny", concurrency=1, **FAST).answer(questions(2)))
+        assert server.tries == {"question 0": 1}
+    assert isinstance(error, MissingError)
+    assert said in str(error)
 
 
 def test_where_no_server_is_the_way_to_one_is_told(serve):
     with serve(grey) as server:
         url = server.url
-    with pytest.raises(MissingError, match=r"no server answers at http://127\.0\.0\.1.*vllm serve tiny"):
-        ServerDescriber(url.replace("//", "//me:word@"), "tiny", retries=1, **FAST).answer(questions(2))
+    engine = ServerDescriber(url.replace("//", "//me:word@"), "tiny", retries=1, **FAST)
+    error = error_of(engine.answer(questions(2)))
+    assert isinstance(error, MissingError)
+    assert re.search(r"no server answers at http://127\.0\.0\.1.*vllm serve tiny", str(error))
     for wrong in ("127.0.0.1:8000", "ftp://host", "http://", "http://host:none", "http://[1", "", "http://a b"):
         with pytest.raises(InvalidInputError, match="http://host:8000"):
             ServerDescriber(wrong, "tiny")
-    for wrong in ({"concurrency": 0}, {"timeout": 0}, {"retries": -1}):
-        with pytest.raises(InvalidInputError, match="must be at least"):
-            ServerDescriber(url, "tiny", **wrong)
 
 
 def test_without_httpx_the_extra_is_named(monkeypatch):
@@ -232,18 +297,18 @@ def test_the_key_goes_to_the_server_and_nowhere_else(serve, monkeypatch, caplog)
         engine = ServerDescriber(server.url, "tiny", api_key_variable="MY_KEY", **FAST)
         engine.answer(questions(1))
         assert [headers["Authorization"] for headers in server.headers] == [f"Bearer {KEY}"]
-        with pytest.raises(WorkerDiedError, match=r"your key \*\*\* is fine") as caught:
-            engine.answer(questions(1))
+        (refused,) = engine.answer(questions(1))
+        assert "your key *** is fine" in refused.why
         ServerDescriber(server.url, "tiny", **FAST).answer(questions(2)[1:])
         assert "Authorization" not in server.headers[-1]
     with serve(lambda body, tries: (401, KEY.encode())) as server:
         engine = ServerDescriber(server.url, "tiny", api_key_variable="MY_KEY", **FAST)
-        with pytest.raises(MissingError, match="refuses the key in MY_KEY") as refused:
-            engine.answer(questions(1))
+        error = error_of(engine.answer(questions(1)))
+        assert "refuses the key in MY_KEY" in str(error)
     assert caplog.text
-    assert KEY not in caplog.text + str(caught.value) + str(refused.value) + repr(vars(engine)) + engine.name
+    assert KEY not in caplog.text + refused.why + str(error) + repr(vars(engine)) + engine.name
     monkeypatch.setenv("MY_KEY", "two\nlines")
-    with pytest.raises(InvalidInputError, match="MY_KEY holds signs") as caught:
+    with pytest.raises(InvalidInputError, match="MY_KEY holds characters") as caught:
         ServerDescriber(server.url, "tiny", api_key_variable="MY_KEY")
     assert "lines" not in str(caught.value)
     monkeypatch.delenv("MY_KEY")
@@ -261,5 +326,5 @@ def test_regions_are_described_through_the_server(serve):
     image, mask = np.full((60, 90, 3), 90, np.uint8), np.zeros((60, 90), bool)
     mask[10:30, 20:40] = True
     with serve(reply) as server:
-        (found,) = describe(ServerDescriber(server.url, "tiny", **FAST), image, [mask])
-    assert found == ("a crop of corn 224", (), 2, "tiny by a server, template 1")
+        (described,) = describe_many(ServerDescriber(server.url, "tiny", **FAST), [local_request(image, mask)])
+    assert described == ("a crop of corn 224", (), 2, "tiny by a server, template 1")

@@ -56,7 +56,7 @@ VERBS = {
             "--max-area",
             "--min-area",
         ),
-        *("--per-photo", SEED, "--shape", "out", "source"),
+        *("--per-photo", "--retry-failed", SEED, "--shape", "out", "source"),
     ],
     "data build": [
         *(*ANNOTATING, "--buckets", DRY, "--format", JSON, "--limit", SEED, "--size", "--test-fraction"),

@@ -21,12 +21,12 @@ from typing import Any
 from refine_control import __version__
 from refine_control.annotation.annotator import Annotation, Annotator
 from refine_control.annotation.engines import Engine, local
-from refine_control.annotation.parts import REJECTS, Done, Parts
+from refine_control.annotation.parts import REJECTS, Parts
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import DECISIONS_NAME, read_decisions
 from refine_control.photos.sources import MANIFEST_NAME, entries, photos_of
 from refine_control.progress import Progress
-from refine_control.records import Entry
+from refine_control.records import Entry, RejectReason
 from refine_control.storage import TEMPORARY, only_writer, write_json
 
 PARAMETERS = "annotate.json"
@@ -59,6 +59,8 @@ class AnnotateSummary:
         if self.changed:
             done += f"; {self.changed} photos had changed"
             done += f", {self.void_decisions} decisions on them no longer count" if self.void_decisions else ""
+        if RejectReason.MODEL_FAILED.value in self.rejects:
+            done += f"; {self.out / REJECTS} names what a model failed on: --retry-failed tries again"
         head = f"{self.photos} photos -> {self.rows} regions; rejected {sum(self.rejects.values())}"
         return f"{head}{': ' + listed if listed else ''}\n{'for review: ' + doubts + chr(10) if doubts else ''}{done}"
 
@@ -71,12 +73,13 @@ def annotate(
     images: Path | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
+    retry_failed: bool = False,
 ) -> AnnotateSummary:
-    """Makes or continues `out` from `source` (see `photos.sources`).
+    """Creates or continues `out` from `source` (see `photos.sources`).
 
-    Does nothing where the same is there already; photos whose content has changed since are annotated anew. Raises
-    InvalidInputError for a source without photos, or an `out` that holds something else; InUseError, MissingError for
-    models that are not there, WorkerDiedError."""
+    Does nothing where the same is there already; photos whose content has changed since are annotated again, with
+    `retry_failed` also those that a model refused or failed on. Raises InvalidInputError for a source without photos,
+    or an `out` that holds something else; InUseError, MissingError for models that are not there, WorkerDiedError."""
     began = time.monotonic()
     listing, count = _survey(source, images, chosen.limit)
     if not count:
@@ -84,7 +87,7 @@ def annotate(
     wanted = {**asdict(chosen), "format": FORMAT, "source": str(source.resolve()), "listing": listing, "photos": count}
     with only_writer(out):
         _check_folder(out, wanted)
-        parts = Parts(out, lambda: _photos(source, images, chosen.limit), chosen.masks == "given")
+        parts = Parts(out, lambda: _photos(source, images, chosen.limit), chosen.masks == "given", retry_failed)
         if not parts.begin():
             return _summary(out, count, 0.0, did_nothing=True)
         write_json(out / PARAMETERS, wanted)
@@ -96,8 +99,10 @@ def annotate(
             done += more
             report(done, count)
 
-        for part, made in (engine or local())(parts.missing(told), partial(Annotator, chosen)):
-            parts.add(part, [Done(**photo) for photo in made["photos"]])
+        for part, result in (engine or local())(parts.missing(told), partial(Annotator, chosen)):
+            parts.add(part, result.photos)
+            if result.error is not None:
+                raise result.error
             told(part.size)
         root = next(_photos(source, images, 1))[0].root
         header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": wanted}

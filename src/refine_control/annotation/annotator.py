@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from refine_control.annotation.masks import Selection, augment, dilate, select
+from refine_control.annotation.masks import Selection, augment, box_of, dilate, select
 from refine_control.annotation.parts import Contents, Done, Part, contents, states
-from refine_control.annotation.prompts import describe_many, global_request, local_request
-from refine_control.errors import InvalidInputError
+from refine_control.annotation.prompts import Described, describe_many, global_request, local_request
+from refine_control.annotation.refusals import CONTROL_PICTURE, fault_of_picture
+from refine_control.errors import InvalidInputError, RefineControlError
 from refine_control.photos.decisions import id_of
 from refine_control.photos.load import load_mask, load_whole
 from refine_control.photos.regions import encode_rle
@@ -28,6 +29,10 @@ from refine_control.records import Entry, Proposal, Rejected, RejectReason, Requ
 Masks = Literal["given", "sam", "felzenszwalb"]
 Prompts = Literal["given", "qwen", "server"]
 Shape = Literal["none", "box", "brush"]
+OF_PROMPT = (RejectReason.NO_PROMPT, RejectReason.NEEDS_REVIEW)
+"""Problems of an entry that concern its prompt alone."""
+Region = tuple[dict[str, Any], np.ndarray]
+"""A row of the manifest and its mask, (H, W) bool."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,26 @@ class Annotation:
             raise InvalidInputError(f"dilate is {self.dilate}; it must be 0 or more pixels")
 
 
+@dataclass(frozen=True)
+class PartResult:
+    """What came of the photos of a part."""
+
+    photos: list[Done | None]
+    """None: to be annotated by the next run, because this one ends with `error`."""
+    error: RefineControlError | None = None
+
+
+class Question(NamedTuple):
+    """A question about one photo of a part, and the rows that its answer goes to."""
+
+    photo: int
+    rows: list[dict[str, Any]]
+    request: Request
+    field: str
+
+
 class Annotator:
-    """Does parts in one process: loads what `chosen` needs once. Calling it gives the rows and rejects of a part."""
+    """Annotates parts in one process: loads what `chosen` needs once. Calling it gives the result of a part."""
 
     def __init__(self, chosen: Annotation) -> None:
         self.chosen = chosen
@@ -75,97 +98,131 @@ class Annotator:
         self.describer = _describer(chosen)
         self.selection = Selection(min_area=chosen.min_area, max_area=chosen.max_area, per_photo=chosen.per_photo)
 
-    def __call__(self, part: Part) -> dict[str, Any]:
-        given, asked, made = self.propose is None, [], []
+    def __call__(self, part: Part) -> PartResult:
+        given = self.propose is None
+        photos: list[Done | None] = []
+        questions: list[Question] = []
         for group in part.photos:
             mark = {"files": states(group, given)}  # before anything is read: a change from here on is seen later
             content = contents(group, given)
-            rows, rejects = self._photo(group, content, asked)
-            made.append(Done({**mark, "content": content.whole}, rows, rejects)._asdict())
-        self._describe(asked)
-        return {"photos": made}
+            rows, rejects, image = self._regions(group, content)
+            if image is not None:
+                questions += self._questions(len(photos), group[0], image, rows)
+            photos.append(Done({**mark, "content": content.whole}, [row for row, _ in rows], rejects))
+        return self._describe(photos, questions)
 
-    def _photo(
-        self, group: Sequence[Entry], content: Contents, asked: list[Asked]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The rows and rejects of a photo; what is to be asked about it goes to `asked`."""
+    def _regions(
+        self, group: Sequence[Entry], content: Contents
+    ) -> tuple[list[Region], list[dict[str, Any]], np.ndarray | None]:
+        """The rows of a photo with their masks, its rejects, and the photo itself where a model is to see it."""
+        entries = [self._without_prompt_problem(entry) for entry in group]
         rejects: list[dict[str, Any]] = []
+        rows = [] if self.propose else _given(entries, content, rejects)
+        if self.propose is None and not (rows and self.describer):
+            return rows, rejects, None
         try:
-            propose = self.propose is not None
-            found = self._proposed(group[0], content) if propose else self._given(group, content, rejects)
+            image = load_whole(entries[0] if self.propose else replace(entries[0], problem=None))
+            return rows or self._proposed(entries[0], image, content), rejects, image
         except Rejected as error:
-            return [], [_reject(group[0], error)]
-        rows = [row for row, _ in found]
-        if found and self.describer:
-            image = load_whole(group[0])
-            asked += [Asked([row], local_request(image, mask), "local_prompt") for row, mask in found]
-            if self.chosen.global_prompts and not group[0].global_prompt:
-                asked.append(Asked(rows, global_request(image), "global_prompt"))
-        return rows, rejects
+            known = {reject["key"] for reject in rejects}
+            at_fault = [entries[0]] if self.propose else [each for each in entries if each.key not in known]
+            return [], rejects + [_reject(each, error) for each in at_fault], None
 
-    def _given(
-        self, group: Sequence[Entry], content: Contents, rejects: list[dict[str, Any]]
-    ) -> list[tuple[dict[str, Any], np.ndarray]]:
-        """A row for each entry whose photo and region can be read."""
-        found = []
-        for entry, region in zip(group, content.regions, strict=True):
-            try:
-                mask = load_mask(entry)
-            except Rejected as error:
-                rejects.append(_reject(entry, error))
-            else:
-                name = make_key(entry.image, content.photo + region, id_of(entry))
-                facts: dict[str, Any] = {"source_id": entry.meta["id"]} if "id" in entry.meta else {}
-                facts |= {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
-                found.append((_row(entry, name, mask, {**facts, "mask_source": "given"}), mask))
-        return found
+    def _without_prompt_problem(self, entry: Entry) -> Entry:
+        """The entry without a problem of its prompt, where that prompt is going to be replaced."""
+        replaced = self.propose or self.describer
+        return replace(entry, problem=None) if replaced and entry.problem and entry.problem[0] in OF_PROMPT else entry
 
-    def _proposed(self, entry: Entry, content: Contents) -> list[tuple[dict[str, Any], np.ndarray]]:
-        """Rows of the regions that are chosen among the proposals. Raises Rejected where none is fit."""
-        image = load_whole(entry)
+    def _questions(self, photo: int, entry: Entry, image: np.ndarray, rows: Sequence[Region]) -> list[Question]:
+        """What is to be asked about a photo."""
+        if self.describer is None:
+            return []
+        questions = [Question(photo, [row], local_request(image, mask), "local_prompt") for row, mask in rows]
+        if self.chosen.global_prompts and not entry.global_prompt:
+            questions.append(Question(photo, [row for row, _ in rows], global_request(image), "global_prompt"))
+        return questions
+
+    def _proposed(self, entry: Entry, image: np.ndarray, content: Contents) -> list[Region]:
+        """Rows of the regions that are selected among the proposals. Raises Rejected where none is suitable."""
         entry = replace(entry, prompt=None)  # a prompt that was given is of another region
-        proposals = self.propose(image) if self.propose else []
         fallen: Counter[str] = Counter()
-        chosen = select(proposals, self.selection, fallen)
-        if not chosen:
+        selected = select(self._proposals(image), self.selection, fallen)
+        if not selected:
             why = ", ".join(f"{name} {count}" for name, count in sorted(fallen.items()) if count) or "none was proposed"
             raise Rejected(RejectReason.NO_REGION, f"no proposed region is fit for inpainting: {why}")
-        found = []
-        for number, each in enumerate(chosen):
+        rows = []
+        for number, each in enumerate(selected):
             place = f"{Path(entry.image).stem}-{number}"
             mask = dilate(each.mask, self.chosen.dilate) if self.chosen.dilate else each.mask
             mask = augment(mask, self.chosen.shape, self.chosen.seed, make_key(entry.image, None, place))
             region = {"segmentation": encode_rle(mask), "mask_source": each.source, **each.scores}
-            found.append((_row(entry, make_key(entry.image, content.photo, place), mask, region), mask))
-        return found
+            rows.append((_row(entry, make_key(entry.image, content.photo, place), mask, region), mask))
+        return rows
 
-    def _describe(self, asked: Sequence[Asked]) -> None:
+    def _proposals(self, image: np.ndarray) -> list[Proposal]:
+        """The proposals for one photo. Raises Rejected where the segmenter fails on this photo alone."""
+        assert self.propose is not None
+        try:
+            return self.propose(image)
+        except RefineControlError:
+            raise
+        except Exception as error:  # transformers raises nearly anything at a picture that it cannot process
+            failure = error.with_traceback(None)  # whose frames hold tensors
+        propose, name = self.propose, self.chosen.segmenter
+        raise Rejected(RejectReason.MODEL_FAILED, fault_of_picture(failure, name, lambda: propose(CONTROL_PICTURE)))
+
+    def _describe(self, photos: list[Done | None], questions: Sequence[Question]) -> PartResult:
         """Asks for all prompts of a part at once and puts them into their rows."""
-        if self.describer is None or not asked:
-            return
-        for each, told in zip(asked, describe_many(self.describer, [a.request for a in asked]), strict=True):
-            for row in each.rows:
-                row[each.field] = told.prompt
-                row[f"{each.field}_source"] = told.source
-                row["prompt_problems"] = sorted({*row["prompt_problems"], *told.problems})
+        if self.describer is None or not questions:
+            return PartResult(photos)
+        ends_run = None
+        for each, answer in zip(questions, describe_many(self.describer, [q.request for q in questions]), strict=True):
+            done = photos[each.photo]
+            if isinstance(answer, Described):
+                for row in each.rows:
+                    row[each.field] = answer.prompt
+                    row[f"{each.field}_source"] = answer.source
+                    row["prompt_problems"] = sorted({*row["prompt_problems"], *answer.problems})
+            elif answer.ends_run:
+                photos[each.photo], ends_run = None, answer.ends_run
+            elif done is not None:
+                photos[each.photo] = _without(done, each.rows, f"{each.field}: {answer.why}")
+        return PartResult(photos, ends_run)
 
 
-class Asked(NamedTuple):
-    """A question and the rows that its answer goes to."""
+def _given(entries: Sequence[Entry], content: Contents, rejects: list[dict[str, Any]]) -> list[Region]:
+    """A row for each entry whose region can be read; the others go to `rejects`."""
+    rows = []
+    for entry, region in zip(entries, content.regions, strict=True):
+        try:
+            if entry.problem is not None:
+                raise Rejected(*entry.problem)
+            mask = load_mask(entry)
+        except Rejected as error:
+            rejects.append(_reject(entry, error))
+            continue
+        name = make_key(entry.image, content.photo + region, id_of(entry))
+        facts: dict[str, Any] = {"source_id": entry.meta["id"]} if "id" in entry.meta else {}
+        facts |= {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
+        rows.append((_row(entry, name, mask, {**facts, "mask_source": "given"}), mask))
+    return rows
 
-    rows: list[dict[str, Any]]
-    request: Request
-    field: str
+
+def _without(done: Done, rows: Sequence[dict[str, Any]], why: str) -> Done:
+    """The photo with `rows` moved to its rejects; those that were moved before stay where they are."""
+    moved = {row["id"]: row["image"] for row in done.rows if row in rows}
+    reason = RejectReason.MODEL_FAILED.value
+    rejects = [{"key": id, "path": image, "reason": reason, "detail": why} for id, image in moved.items()]
+    return done._replace(rows=[row for row in done.rows if row["id"] not in moved], rejects=done.rejects + rejects)
 
 
 def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of one region; the source's own facts stay."""
-    height, width = mask.shape
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = [int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
+    (height, width), (y0, x0, y1, x1) = mask.shape, box_of(mask)
     prompt = {"local_prompt": entry.prompt, "local_prompt_source": "given"} if entry.prompt else {}
     whole = {"global_prompt": entry.global_prompt} if entry.global_prompt else {}
-    measured = {"width": width, "height": height, "bbox": box, "area_fraction": round(float(mask.mean()), 5)}
+    measured = {"width": width, "height": height, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+    measured |= {"area_fraction": round(float(mask.mean()), 5)}
     own = {"id": name, "image": entry.image, "photo": entry.photo, "prompt_problems": []}
     return {**entry.meta, **measured, **own, **prompt, **whole, **region}
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from refine_control.errors import InvalidInputError, MissingError
+from refine_control.annotation.refusals import CONTROL, Unanswered, fault_of_picture
+from refine_control.errors import InvalidInputError, MissingError, RefineControlError
 from refine_control.models.hub import folder_of, revision
 from refine_control.records import Request
 
@@ -83,26 +84,33 @@ class Describer:
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[-1]
         )
 
-    def answer(self, requests: Sequence[Request]) -> list[str]:
-        """The model's words, one answer for each request, in their order."""
-        answers: list[str] = []
+    def answer(self, requests: Sequence[Request]) -> list[str | Unanswered]:
+        """The model's text for each request, in their order; Unanswered for a picture on which the model fails.
+
+        Raises InvalidInputError where the memory does not suffice for any picture."""
+        answers: list[str | Unanswered] = []
         for start in range(0, len(requests), self.batch_size):
             answers += self._answer_batch(requests[start : start + self.batch_size])
         return answers
 
-    def _answer_batch(self, requests: Sequence[Request]) -> list[str]:
-        inputs = self.prepare(requests)
-        device = self.model.device
+    def _answer_batch(self, requests: Sequence[Request]) -> Sequence[str | Unanswered]:
+        """The answers of a batch; where it fails, of its questions one by one."""
         try:
-            with torch.inference_mode():
-                placed = {name: value.to(device) for name, value in inputs._asdict().items()}
-                # transformers binds `generate` to a protocol that its own models do not fulfil
-                tokens = self.model.generate(**placed)  # pyright: ignore[reportAttributeAccessIssue]
-        except torch.OutOfMemoryError:
-            raise InvalidInputError(
-                f"{self.name} does not fit into the memory of {device} with {len(requests)} questions at once; give a "
-                "smaller batch size, or a smaller model"
-            ) from None
+            return self._generate(requests)
+        except RefineControlError:
+            raise
+        except Exception as error:  # transformers raises nearly anything at a picture that it cannot process
+            failure = error.with_traceback(None)  # whose frames hold tensors
+        if len(requests) > 1:
+            return [answer for request in requests for answer in self._answer_batch([request])]
+        return [Unanswered(fault_of_picture(failure, self.name, lambda: self._generate([CONTROL])))]
+
+    def _generate(self, requests: Sequence[Request]) -> list[str]:
+        inputs = self.prepare(requests)
+        with torch.inference_mode():
+            placed = {name: value.to(self.model.device) for name, value in inputs._asdict().items()}
+            # transformers binds `generate` to a protocol that its own models do not fulfil
+            tokens = self.model.generate(**placed)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(tokens, torch.Tensor)  # generate gives a record only when asked for scores
         return self.tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 

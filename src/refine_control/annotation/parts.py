@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 from refine_control.errors import InvalidInputError
 from refine_control.photos.files import locate, read_bytes
 from refine_control.photos.sources import MANIFEST_NAME
-from refine_control.records import Entry, Rejected
+from refine_control.records import Entry, Rejected, RejectReason
 from refine_control.storage import TEMPORARY, fsync_path, storage_errors, write_atomic
 
 PHOTOS_PER_PART = 16
@@ -114,14 +114,22 @@ def _still(mark: dict[str, Any], group: Sequence[Entry], given: bool) -> dict[st
     return {**mark, "files": now} if contents(group, given).whole == mark["content"] else None
 
 
+def _failed(done: Done) -> bool:
+    """Whether a model refused the photo or failed on it."""
+    return any(reject["reason"] == RejectReason.MODEL_FAILED.value for reject in done.rejects)
+
+
 class Parts:
     """The parts of one annotation in `out`; hold `storage.only_writer` around it.
 
-    `photos()` goes through the source; `given`: its regions are what is annotated. Raises StorageError when the disk
-    refuses, InvalidInputError where what was published is not whole."""
+    `photos()` goes through the source; `given`: its regions are what is annotated; `retry_failed`: photos that a model
+    failed on are to be done again. Raises StorageError when the disk refuses, InvalidInputError where what was
+    published is not whole."""
 
-    def __init__(self, out: Path, photos: Callable[[], Iterator[list[Entry]]], given: bool) -> None:
-        self.out, self.photos, self.given = out, photos, given
+    def __init__(
+        self, out: Path, photos: Callable[[], Iterator[list[Entry]]], given: bool, retry_failed: bool = False
+    ) -> None:
+        self.out, self.photos, self.given, self.retry_failed = out, photos, given, retry_failed
         self.folder = out / _PARTS
         self.changed = 0
         """How many photos of a finished annotation have other bytes now."""
@@ -141,30 +149,41 @@ class Parts:
     def _reopen_where_changed(self) -> bool:
         try:
             changed = self._changed()
-            if changed:
+            failed = self.retry_failed and any(map(_failed, self._published()))
+            if changed or failed:
                 self._reopen(changed)
         except InvalidInputError:  # of the source
             raise
         except (FileNotFoundError, ValueError, KeyError, RuntimeError):
             told = f"{self.out} lacks lines of {MARKS}, {REJECTS} or {MANIFEST_NAME}; delete it and annotate again"
             raise InvalidInputError(told) from None
-        return len(changed) > 0
+        return len(changed) > 0 or failed
 
     def missing(self, skipped: Callable[[int], None]) -> Iterator[Part]:
         """What is to be done; `skipped` is told of the photos of every part that is whole."""
         for number, chunk in enumerate(_batched(self.photos())):
-            had = zip(self._read(number, len(chunk)), chunk, strict=True)
-            places = [i for i, (done, group) in enumerate(had) if not (done and _still(done.mark, group, self.given))]
+            previous = zip(self._read(number, len(chunk)), chunk, strict=True)
+            places = [i for i, (done, group) in enumerate(previous) if not (done and self._stands(done, group))]
             if places:
                 yield Part(number, [chunk[place] for place in places], places, len(chunk))
             else:
                 skipped(len(chunk))
 
-    def add(self, part: Part, made: Iterable[Done]) -> None:
-        """Keeps what was made of a part beside what is done of it already."""
+    def _stands(self, done: Done, group: Sequence[Entry]) -> bool:
+        """Whether a photo need not be done again."""
+        return not (self.retry_failed and _failed(done)) and _still(done.mark, group, self.given) is not None
+
+    def add(self, part: Part, results: Iterable[Done | None]) -> None:
+        """Keeps the results of a part beside what is done of it already; None is a photo that is still to be done.
+
+        Where a photo is retried because a model failed on it, its former rows stay: people may have decided on them."""
         photos = self._read(part.number, part.size)
-        for place, done in zip(part.places, made, strict=True):
-            photos[place] = done
+        for place, done in zip(part.places, results, strict=True):
+            previous = photos[place]
+            if done and previous and previous.mark["content"] == done.mark["content"]:
+                former = {row["id"]: row for row in previous.rows}
+                done = done._replace(rows=[former.get(row["id"], row) for row in done.rows])
+            photos[place] = done or previous
         self._write(part.number, photos)
 
     def publish(self, header: dict[str, Any], count: int) -> None:

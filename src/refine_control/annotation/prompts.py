@@ -1,10 +1,10 @@
 """Prompts by a vision-language model: what it is shown and asked, how its answer is read, and when it is doubtful.
 
-The same questions go to Qwen2.5-VL in this process (`annotation.describer`) and to a server (`annotation.vlm_server`): an engine
-takes requests and gives answers, and knows nothing of prompts. The question about a region shows the whole photo with
-the region's outline drawn in, and a crop around the region without the outline; the answer is JSON with one field. An
-answer with a fault is asked for once more with the fault named; what is still at fault then is kept with its faults,
-for a person to see in the review. A fault is a doubt, not a verdict: see `problems`.
+The same questions go to Qwen2.5-VL in this process (`annotation.describer`) and to a server
+(`annotation.vlm_server`): both answer requests and know nothing about prompts. The question about a region shows the
+whole photo with the outline of the region drawn in, and a crop around the region without the outline; the answer is
+JSON with one field. If an answer has a problem (see `problems`), the question is repeated once with the problem named.
+If a problem remains, the prompt is kept with it, and a person decides in the review.
 """
 
 # H W pixels of the photo, h w pixels of a picture shown to the model
@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageFilter
 
+from refine_control.annotation.refusals import Unanswered
 from refine_control.errors import InvalidInputError
 from refine_control.records import Request, one_line
 
@@ -74,8 +75,8 @@ class Answerer(Protocol):
         """Model and revision."""
         ...
 
-    def answer(self, requests: Sequence[Request]) -> list[str]:
-        """The model's own words, one answer for each request, in their order."""
+    def answer(self, requests: Sequence[Request]) -> list[str | Unanswered]:
+        """The model's text for each request, in their order; Unanswered where it refuses one or fails on it."""
         ...
 
 
@@ -261,38 +262,33 @@ def _repeats(words: Sequence[str]) -> bool:
 # Question and answer
 
 
-def _read(answer: str, whole: bool) -> tuple[str, tuple[str, ...]]:
+def _read(answer: str, request: Request, attempts: int, source: str) -> Described:
     """The prompt of an answer, and its problems."""
     prompt = parse(answer)
     unread = ["not_json"] if _from_json(answer) is None else []
-    return prompt, tuple(dict.fromkeys(unread + problems(prompt, whole)))
+    return Described(prompt, tuple(dict.fromkeys(unread + problems(prompt, request.whole))), attempts, source)
 
 
-def _again(request: Request, faults: Sequence[str]) -> Request:
-    told = " and ".join(_NAMED[code] for code in faults)
-    return replace(request, text=f"{request.text}\nYour last answer was not accepted: {told}. Answer again.")
+def _again(request: Request, codes: Sequence[str]) -> Request:
+    """The question once more, with what was wrong with its answer."""
+    named = " and ".join(_NAMED[code] for code in codes)
+    return replace(request, text=f"{request.text}\nYour last answer was not accepted: {named}. Answer again.")
 
 
-def describe_many(engine: Answerer, requests: Sequence[Request]) -> list[Described]:
-    """Asks for all prompts at once, and once more for those with a fault.
+def describe_many(engine: Answerer, requests: Sequence[Request]) -> list[Described | Unanswered]:
+    """Asks for all prompts at once, and a second time for those with a fault.
 
-    Of two answers the second stays, unless it is empty or has more faults and the first is not or has fewer."""
+    The second answer is taken, unless it is refused, or is empty or has more faults than the first."""
     source = f"{engine.name}, template {TEMPLATE_VERSION}"
-    answers = engine.answer(requests) if requests else []
-    first = [_read(answer, each.whole) for answer, each in zip(answers, requests, strict=True)]
-    described = [Described(prompt, faults, 1, source) for prompt, faults in first]
-    at_fault = [index for index, each in enumerate(described) if each.problems]
-    asked = [_again(requests[index], described[index].problems) for index in at_fault]
-    for index, answer in zip(at_fault, engine.answer(asked) if asked else [], strict=True):
-        second = _read(answer, requests[index].whole)
-        prompt, faults = min(second, first[index], key=lambda read: ("empty" in read[1], len(read[1])))
-        described[index] = Described(prompt, faults, 2, source)
+    described: list[Described | Unanswered] = []
+    for answer, request in zip(engine.answer(requests) if requests else [], requests, strict=True):
+        described.append(answer if isinstance(answer, Unanswered) else _read(answer, request, 1, source))
+    doubtful = {i: each for i, each in enumerate(described) if isinstance(each, Described) and each.problems}
+    repeated = [_again(requests[i], first.problems) for i, first in doubtful.items()]
+    for (i, first), answer in zip(doubtful.items(), engine.answer(repeated) if repeated else [], strict=True):
+        if not isinstance(answer, Unanswered):
+            pair = _read(answer, requests[i], 2, source), first._replace(attempts=2)
+            described[i] = min(pair, key=lambda each: ("empty" in each.problems, len(each.problems)))
+        elif answer.ends_run:  # the same command asks again
+            described[i] = answer
     return described
-
-
-def describe(engine: Answerer, image: np.ndarray, masks: Sequence[np.ndarray]) -> list[Described]:
-    """(H, W, 3) uint8 and regions (H, W) bool of one photo -> a local prompt for each region."""
-    return describe_many(engine, [local_request(image, mask) for mask in masks])
-
-
-# Prompts that are worse on purpose, to measure what good ones are worth

@@ -1,27 +1,35 @@
 """A vision-language model behind a URL: any server that speaks OpenAI's chat completions, such as `vllm serve`.
 
-vLLM pins its own torch and transformers, so it runs elsewhere and is spoken to by HTTP. Requests are independent and
-go out side by side; greedy decoding is asked for, yet a server batches as it likes and may answer otherwise tomorrow.
+vLLM pins its own torch and transformers, so it runs in a process of its own and is reached by HTTP. Requests are
+independent and are sent concurrently. Greedy decoding is requested, yet answers of a server may change between runs.
+
+| what the server does | what follows |
+| --- | --- |
+| 408, 429, 5xx, a timeout, a lost connection | the request is repeated after growing waits |
+| 401, 402, 404, no connection | the run ends: no request would succeed |
+| anything else, and the above after the last repetition | the picture is refused if the server still answers others |
+
+"Still answers others": it has answered since the last refusal, or it answers the control of `annotation.refusals`.
 """
 
 # h w pixels of a picture, n requests
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from PIL import Image
 
 from refine_control.annotation.prompts import ANSWER_SCHEMA
-from refine_control.errors import InvalidInputError, MissingError, WorkerDiedError
+from refine_control.annotation.refusals import CONTROL, Unanswered
+from refine_control.errors import InvalidInputError, MissingError, RefineControlError, WorkerDiedError
 from refine_control.records import Request
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
 JPEG_QUALITY = 95
 MAX_TOKENS = 128
 LONGEST_WAIT = 30.0
-"""Seconds; waits double from `first_wait` up to this, and a server's own `Retry-After` is heeded up to it."""
+"""Seconds; waits double from `first_wait` up to this, and a server's own `Retry-After` is respected up to it."""
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
 _ADDRESS = "the server's address must look like http://host:8000"
@@ -40,15 +48,23 @@ RESPONSE_FORMAT = {
 }
 
 
+class _Failure(Exception):
+    """A request that failed for good: `error` ends the run unless the picture is at fault; then `why` is recorded."""
+
+    def __init__(self, why: str, error: RefineControlError, server_may_be_gone: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.error, self.server_may_be_gone = why, error, server_may_be_gone
+
+
 def data_url(picture: np.ndarray) -> str:
-    """(h, w, 3) uint8 -> the picture as a JPEG inside of a URL; colours at full resolution, for the outline's sake."""
+    """(h, w, 3) uint8 -> a JPEG as a data URL, without chroma subsampling so that the outline keeps its colour."""
     file = BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def chat(model: str, request: Request) -> dict[str, Any]:
-    """The body of one question: the pictures, then the words, answered greedily as JSON."""
+    """The body of one request: the pictures, then the text, with greedy decoding and a JSON answer."""
     pictures = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in request.pictures]
     return {
         "model": model,
@@ -63,9 +79,9 @@ def chat(model: str, request: Request) -> dict[str, Any]:
 class ServerDescriber:
     """Asks the server at `url` (with or without a `/v1` at its end) for answers of `model`.
 
-    `concurrency` requests are under way at a time. Each may take `timeout` seconds, and is sent again up to `retries`
-    times, after growing waits, when the server is busy or the connection is lost. `api_key_variable` names the
-    environment variable with the key, if the server wants one; the key itself is in no message and no log."""
+    At most `concurrency` requests are open at a time. Each may take `timeout` seconds and is repeated up to `retries`
+    times. `api_key_variable` names the environment variable with the key, if the server needs one; the key itself
+    appears in no message and no log. Raises MissingError without httpx or the key."""
 
     def __init__(
         self,
@@ -78,8 +94,6 @@ class ServerDescriber:
         api_key_variable: str | None = None,
         first_wait: float = 0.5,
     ) -> None:
-        if concurrency < 1 or timeout <= 0 or retries < 0:
-            raise InvalidInputError("concurrency must be at least 1, timeout above 0 seconds, and retries at least 0")
         try:
             import httpx  # here, so that its absence is known before any photo is read
         except ImportError:
@@ -94,102 +108,137 @@ class ServerDescriber:
         self.model, self.name = model, f"{model} by a server"
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.api_key_variable, self.first_wait = api_key_variable, first_wait
+        self._answers_others = False
         _key(api_key_variable)
 
-    def answer(self, requests: Sequence[Request]) -> list[str]:
-        """The model's words, one answer for each request, in their order.
+    def answer(self, requests: Sequence[Request]) -> list[str | Unanswered]:
+        """The model's text for each request, in their order.
 
-        Raises MissingError when no server is there or it wants another key; WorkerDiedError when it answers with an
-        error, or no more. The first failure ends the whole call; what is under way then is not tried again."""
+        A request that the server refuses gives an Unanswered; so do all open ones once no request would succeed, with
+        the error that ends the run: MissingError without a server, model or valid key, else WorkerDiedError."""
+        return asyncio.run(self._answer_all(requests)) if requests else []
+
+    async def _answer_all(self, requests: Sequence[Request]) -> list[str | Unanswered]:
         import httpx
 
-        key, given_up = _key(self.api_key_variable), threading.Event()
-        if not requests:
-            return []
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        key = _key(self.api_key_variable)
+        answers: list[str | Unanswered | None] = [None] * len(requests)
+        free, checking, ends_run = asyncio.Semaphore(self.concurrency), asyncio.Lock(), None
+
+        async def fill(index: int) -> None:
+            async with free:
+                answers[index] = await self._ask(client, requests[index], checking)
+
+        limits = httpx.Limits(max_connections=self.concurrency + 1)  # one for the control
         timeout = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with (
-            httpx.Client(limits=limits, timeout=timeout, headers=headers) as client,
-            ThreadPoolExecutor(min(self.concurrency, len(requests))) as pool,
-        ):
+        async with httpx.AsyncClient(limits=limits, timeout=timeout, headers=headers) as client:
             try:
-                return list(pool.map(lambda request: self._ask(client, request, given_up), requests))
-            finally:
-                given_up.set()  # where one failed, those that wait for another try give up at once
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(requests)):
+                        group.create_task(fill(index))
+            except* RefineControlError as failed:  # the group has cancelled all others
+                ends_run = next(each for each in failed.exceptions if isinstance(each, RefineControlError))
+        return [Unanswered(str(ends_run), ends_run) if answer is None else answer for answer in answers]
 
-    def _ask(self, client: httpx.Client, request: Request, given_up: threading.Event) -> str:
-        """One answer; nothing once another request has failed, because that one's error is what counts."""
-        if given_up.is_set():
-            return ""
+    async def _ask(self, client: httpx.AsyncClient, request: Request, checking: asyncio.Lock) -> str | Unanswered:
+        """One answer. Raises the error that ends the run where no request would succeed."""
         try:
-            return self._words(self._send(client, chat(self.model, request), given_up))
-        except BaseException:
-            given_up.set()
-            raise
+            words = await self._send(client, request, self.retries)
+        except _Failure as failure:
+            async with checking:
+                if failure.server_may_be_gone or not self._answers_others:
+                    try:
+                        await self._send(client, CONTROL, retries=0)
+                    except _Failure:
+                        raise failure.error from None
+                self._answers_others = False
+            return Unanswered(failure.why)
+        self._answers_others = True
+        return words
 
-    def _send(self, client: httpx.Client, body: dict[str, Any], given_up: threading.Event) -> httpx.Response:
-        """A response that is not to be asked for again, after as many tries as are allowed."""
+    async def _send(self, client: httpx.AsyncClient, request: Request, retries: int) -> str:
+        """The answer to one request, repeated up to `retries` times."""
         import httpx
 
-        wait = self.first_wait
-        for left in range(self.retries, -1, -1):
+        body, wait = chat(self.model, request), self.first_wait
+        for left in range(retries, -1, -1):
             asked_for = 0.0
             try:
-                response = client.post(self.endpoint, json=body)
+                response = await client.post(self.endpoint, json=body)
             except httpx.RequestError as error:
-                if left == 0 or given_up.is_set():
-                    self._lost(error)
+                if left == 0:
+                    raise self._lost(error) from None
             else:
-                if response.status_code not in BUSY or left == 0 or given_up.is_set():
-                    return response
+                if response.status_code not in BUSY or left == 0:
+                    return self._words(response)
                 asked_for = _seconds(response.headers.get("Retry-After", ""))
-            given_up.wait(min(LONGEST_WAIT, max(wait, asked_for)))
+            await asyncio.sleep(min(LONGEST_WAIT, max(wait, asked_for)))
             wait *= 2
         raise AssertionError("the last try returns or raises")
 
-    def _lost(self, error: httpx.RequestError) -> NoReturn:
-        """Nobody there, or there and gone."""
+    def _lost(self, error: httpx.RequestError) -> Exception:
+        """The error for a server that does not accept a connection, or does not answer."""
         import httpx
 
         why = f"{type(error).__name__}: {error}".rstrip(": ")
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            raise MissingError(
+            return MissingError(
                 f"no server answers at {self.shown} ({why}); start one, for example with `vllm serve {self.model}`, "
                 "or name another address"
-            ) from None
-        raise WorkerDiedError(
-            f"the server at {self.shown} stopped answering ({why}); see its log, give it more time or fewer requests "
-            "at once, and run the same command again"
-        ) from None
+            )
+        died = WorkerDiedError(
+            f"the server at {self.shown} stopped answering ({why}); see its log, and run the same command again"
+        )
+        return _Failure(f"the server gave no answer ({why})", died, server_may_be_gone=True)
 
     def _words(self, response: httpx.Response) -> str:
-        """What the model says in a chat completion; nothing where it says nothing."""
-        if response.status_code in (401, 403):
-            told = f"the key in {self.api_key_variable}" if self.api_key_variable else "requests without a key"
-            raise MissingError(
-                f"the server at {self.shown} refuses {told} ({response.status_code}); put a valid key into an "
-                "environment variable and name the variable"
-            )
-        if response.status_code != 200:
-            raise WorkerDiedError(
-                f"the server at {self.shown} answers with an error ({response.status_code}: "
-                f"{self._told(response)}); check that it serves {self.model} with pictures, and see its log"
-            )
+        """The text of a chat completion; empty where the model returned none."""
+        status = response.status_code
+        if status != 200:
+            raise self._refusal(status, self._shown(response))
         try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            content = 0
+            choice = response.json()["choices"][0]
+            message, reason = choice["message"], choice.get("finish_reason")
+            content, refusal = message["content"], message.get("refusal")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            content, reason, refusal = 0, None, None
         if not isinstance(content, str | None):
-            raise WorkerDiedError(
-                f"the server at {self.shown} answers with something else than a chat completion "
-                f"({self._told(response)}); name a server with OpenAI's /v1/chat/completions"
+            words = self._shown(response)
+            error = WorkerDiedError(
+                f"the server at {self.shown} answers with something else than a chat completion ({words}); name a "
+                "server with OpenAI's /v1/chat/completions"
             )
+            raise _Failure(f"the answer is not a chat completion ({words})", error)
+        if not content and (refusal or reason == "content_filter"):
+            raise self._refusal(status, str(refusal or reason)[:200])
         return content or ""
 
-    def _told(self, response: httpx.Response) -> str:
-        """The beginning of what the server says, on one line, without the key it may repeat."""
-        words, key = " ".join(response.text.split()), _key(self.api_key_variable)
+    def _refusal(self, status: int, words: str) -> Exception:
+        """The error for a status other than 200, or for a refusal inside of an answer."""
+        if status in (401, 403):
+            key = f"the key in {self.api_key_variable}" if self.api_key_variable else "requests without a key"
+            error = MissingError(
+                f"the server at {self.shown} refuses {key} ({status}); put a valid key into an environment variable "
+                "and name the variable"
+            )
+        else:
+            kind = WorkerDiedError if status in BUSY else MissingError
+            error = kind(
+                f"the server at {self.shown} answers with an error ({status}: {words}); check that it serves "
+                f"{self.model} with pictures, and see its log"
+            )
+        of_all = status in (401, 402, 404)
+        return error if of_all else _Failure(f"the server refuses it ({status}: {words})", error, status in BUSY)
+
+    def _shown(self, response: httpx.Response) -> str:
+        """The beginning of the server's message on one line, without the key that it may repeat."""
+        try:
+            words = response.json()["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            words = None
+        words = " ".join((words if isinstance(words, str) else response.text).split())
+        key = _key(self.api_key_variable)
         return (words.replace(key, "***") if key else words)[:200] or "no words"
 
 
@@ -198,7 +247,7 @@ def _endpoint(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url.strip())
         named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and len(url.split()) == 1
-    except ValueError:  # a bracket or a port that is none
+    except ValueError:  # a bracket or port that is not valid
         named = False
     if not named:
         raise InvalidInputError(_ADDRESS)
@@ -208,14 +257,14 @@ def _endpoint(url: str) -> tuple[str, str]:
 
 
 def _key(variable: str | None) -> str:
-    """The key in the environment; empty where none is wanted."""
+    """The key in the environment; empty where no variable is named."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key:
         raise MissingError(f"the environment variable {variable} holds no key; set it, or name another variable")
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise InvalidInputError(f"the environment variable {variable} holds signs that no key has; set it again")
+        raise InvalidInputError(f"the environment variable {variable} holds characters that no key has; set it again")
     return key
 
 

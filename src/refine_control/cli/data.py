@@ -65,6 +65,9 @@ def data_annotate(
     gpus: Gpus = 0.0,
     seed: Seed = 0,
     limit: Limit = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the photos again that a model refused or failed on.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +82,8 @@ def data_annotate(
     from refine_control.annotation.annotator import Annotation
 
     chosen, how = Annotation(**options), _engine(engine, workers, gpus)
-    summary = annotate(source, out, chosen, images=images, engine=how, progress=progress_bar("photos"))
+    bar = progress_bar("photos")
+    summary = annotate(source, out, chosen, images=images, engine=how, progress=bar, retry_failed=retry_failed)
     show(summary if as_json else str(summary), as_json)
 
 
