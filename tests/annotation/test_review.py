@@ -1,5 +1,6 @@
 """Laws of the review: what the page is told, who may speak to it, and that decisions are on the disk before shown."""
 
+import asyncio
 import io
 import json
 import os
@@ -227,7 +228,10 @@ def test_a_name_given_to_the_server_goes_before_the_pages(folder):
 
 def test_foreign_hosts_and_foreign_pages_are_refused(folder):
     client, body = client_of(folder), {"id": "r0", "action": ACCEPT, "reviewer": "ann"}
-    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[::2]:80"):
+    foreign = ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[::2]:80")
+    odd = ("[::1].evil", "[::1].evil:80", "[::1", "[localhost]", "localhost:", "localhost:80.evil", "localhost:80:80")
+    odd += ("a@localhost", "localhost:123456", "localhost/", "::1", "[::1]]", " localhost")
+    for host in foreign + odd:
         assert client.get("/api/rows", headers={"host": host}).status_code == 403, host
     for host in ("localhost:8765", "127.0.0.1:1", "[::1]:8765", "LOCALHOST"):
         assert client.get("/api/rows", headers={"host": host}).status_code == 200, host
@@ -238,6 +242,30 @@ def test_foreign_hosts_and_foreign_pages_are_refused(folder):
     assert not (folder / "decisions.jsonl").exists()
     own = {"origin": HERE, "sec-fetch-site": "same-origin"}
     assert client.post("/api/decide", json=body, headers=own).status_code == 200
+
+
+def test_a_body_that_no_decision_has_is_refused_before_it_is_read(folder):
+    """Through the application itself, whose body comes in pieces without a length, as a stream does."""
+    pieces, sent = 0, []
+
+    async def receive():
+        nonlocal pieces
+        pieces += 1
+        assert pieces < 100, "the whole body is read"
+        return {"type": "http.request", "body": b" " * 50_000, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/api/decide", "query_string": b"", "headers": headers}
+    asyncio.run(make_app(folder)({**scope, "http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send))
+    assert sent[0]["status"] == 413
+    assert pieces <= 4
+    client, body = client_of(folder), {"id": "r0", "action": ACCEPT, "reviewer": "ann", "more": "x" * 300_000}
+    assert client.post("/api/decide", json=body).status_code == 413
+    assert not (folder / "decisions.jsonl").exists()
+    assert client.post("/api/decide", json={**body, "more": "x" * 3000}).status_code == 200
 
 
 def test_without_the_secret_nothing_is_told(folder):

@@ -21,6 +21,7 @@ import contextlib
 import hmac
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET_NAME = ".review-secret"
+MAX_BODY = 1 << 16
+"""Bytes of a request: many times what the longest prompt needs."""
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\s\[\]:/@]+))(?::[0-9]{1,5})?")
+"""A Host header: an IPv6 address in brackets or a name, and perhaps a port."""
 _PAGE = Path(__file__).with_name("review.html")
 _HEADERS = (
     (b"cache-control", b"no-store"),
@@ -141,6 +146,10 @@ class _Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         fault = self._fault(scope)
+        if fault is None and scope["method"] not in ("GET", "HEAD"):
+            body = await _read_body(receive)
+            fault = None if body is not None else (413, f"a decision has at most {MAX_BODY:,} bytes")
+            receive = _replay(body or b"", receive)
         if fault is not None:
             status, body = fault[0], json.dumps({"detail": fault[1]}).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -158,7 +167,7 @@ class _Guard:
         """(status, why) of a request that is refused."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
-        if self.hosts is not None and _name_of(host) not in self.hosts:
+        if self.hosts is not None and _host_name(host) not in self.hosts:
             return 403, f"this machine is not known as {host!r}; open the address that the review printed"
         if scope["method"] not in ("GET", "HEAD"):
             origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
@@ -170,9 +179,30 @@ class _Guard:
         return None
 
 
-def _name_of(host: str) -> str:
-    """`localhost:8765` -> localhost, `[::1]:8765` -> ::1."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+def _host_name(header: str) -> str:
+    """`localhost:8765` -> localhost, `[::1]:8765` -> ::1; empty for anything but a name or address and a port."""
+    parts = _HOST.fullmatch(header)
+    return (parts[1] or parts[2]).lower() if parts else ""
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The body of a request; None as soon as it has more than MAX_BODY bytes."""
+    body, more = b"", True
+    while more and len(body) <= MAX_BODY:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return None if len(body) > MAX_BODY else body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read already, then what `receive` gives."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return first.pop() if first else await receive()
+
+    return again
 
 
 def _secret_of(folder: Path) -> str:
