@@ -1,5 +1,6 @@
 """Regions and prompts for photographs: the same rows from every engine, after any kill, and nothing lost."""
 
+import http.server
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,12 +22,13 @@ from refine_control.annotation.annotator import Annotation, Annotator
 from refine_control.annotation.engines import local, ray_actors
 from refine_control.annotation.parts import PHOTOS_PER_PART, Part
 from refine_control.annotation.refusals import Unanswered
-from refine_control.errors import InvalidInputError, MissingError
+from refine_control.errors import InterruptedCleanlyError, InvalidInputError, MissingError
 from refine_control.photos.build import build
 from refine_control.photos.decisions import append_decision, decide
 from refine_control.photos.regions import decode_rle
 from refine_control.photos.sources import entries, photos_of
 from refine_control.records import Request
+from refine_control.signals import interruptible
 
 OFFLINE = Annotation(masks="felzenszwalb")
 PHOTOS = 18  # more than one part
@@ -350,6 +353,49 @@ def test_a_photo_on_which_the_segmenter_fails_costs_itself(photos, tmp_path, mon
     kind = InvalidInputError if isinstance(error, OutOfMemoryError) else RuntimeError
     with pytest.raises(kind, match=r"not even with one small picture|shape mismatch"):
         annotate(photos, tmp_path / "none", Annotation(masks="felzenszwalb", limit=4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_server_is_silent_ends_the_run_and_keeps_what_is_finished(
+    source, tmp_path, monkeypatch, number
+):
+    released, asked = threading.Event(), []
+    answer = json.dumps({"choices": [{"message": {"content": json.dumps({"prompt": "a bright disc"})}}]}).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(1)
+            if len(asked) == PHOTOS_PER_PART + 1 and not released.is_set():
+                os.kill(os.getpid(), number)
+                released.wait(60)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    before = signal.signal(number, signal.default_int_handler)  # whoever started the tests may ignore it
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    chosen = Annotation(prompts="server", server=f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(InterruptedCleanlyError, match=signal.Signals(number).name), interruptible():
+            annotate(source, tmp_path / "out", chosen)
+        assert not released.is_set()
+        assert len(list((tmp_path / "out" / ".parts").glob("*.json"))) == 1
+        released.set()
+        asked.clear()
+        annotate(source, tmp_path / "out", chosen)
+        assert len(asked) == PHOTOS - PHOTOS_PER_PART
+    finally:
+        released.set()
+        server.shutdown()
+        server.server_close()
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"dilate": -1}])

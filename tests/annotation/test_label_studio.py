@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import xml.etree.ElementTree as ET
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -41,8 +40,8 @@ def folder(tmp_path):
     return made
 
 
-def exported(folder, **options) -> list[dict]:
-    summary = export_tasks(folder, folder.parent / "out", **options)
+def exported(folder) -> list[dict]:
+    summary = export_tasks(folder, folder.parent / "out")
     tasks = json.loads((folder.parent / "out" / "tasks.json").read_text())
     assert (summary.tasks, summary.refused) == (len(tasks), {"unreadable": 1})
     return tasks
@@ -106,7 +105,9 @@ def test_tasks_hold_the_photo_the_region_and_the_words(folder):
     told = []
     for task in exported(folder):
         region, prompt, verdict = task["predictions"][0]["result"]
-        assert parse_qs(urlsplit(task["data"]["image"]).query)["d"] == [rows[task["data"]["id"]].entry.image]
+        kind, _, data = task["data"]["image"].partition(",")
+        assert kind == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (W, H)
         assert (region["original_width"], region["original_height"]) == (W, H)
         mask = decode_brush(region["value"]["rle"], H, W)
         assert np.array_equal(mask, load_mask(rows[task["data"]["id"]].entry))
@@ -127,26 +128,18 @@ def test_the_configuration_names_what_the_tasks_use(folder):
     )
 
 
-def test_photos_may_travel_inside_the_tasks(folder):
+def test_photos_in_tasks_are_small(folder):
     big = np.zeros((900, 1500), bool)
     big[200:700, 100:900] = True
     Image.fromarray(np.zeros((900, 1500, 3), np.uint8)).save(folder / "big.png")
     with (folder / "manifest.jsonl").open("a") as file:
         file.write(json.dumps({"id": "big", "image": "big.png", "segmentation": encode_rle(big)}) + "\n")
-    task = exported(folder, images="data")[-1]
-    kind, _, data = task["data"]["image"].partition(",")
-    assert kind == "data:image/jpeg;base64"
+    task = exported(folder)[-1]
+    data = task["data"]["image"].partition(",")[2]
     region = task["predictions"][0]["result"][0]
     size = (region["original_width"], region["original_height"])
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == size == (1024, 614)
     assert brought_in(folder, annotated(task)).repainted == []
-
-
-def test_local_files_lie_under_the_document_root(folder):
-    task = exported(folder, document_root=folder.parent)[0]
-    assert parse_qs(urlsplit(task["data"]["image"]).query)["d"] == ["made/a b0.png"]
-    with pytest.raises(InvalidInputError, match="document root"):
-        export_tasks(folder, folder.parent / "other", document_root=folder / "deeper")
 
 
 def test_there_and_back_is_what_people_said(folder):
@@ -187,6 +180,74 @@ def test_what_does_not_decide_is_counted(folder):
     assert (summary.strangers, summary.repainted) == (["r9"], ["r2"])
     assert set(by_reviewer(folder / "decisions.jsonl")) == {"bo@example.org"}
     assert "left as it was" in str(summary)
+
+
+def numbered(folder) -> None:
+    """The rows of `folder` with whole numbers as ids."""
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "id": number} for number, line in enumerate(lines)]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("spelled", [2, 2.0, "2", "2.0", " 2 "], ids=repr)
+def test_ids_that_went_through_a_spreadsheet_are_read(folder, spelled):
+    numbered(folder)
+    task = annotated(exported(folder)[2], completed_by=5.0)
+    task["data"]["id"] = spelled
+    for part in task["annotations"][0]["result"]:
+        if part["type"] == "brushlabels":
+            part |= {"original_width": float(W), "original_height": str(H)}
+    summary = brought_in(folder, task)
+    assert (summary.decisions, summary.strangers, summary.repainted) == (1, [], [])
+    assert by_reviewer(folder / "decisions.jsonl")["label-studio-5"].keys() == {"2"}
+
+
+def spoiled(task: dict, **changes) -> dict:
+    """The annotated task with other values in its annotation, or in the first part of its result."""
+    annotation = task["annotations"][0]
+    for name, value in changes.items():
+        (annotation if name in ("updated_at", "completed_by") else annotation["result"][0])[name] = value
+    return task
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"updated_at": "yesterday"}, "r0.*yesterday.*is not a time"),
+        ({"updated_at": "2025-03-01 10:00:00"}, "r0.*is not a time"),
+        ({"value": None}, "r0.*without its size or its bytes"),
+        ({"value": {"rle": "x"}}, "r0.*without its size or its bytes"),
+        ({"original_width": 1.5}, "r0.*without its size or its bytes"),
+        ({"original_width": 10**6, "original_height": 10**6}, "r0.*is not one of 1000000 x 1000000"),
+        ({"original_width": -3}, "r0.*is not one of -3"),
+    ],
+    ids=str,
+)
+def test_values_that_no_export_has_are_refused_by_name(folder, changes, said):
+    with pytest.raises(InvalidInputError, match=said):
+        brought_in(folder, spoiled(annotated(exported(folder)[0]), **changes))
+    assert not (folder / "decisions.jsonl").exists()
+
+
+def test_a_prompt_that_is_too_long_and_tasks_without_an_id_are_refused(folder):
+    first, second, _ = exported(folder)
+    with pytest.raises(InvalidInputError, match=r"r1.*more than 2000 characters"):
+        brought_in(folder, annotated(first), annotated(second, text="very " * 1000))
+    assert not (folder / "decisions.jsonl").exists()
+    for task in (annotated(first), annotated(second)):
+        del task["data"]["id"]
+        with pytest.raises(InvalidInputError, match=r"none of its 1 tasks has an `id`.*--to-label-studio"):
+            brought_in(folder, task)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_an_export_in_another_encoding_of_unicode_is_read(folder, encoding):
+    path = folder.parent / "export.json"
+    path.write_text(json.dumps([annotated(exported(folder)[0], text="un café")], ensure_ascii=False), encoding)
+    assert import_annotations(path, folder).decisions == 1
+    path.write_text(json.dumps([annotated(exported(folder)[0], text="un café")], ensure_ascii=False), "latin-1")
+    with pytest.raises(InvalidInputError, match="cannot be read as JSON"):
+        import_annotations(path, folder)
 
 
 @pytest.mark.parametrize(

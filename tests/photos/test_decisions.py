@@ -122,7 +122,9 @@ def test_a_line_cut_by_a_kill_is_passed_over_and_closed_by_the_next_append(tmp_p
         '{"id": "a", "action": "maybe", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
         '{"id": "a", "action": "edit", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
         '{"id": "a", "action": "accept", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00"}',
-        '{"id": 3, "action": "accept", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
+        '{"id": [3], "action": "accept", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
+        '{"id": 3.5, "action": "accept", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
+        '{"id": true, "action": "accept", "prompt": null, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}',
     ],
 )
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, line):
@@ -137,6 +139,30 @@ def test_the_prompt_of_anything_but_an_edit_is_not_a_new_text(tmp_path):
     line = {"id": "a", "action": "accept", "prompt": "as it was", "reviewer": "x", "time": "2025-01-31T12:00:00Z"}
     (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
     assert read_decisions(tmp_path / "d.jsonl")["a"].prompt is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"action": "approve"}, "'approve'"),
+        ({"time": "2025-01-31"}, "'2025-01-31' is not a time"),
+        ({"reviewer": None}, "name of its reviewer"),
+        ({"time": ...}, "no `time`"),
+    ],
+    ids=str,
+)
+def test_a_line_of_another_tool_is_refused_with_what_is_wrong(tmp_path, change, said):
+    row = {"id": "a", "action": ACCEPT, "prompt": None, "reviewer": "x", "time": "2025-01-31T12:00:00Z", **change}
+    (tmp_path / "d.jsonl").write_text(json.dumps({k: v for k, v in row.items() if v is not ...}) + "\n")
+    with pytest.raises(DamagedError, match=rf"line 1 of .*{said}"):
+        read_decisions(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("id", [3, 3.0])
+def test_ids_that_are_numbers_and_a_byte_order_mark_are_read(tmp_path, id):
+    row = {"id": id, "action": ACCEPT, "prompt": None, "reviewer": "x", "time": "2025-01-31T12:00:00Z"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\r\n", "utf-8-sig")
+    assert read_decisions(tmp_path / "d.jsonl")["3"].action == ACCEPT
 
 
 def test_decisions_are_refused_that_say_nothing():

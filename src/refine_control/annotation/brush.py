@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from refine_control.errors import InvalidInputError
+from refine_control.records import MAX_PIXELS
 
 _SIZES = (3, 4, 8, 16)
 _WORD = 8
@@ -39,7 +40,7 @@ def decode_brush(brush: list[int], height: int, width: int) -> np.ndarray:
         bits = "".join(f"{byte:08b}" for byte in bytes(brush))
         total, word = int(bits[:32], 2), int(bits[32:37], 2) + 1
         sizes = [int(bits[37 + 4 * k : 41 + 4 * k], 2) + 1 for k in range(4)]
-        if total != 4 * height * width or word != _WORD:
+        if min(height, width) < 1 or height * width > MAX_PIXELS or (total, word) != (4 * height * width, _WORD):
             raise ValueError
         values, at, done = np.zeros(total, np.uint8), 53, 0
         while done < total:

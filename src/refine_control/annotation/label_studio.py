@@ -1,9 +1,12 @@
 """A review in Label Studio instead of on our page: rows -> tasks, annotations -> decisions.
 
-`export_tasks` writes `tasks.json` and `labels.xml`, the labelling configuration that fits them. A task shows the photo
-with its region as a brush mask, the prompt as text to mend, and the choice accept | reject, all filled in as a
-prediction. `import_annotations` reads Label Studio's JSON export and appends to `decisions.jsonl`. A region that was
-painted differently there is counted and told: decisions are about words, and masks stay as they are.
+`export_tasks` writes `tasks.json` and `labels.xml`, the labelling configuration that belongs to them. A task shows the
+photo with its region as a brush mask, the prompt as an editable text, and the choice accept | reject, all filled in as
+a prediction. `import_annotations` reads Label Studio's JSON export and appends to `decisions.jsonl`. A region that was
+changed there is counted and reported but not imported: decisions concern prompts, and masks stay as they are.
+
+Label Studio's own converter and SDK would bring some forty packages for its brush format, which `annotation.brush`
+reads and writes in fifty lines.
 """
 
 # H W pixels of the photo as shown
@@ -12,20 +15,20 @@ from __future__ import annotations
 
 import base64
 import json
-import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from urllib.parse import quote
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from refine_control.annotation.brush import decode_brush, encode_brush
-from refine_control.annotation.review_rows import Row, load_view, read_rows
+from refine_control.annotation.parts import publishing
+from refine_control.annotation.review_rows import LONGEST_PROMPT, Row, load_view, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import (
     ACCEPT,
@@ -37,7 +40,6 @@ from refine_control.photos.decisions import (
     append_decision,
     decide,
 )
-from refine_control.photos.files import locate
 from refine_control.photos.load import load_mask
 from refine_control.records import Rejected, one_line
 from refine_control.storage import storage_errors, write_atomic
@@ -53,7 +55,6 @@ CONFIG = """<View>
   </Choices>
 </View>
 """
-Images = Literal["local-files", "data"]
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,17 @@ class ImportSummary:
         return text
 
 
-class _Told(NamedTuple):
-    """What one annotation says."""
+class _Annotation(NamedTuple):
+    """What one annotation decides."""
 
     decision: Decision
     repainted: bool
 
 
-def _mask_at(row: Row, size: tuple[int, int] | None) -> np.ndarray:
-    """The row's mask, (H, W) bool, at `size` (W, H) where that is another than the photo's. Raises Rejected."""
+def _mask_at(row: Row, size: tuple[int, int]) -> np.ndarray:
+    """The row's mask, (H, W) bool, at `size` (W, H). Raises Rejected."""
     mask = load_mask(row.entry)
-    if size is None or size == mask.shape[::-1]:
+    if size == mask.shape[::-1]:
         return mask
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
     return np.asarray(grey) > 127
@@ -114,100 +115,79 @@ def _mask_at(row: Row, size: tuple[int, int] | None) -> np.ndarray:
 # Out
 
 
-def export_tasks(
-    folder: Path, out: Path, images: Images = "local-files", document_root: Path | None = None
-) -> ExportSummary:
+def export_tasks(folder: Path, out: Path) -> ExportSummary:
     """Writes tasks and configuration for the rows of `folder` (see `review_rows.read_rows`) into the folder `out`.
 
-    `local-files` names the photos relative to `document_root`, Label Studio's LOCAL_FILES_DOCUMENT_ROOT (None: the
-    folder that the manifest's paths start from); `data` puts them into the tasks, at most 1024 pixels long.
-    Raises InvalidInputError for photos that local-files cannot name."""
+    The photos are part of the tasks, at most 1024 pixels long."""
     log = DecisionLog(Path(folder) / DECISIONS_NAME)
     tasks, refused = 0, Counter[str]()
+    rows = read_rows(folder)
     with storage_errors(out):
         Path(out).mkdir(parents=True, exist_ok=True)
-        temporary = Path(out) / f".{TASKS}.{os.getpid()}.tmp"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                for row in read_rows(folder):
-                    try:
-                        task = _task(row, log.counting(row.id), images, document_root)
-                    except Rejected as error:
-                        refused[error.reason.value] += 1
-                        continue
-                    file.write(("[\n" if tasks == 0 else ",\n") + json.dumps(task))
-                    tasks += 1
-                file.write("\n]\n" if tasks else "[]\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(Path(out) / TASKS)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with publishing(Path(out) / TASKS) as file:
+        file.write("[")
+        for row in rows:
+            try:
+                task = _task(row, log.counting(row.id))
+            except Rejected as error:
+                refused[error.reason.value] += 1
+                continue
+            file.write((",\n" if tasks else "\n") + json.dumps(task))
+            tasks += 1
+        file.write("\n]\n")
     write_atomic(Path(out) / LABELS, CONFIG)
     return ExportSummary(tasks, dict(refused))
 
 
-def _task(row: Row, decision: Decision | None, images: Images, root: Path | None) -> dict[str, Any]:
-    """One task, its prediction saying what counts so far. Raises Rejected where there is no picture or no region."""
-    view = load_view(row.entry) if images == "data" else None
-    if view is None:
-        address = _local_file(row, root)
-    else:
-        address = "data:image/jpeg;base64," + base64.b64encode(view.jpeg).decode()
-    mask = _mask_at(row, view.size if view else None)
-    height, width = mask.shape
+def _task(row: Row, decision: Decision | None) -> dict[str, Any]:
+    """One task, whose prediction is the decision so far. Raises Rejected where there is no picture or no region."""
+    view = load_view(row.entry)
+    mask = _mask_at(row, view.size)
+    width, height = view.size
     words = (decision.prompt if decision else None) or row.entry.prompt or ""
     verdict = REJECT if decision and decision.action == REJECT else ACCEPT
-    where = {"to_name": "image", "original_width": width, "original_height": height, "image_rotation": 0}
-    brush = {"format": "rle", "rle": encode_brush(mask), "brushlabels": ["region"]}
+    where = {"original_width": width, "original_height": height, "image_rotation": 0}
+    values = (
+        ("region", "brushlabels", {"format": "rle", "rle": encode_brush(mask), "brushlabels": ["region"]}, where),
+        ("prompt", "textarea", {"text": [words]}, {}),
+        ("verdict", "choices", {"choices": [verdict]}, {}),
+    )
     result = [
-        {"id": "region", "from_name": "region", "type": "brushlabels", "value": brush, **where},
-        {"id": "prompt", "from_name": "prompt", "to_name": "image", "type": "textarea", "value": {"text": [words]}},
-        {
-            "id": "verdict",
-            "from_name": "verdict",
-            "to_name": "image",
-            "type": "choices",
-            "value": {"choices": [verdict]},
-        },
+        {"id": name, "from_name": name, "to_name": "image", "type": kind, "value": value, **more}
+        for name, kind, value, more in values
     ]
-    data = {"id": row.id, "image": address, "prompt": words, "problems": list(row.problems), **row.scores}
+    image = "data:image/jpeg;base64," + base64.b64encode(view.jpeg).decode()
+    data = {"id": row.id, "image": image, "prompt": words, "problems": list(row.problems), **row.scores}
     return {"data": data, "predictions": [{"model_version": "manifest", "result": result}]}
-
-
-def _local_file(row: Row, root: Path | None) -> str:
-    """The address under which Label Studio serves a photo from its own disk."""
-    where = locate(row.entry.root, row.entry.image)
-    base = Path(root or row.entry.root).resolve()
-    if where.member is not None or not where.path.is_relative_to(base):
-        place = "lies in a tar" if where.member is not None else f"is not under {base}"
-        raise InvalidInputError(f"{row.entry.image} {place}; export with images='data', or name another document root")
-    return f"/data/local-files/?d={quote(where.path.relative_to(base).as_posix())}"
 
 
 # In
 
 
 def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
-    """Appends what Label Studio's JSON export says to the decisions of `folder`; again, and nothing is added.
+    """Appends the decisions of Label Studio's JSON export to those of `folder`; a second import adds nothing.
 
-    The reviewer is who completed the annotation. Raises InvalidInputError when the file is no such export."""
+    The reviewer is who completed the annotation. Raises InvalidInputError, before anything is appended, for a file
+    that is no such export, and for one with values that no export has."""
     rows = {row.id: row for row in read_rows(folder)}
-    log, summary, told = DecisionLog(Path(folder) / DECISIONS_NAME), ImportSummary(), list[_Told]()
+    log, summary, annotations = DecisionLog(Path(folder) / DECISIONS_NAME), ImportSummary(), list[_Annotation]()
     for task in _tasks(json_path):
-        row = rows.get(str(task["data"].get("id")))
-        if row is None:
-            summary.strangers.append(str(task["data"].get("id")))
+        id = _spelled(task["data"].get("id"), rows)
+        if id not in rows:
+            summary.strangers.append(id)
             continue
-        for annotation in task["annotations"]:
-            one = _told(row, annotation)
-            if one is None:
+        for record in task["annotations"]:
+            try:
+                annotation = _read(rows[id], record)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{json_path}, the task with the id {id}: {error}") from None
+            if annotation is None:
                 summary.undecided += 1
             else:
-                told.append(one)
-    for decision, repainted in sorted(told, key=lambda one: datetime.fromisoformat(one.decision.time)):
-        own = log.of(decision.id).get(decision.reviewer)
-        if own and (own.verdict == decision.verdict or _later(own, decision)):
+                annotations.append(annotation)
+    for decision, repainted in sorted(annotations, key=lambda each: datetime.fromisoformat(each.decision.time)):
+        previous = log.of(decision.id).get(decision.reviewer)
+        if previous and (previous.verdict == decision.verdict or _later(previous, decision)):
             summary.known += 1
         else:
             append_decision(log.path, decision)
@@ -222,20 +202,23 @@ def _later(one: Decision, other: Decision) -> bool:
     return datetime.fromisoformat(one.time) > datetime.fromisoformat(other.time)
 
 
-def _tasks(path: Path) -> Iterator[dict[str, Any]]:
+def _tasks(path: Path) -> list[dict[str, Any]]:
     """The tasks of an export, each with its data and annotations."""
     try:
         tasks = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path} cannot be read as JSON ({error}); export as JSON from Label Studio") from None
-    for task in tasks if isinstance(tasks, list) else [tasks]:
-        if (
-            not isinstance(task, dict)
-            or not isinstance(task.get("data"), dict)
-            or not _records(task.get("annotations"))
-        ):
+    tasks = tasks if isinstance(tasks, list) else [tasks]
+    for task in tasks:
+        data = task.get("data") if isinstance(task, dict) else None
+        if not isinstance(data, dict) or not _records(task.get("annotations")):
             raise InvalidInputError(f"{path} is no list of tasks with annotations; export as JSON, not JSON-MIN")
-        yield task
+    if tasks and not any("id" in task["data"] for task in tasks):
+        raise InvalidInputError(
+            f"{path}: none of its {len(tasks)} tasks has an `id` in its data; export the project into which the tasks "
+            "of --to-label-studio were imported"
+        )
+    return tasks
 
 
 def _records(value: object) -> bool:
@@ -245,43 +228,58 @@ def _records(value: object) -> bool:
     )
 
 
-def _told(row: Row, annotation: dict[str, Any]) -> _Told | None:
-    """What an annotation says of its row, None where nothing is decided."""
+def _whole(value: object) -> int | None:
+    """2, 2.0, "2" and "2.0" are the same whole number, as spreadsheets write it; None for anything else."""
+    text = str(value).strip().removesuffix(".0") if type(value) in (int, float, str) else ""
+    return int(text) if re.fullmatch("-?[0-9]{1,40}", text) else None
+
+
+def _spelled(id: object, rows: Container[str]) -> str:
+    """The id as the rows spell it."""
+    whole = _whole(id)
+    return str(id) if str(id) in rows or whole is None else str(whole)
+
+
+def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
+    """What an annotation decides on its row, None where nothing is decided."""
     values: dict[str, Any] = {}
     brushes = []
     for part in annotation.get("result", ()):
         if part.get("type") == "brushlabels":
             brushes.append(part)
         elif isinstance(part.get("value"), dict):
-            told = part["value"].get("choices") or part["value"].get("text")
-            values[part.get("from_name")] = told[0] if isinstance(told, list) and told else told
+            value = part["value"].get("choices") or part["value"].get("text")
+            values[str(part.get("from_name"))] = value[0] if isinstance(value, list) and value else value
     verdict, text = values.get("verdict"), one_line(values.get("prompt"))
     if annotation.get("was_cancelled") or verdict not in (ACCEPT, REJECT):
         return None
+    if len(text) > LONGEST_PROMPT:
+        raise InvalidInputError(f"the prompt has more than {LONGEST_PROMPT} characters; shorten it")
     action = EDIT if verdict == ACCEPT and text and text != row.entry.prompt else verdict
     decision = decide(row.id, action, _reviewer(annotation.get("completed_by")), text)
     time = annotation.get("updated_at") or annotation.get("created_at")
-    if isinstance(time, str):
-        decision = Decision(row.id, action, decision.prompt, decision.reviewer, time)
-    return _Told(decision, _repainted(row, brushes))
+    return _Annotation(replace(decision, time=time) if isinstance(time, str) else decision, _repainted(row, brushes))
 
 
 def _reviewer(person: object) -> str:
-    """Label Studio tells a number, or a record with an address."""
+    """The name of who completed an annotation: an address or name, or a number under Label Studio's name."""
+    number = person
     if isinstance(person, dict):
-        named = one_line(person.get("email")) or one_line(person.get("username"))
-        return named or f"label-studio-{person.get('id')}"
-    return "label-studio" if person is None else f"label-studio-{person}"
+        if named := one_line(person.get("email")) or one_line(person.get("username")):
+            return named
+        number = person.get("id")
+    whole = _whole(number)
+    return "label-studio" if person is None else f"label-studio-{number if whole is None else whole}"
 
 
 def _repainted(row: Row, brushes: list[dict[str, Any]]) -> bool:
-    """Whether the painted regions together are another mask than the row's."""
+    """Whether the union of the painted regions is another mask than the row's."""
     painted: np.ndarray | None = None
     for part in brushes:
-        width, height = part.get("original_width"), part.get("original_height")
-        brush = part.get("value", {}).get("rle")
-        if type(width) is not int or type(height) is not int or not isinstance(brush, list):
-            raise InvalidInputError(f"{row.id}: a brush mask without its size or its bytes; export as JSON")
+        width, height = _whole(part.get("original_width")), _whole(part.get("original_height"))
+        brush = part["value"].get("rle") if isinstance(part.get("value"), dict) else None
+        if width is None or height is None or not isinstance(brush, list):
+            raise InvalidInputError("a brush mask without its size or its bytes; export as JSON")
         one = decode_brush(brush, height, width)
         painted = one if painted is None or painted.shape != one.shape else painted | one
     if painted is None:

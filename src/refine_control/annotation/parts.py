@@ -193,7 +193,7 @@ class Parts:
             (MARKS, [], lambda done: [{**done.mark, "rows": len(done.rows), "rejects": len(done.rejects)}]),
             (MANIFEST_NAME, [header], lambda done: done.rows),
         ):
-            with _publishing(self.out / name) as file:
+            with publishing(self.out / name) as file:
                 _write_lines(file, first)
                 for start in range(0, count, PHOTOS_PER_PART):
                     for done in self._read(start // PHOTOS_PER_PART, min(PHOTOS_PER_PART, count - start)):
@@ -269,7 +269,7 @@ def _write_lines(file: TextIO, values: Iterable[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _publishing(path: Path) -> Iterator[TextIO]:
+def publishing(path: Path) -> Iterator[TextIO]:
     """A file to write into, which gets its name when all is written."""
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     with storage_errors(path.parent):

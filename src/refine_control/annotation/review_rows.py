@@ -22,6 +22,8 @@ from refine_control.records import Entry, Rejected, RejectReason, one_line
 
 LONGEST = 1024
 """The longer side of a picture on a page, at most."""
+LONGEST_PROMPT = 2000
+"""Characters of a prompt that a reviewer writes."""
 MARGIN = 0.25
 """Of the region's longer side: what a close view shows around it."""
 _QUALITY = 88

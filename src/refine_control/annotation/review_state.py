@@ -8,7 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from refine_control.annotation.review_rows import Row, View, load_view, read_rows
+from refine_control.annotation.review_rows import LONGEST_PROMPT, Row, View, load_view, read_rows
 from refine_control.errors import InvalidInputError, StorageError
 from refine_control.photos.decisions import (
     ACCEPT,
@@ -24,7 +24,6 @@ from refine_control.photos.decisions import (
 from refine_control.records import Rejected, one_line
 
 _VIEWS_KEPT = 24
-_LONGEST_PROMPT = 2000
 
 
 class Review:
@@ -93,8 +92,8 @@ class Review:
             raise InvalidInputError(f"the action is {action!r}; it must be {ACCEPT}, {EDIT} or {REJECT}")
         if action == EDIT and not one_line(prompt):
             raise InvalidInputError("the prompt is empty; write what belongs in the hole, or reject the region")
-        if action == EDIT and len(one_line(prompt)) > _LONGEST_PROMPT:
-            raise InvalidInputError(f"the prompt has more than {_LONGEST_PROMPT} letters; shorten it")
+        if action == EDIT and len(one_line(prompt)) > LONGEST_PROMPT:
+            raise InvalidInputError(f"the prompt has more than {LONGEST_PROMPT} characters; shorten it")
         if action == EDIT and one_line(prompt) == row.entry.prompt:
             action = ACCEPT
         append_decision(self.path, decide(id, action, reviewer, prompt))

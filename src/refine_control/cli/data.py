@@ -163,7 +163,7 @@ def data_review(
         from refine_control.annotation.label_studio import export_tasks, import_annotations
 
         if to_label_studio:
-            show(export_tasks(folder, to_label_studio, images="data"), as_json=False)
+            show(export_tasks(folder, to_label_studio), as_json=False)
         if from_label_studio:
             show(import_annotations(from_label_studio, folder), as_json=False)
         return None

@@ -10,6 +10,8 @@ A line that a kill cut in its middle has no line end: readers pass over it and t
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import fcntl
 import io
 import json
@@ -82,14 +84,21 @@ def _moment(time: str) -> datetime:
     return moment
 
 
-def _parse(line: bytes) -> Decision | None:
-    """The decision of a line, None when it is not one."""
+def _parse(line: bytes) -> Decision:
+    """The decision of a line. Raises InvalidInputError with what is wrong with it."""
     try:
         row = json.loads(line)
+        id = row["id"]
+        if type(id) is int or (isinstance(id, float) and id.is_integer()):  # as other tools write it
+            id = str(int(id))
         prompt = row["prompt"] if row["action"] == EDIT else None
-        return Decision(row["id"], row["action"], prompt, row["reviewer"], row["time"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # InvalidInputError is a ValueError
-        return None
+        return Decision(id, row["action"], prompt, row["reviewer"], row["time"])
+    except InvalidInputError:
+        raise
+    except KeyError as error:
+        raise InvalidInputError(f"it has no `{error.args[0]}`") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InvalidInputError("it is not a JSON object in UTF-8") from None
 
 
 class DecisionLog:
@@ -120,11 +129,15 @@ class DecisionLog:
             return self._clear()
         for line in io.BytesIO(data):
             whole = line.endswith(b"\n")
-            decision = _parse(line) if line.strip() else None
-            if decision is None and not whole:
-                break  # cut by a kill
-            if decision is None and line.strip():
-                raise DamagedError(f"line {self._lines + 1} of {self.path} is no decision; mend or remove that line")
+            content = line.removeprefix(codecs.BOM_UTF8 if self._lines == 0 else b"").strip()
+            try:
+                decision = _parse(content) if content else None
+            except InvalidInputError as error:
+                if not whole:
+                    break  # cut by a kill
+                raise DamagedError(
+                    f"line {self._lines + 1} of {self.path} is no decision: {error}; correct or remove that line"
+                ) from None
             self._offset += len(line)
             self._lines += whole
             if decision is not None:
@@ -231,7 +244,8 @@ def _close_last_line(descriptor: int) -> int:
         start -= step
         tail = os.pread(descriptor, step, start) + tail
     tail = tail.rpartition(b"\n")[2]
-    if _parse(tail) is not None:
+    with contextlib.suppress(InvalidInputError):
+        _parse(tail)
         _write_all(descriptor, b"\n")
         return end + 1
     os.ftruncate(descriptor, end - len(tail))
