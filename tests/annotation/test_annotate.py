@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -396,6 +398,22 @@ def test_a_signal_while_a_server_is_silent_ends_the_run_and_keeps_what_is_finish
         server.shutdown()
         server.server_close()
         signal.signal(number, before)
+
+
+def test_a_signal_ends_the_parts_that_workers_are_doing(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def stop():
+        fifo.read_text()  # returns when a worker is in the middle of its part
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(InterruptedCleanlyError), interruptible():
+        list(local(2)(iter([f"echo > {fifo}; exec sleep 100"]), partial(partial, subprocess.run, shell=True)))
+    assert time.monotonic() - began < 90
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"dilate": -1}])

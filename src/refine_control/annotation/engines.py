@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -32,11 +33,15 @@ _worker: Callable[[Any], Any] | None = None
 
 
 def _run(make_worker: MakeWorker, part: Any) -> tuple[Any, Any]:
-    """In whichever process: the worker is made when the first part asks for it, and kept."""
+    """In a process of a pool: makes the worker for the first part and keeps it. SIGINT ends the part under way."""
     global _worker
-    if _worker is None:
-        _worker = make_worker()
-    return part, _worker(part)
+    between_parts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _worker is None:
+            _worker = make_worker()
+        return part, _worker(part)
+    finally:
+        signal.signal(signal.SIGINT, between_parts)
 
 
 def local(count: int = 1) -> Engine:
