@@ -38,7 +38,6 @@ TEMPLATE = (
 ENDS = ("<|im_end|>", "<|endoftext|>")
 _EXAMPLE = "Qwen/Qwen2.5-VL-7B-Instruct"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-"""Bytes at each end of a file of weights that enter the revision of a folder."""
 
 
 class Inputs(NamedTuple):
@@ -172,8 +171,6 @@ def load_describer(
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    if batch_size < 1 or max_new_tokens < 1:
-        raise InvalidInputError(f"batch_size {batch_size} and max_new_tokens {max_new_tokens} must be at least 1")
     folder = folder_of(name_or_folder, _FILES, f"a folder with Qwen2.5-VL, or a hub id like {_EXAMPLE}")
     _check(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

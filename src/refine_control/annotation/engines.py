@@ -75,10 +75,10 @@ class _Actor:
         return {"part": batch["part"], "result": results}
 
 
-def ray_actors(count: int, gpus: float = 0.0, address: str | None = None) -> Engine:
-    """`count` actors of Ray Data with `gpus` GPUs each, on the cluster at `address`; None: one that runs, or a new one.
+def ray_actors(count: int, gpus: float = 0.0) -> Engine:
+    """`count` actors of Ray Data with `gpus` GPUs each, on the cluster of RAY_ADDRESS, one that runs, or a new one.
 
-    Raises MissingError without Ray, or when no cluster answers at `address`; WorkerDiedError when the work fails."""
+    Raises MissingError without Ray, or when no cluster answers; WorkerDiedError when the work fails."""
 
     def engine(parts: Iterator[Part], make_worker: MakeWorker) -> Iterator[tuple[Part, Any]]:
         try:
@@ -91,7 +91,7 @@ def ray_actors(count: int, gpus: float = 0.0, address: str | None = None) -> Eng
             ) from None
         if not ray.is_initialized():
             try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise MissingError(f"no Ray cluster answers ({error}); start one with `ray start --head`") from None
         context = ray.data.DataContext.get_current()

@@ -23,7 +23,6 @@ from refine_control.randomness import derive_seed, uniforms
 from refine_control.records import Proposal
 
 TOO_SMALL, TOO_LARGE = "too_small", "too_large"
-LOW_SCORE = "low_score"
 ALL_BORDERS = "all_borders"
 SCATTERED = "scattered"
 OVERLAPS = "overlaps"
@@ -46,15 +45,11 @@ class Selection:
     per_photo: int = 2
     max_overlap: float = 0.3
     """Largest IoU of two regions of one photo."""
-    min_predicted_iou: float = 0.0
-    """What the finder must say of its region; SAM's own thresholds are set where it is loaded."""
-    min_stability: float = 0.0
     cleaned: float = 0.02
     """Holes and islands up to this share of the region are filled and removed before it is judged."""
 
     def __post_init__(self) -> None:
-        fractions = ("min_connected", "max_overlap", "min_predicted_iou", "min_stability", "cleaned")
-        for name in ("min_area", "max_area", *fractions):
+        for name in ("min_area", "max_area", "min_connected", "max_overlap", "cleaned"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.min_area > self.max_area:
@@ -89,9 +84,16 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.count_nonzero(a & b) / max(1, np.count_nonzero(a | b)))
 
 
-def best_iou(proposals: Sequence[Proposal], mask: np.ndarray) -> float:
-    """How well the best of the proposals covers a region that is known; 0 without proposals."""
-    return max((iou(proposal.mask, mask) for proposal in proposals), default=0.0)
+def keep_best(overlaps: np.ndarray, scores: np.ndarray, limit: float) -> list[int]:
+    """Non-maximum suppression: the indices to keep, best score first; of equal scores the first is better.
+
+    An index is dropped when its overlap, (N, N), with a better one that is kept is above `limit`."""
+    left, keep = np.ones(len(scores), bool), []
+    for i in np.argsort(-scores, kind="stable"):
+        if left[i]:
+            keep.append(int(i))
+            left &= overlaps[i] <= limit
+    return keep
 
 
 def clean(mask: np.ndarray, share: float) -> np.ndarray:
@@ -165,8 +167,6 @@ def select(proposals: Sequence[Proposal], selection: Selection, fell: Counter[st
     chosen: list[Chosen] = []
     for proposal in sorted(proposals, key=lambda each: -each.predicted_iou * each.stability_score):
         mask, reason = proposal.mask, _wrong_size(proposal.mask, selection)
-        if proposal.predicted_iou < selection.min_predicted_iou or proposal.stability_score < selection.min_stability:
-            reason = reason or LOW_SCORE
         if reason is None and len(chosen) == selection.per_photo:
             reason = SPARE
         if reason is None:  # the costly questions last

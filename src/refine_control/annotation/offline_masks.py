@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from refine_control.annotation.masks import keep_best
 from refine_control.errors import MissingError
 from refine_control.records import Proposal
 
@@ -106,7 +107,7 @@ def propose_felzenszwalb(image: np.ndarray, max_proposals: int = 96) -> list[Pro
     overlap = _overlaps(masks)
     stability = np.mean([overlap[:, tree == number].max(1, initial=0) for number in range(len(found))], 0)
     worth = _worth(masks, picture.edge)
-    keep = _without_doubles(overlap, worth * stability)[:max_proposals]
+    keep = keep_best(overlap, worth * stability, MAX_DOUBLE)[:max_proposals]
     size = (image.shape[1], image.shape[0])
     return [Proposal(_enlarged(masks[i], size), float(worth[i]), float(stability[i]), SOURCE) for i in keep]
 
@@ -247,16 +248,6 @@ def _worth(masks: np.ndarray, edge: np.ndarray) -> np.ndarray:
     frame[1:-1, 1:-1] = False
     free = (~masks[:, frame]).mean(1)
     return (strength * free) ** 2 * masks.mean((1, 2)) ** 0.25
-
-
-def _without_doubles(overlap: np.ndarray, score: np.ndarray) -> list[int]:
-    """Best first, without those that are nearly the same as a better one."""
-    left, keep = np.ones(len(score), bool), []
-    for i in np.argsort(-score, kind="stable"):
-        if left[i]:
-            keep.append(int(i))
-            left &= overlap[i] <= MAX_DOUBLE
-    return keep
 
 
 def _enlarged(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageFilter
 
+from refine_control.annotation.masks import box_of
 from refine_control.annotation.refusals import Unanswered
 from refine_control.errors import InvalidInputError
 from refine_control.records import Request, one_line
@@ -127,10 +128,9 @@ def draw_outline(image: np.ndarray, mask: np.ndarray, max_side: int = MAX_SIDE) 
 
 def crop_around(image: np.ndarray, mask: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
     """(H, W, 3) uint8 and (H, W) bool -> (h, w, 3): the region with a margin on each side, as far as the photo goes."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    margin = math.ceil(CROP_MARGIN * max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1))
-    top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
-    part = Image.fromarray(image[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin])
+    y0, x0, y1, x1 = box_of(mask)
+    margin = math.ceil(CROP_MARGIN * max(y1 - y0, x1 - x0))
+    part = Image.fromarray(image[max(0, y0 - margin) : y1 + margin, max(0, x0 - margin) : x1 + margin])
     return np.asarray(_fit(part, min(max_side, max(MIN_CROP, *part.size))))
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from refine_control.annotation.masks import box_of
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import id_of
 from refine_control.photos.load import load_mask, load_whole
@@ -113,8 +114,10 @@ def load_view(entry: Entry, close: bool = False) -> View:
     except Rejected as error:
         mask, problem = None, str(error)
     if close and mask is not None:
-        top, bottom, left, right = _around(mask)
-        image, mask = image[top:bottom, left:right], mask[top:bottom, left:right]
+        y0, x0, y1, x1 = box_of(mask)
+        margin = max(16, round(MARGIN * max(y1 - y0, x1 - x0)))
+        window = np.s_[max(0, y0 - margin) : y1 + margin, max(0, x0 - margin) : x1 + margin]
+        image, mask = image[window], mask[window]
     picture = Image.fromarray(np.ascontiguousarray(image))
     scale = min(1.0, LONGEST / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -122,20 +125,6 @@ def load_view(entry: Entry, close: bool = False) -> View:
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=_QUALITY)
     return View(jpeg.getvalue(), None if mask is None else _mask_png(mask, size), size, problem)
-
-
-def _around(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of the region with its margin, within the photo."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
-    margin = max(16, round(MARGIN * extent))
-    height, width = mask.shape
-    return (
-        max(0, int(rows[0]) - margin),
-        min(height, int(rows[-1]) + 1 + margin),
-        max(0, int(columns[0]) - margin),
-        min(width, int(columns[-1]) + 1 + margin),
-    )
 
 
 def _mask_png(mask: np.ndarray, size: tuple[int, int]) -> bytes:

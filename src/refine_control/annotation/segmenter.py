@@ -12,7 +12,6 @@ masks at full size.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from refine_control.annotation.mask_scores import boxes_of, keep_best, stability_scores
+from refine_control.annotation.masks import keep_best
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.hub import folder_of, revision
 from refine_control.records import Proposal
@@ -55,16 +54,6 @@ class Settings:
     """Of two masks whose boxes have a larger IoU, the one with the lower predicted IoU is dropped."""
     min_area: float = 0.01
     """Masks that cover less of the photo are not brought to its size."""
-
-    def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("stability_score", "overlap", "min_area"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.stability_offset <= 0:
-            raise InvalidInputError(f"stability_offset is {self.stability_offset}; it must be above 0")
 
 
 class Preparation(NamedTuple):
@@ -128,25 +117,15 @@ class Segmenter:
         given = settings.predicted_iou
         self.predicted_iou = _PREDICTED_IOU[generation] if given is None else given
 
+    @torch.inference_mode()
     def propose(self, image: np.ndarray) -> list[Proposal]:
         """(H, W, 3) uint8 -> the regions found in it, best first."""
-        return self.propose_batch([image])[0]
-
-    @torch.inference_mode()
-    def propose_batch(self, images: Sequence[np.ndarray]) -> list[list[Proposal]]:
-        """Photos (H, W, 3) uint8 of any sizes -> the regions of each; the photos go through the encoder together."""
-        if not images:
-            return []
-        pixels = torch.stack([self.preparation.pixels(image) for image in images]).to(self.model.device)
+        pixels = self.preparation.pixels(image)[None].to(self.model.device)
         # The decoder stays in float32: half precision would move the points by pixels.
         with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
             encoded = self.model.get_image_embeddings(pixels)
-        found = []
-        for i, image in enumerate(images):
-            one = encoded[i : i + 1].float() if isinstance(encoded, torch.Tensor) else None
-            levels = one if one is not None else [level[i : i + 1].float() for level in encoded]
-            found.append(self._regions(levels, image.shape[0], image.shape[1]))
-        return found
+        levels = encoded.float() if isinstance(encoded, torch.Tensor) else [level.float() for level in encoded]
+        return self._regions(levels, *image.shape[:2])
 
     def _regions(self, encoded: torch.Tensor | list[torch.Tensor], height: int, width: int) -> list[Proposal]:
         """One encoded photo -> its proposals."""
@@ -155,7 +134,9 @@ class Segmenter:
             self._candidates(encoded, part, height, width) for part in points.split(self.settings.points_per_batch)
         ]
         candidates = _Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        candidates = candidates.at(keep_best(candidates.boxes, candidates.predicted_iou, self.settings.overlap))
+        overlaps, scores = box_overlaps(candidates.boxes).cpu().numpy(), candidates.predicted_iou.cpu().numpy()
+        kept = torch.tensor(keep_best(overlaps, scores, self.settings.overlap), dtype=torch.long)
+        candidates = candidates.at(kept.to(self.model.device))
         at_once = max(1, _PIXELS_AT_ONCE // (height * width))
         masks = (mask for part in candidates.logits.split(at_once) for mask in self._full_size(part, height, width))
         scores = zip(candidates.predicted_iou.tolist(), candidates.stability.tolist(), strict=True)
@@ -188,6 +169,30 @@ class Segmenter:
             tall, wide = self.preparation.fitted(height, width)
             logits = F.interpolate(logits, (self.preparation.side,) * 2, mode="bilinear")[..., :tall, :wide]
         return (F.interpolate(logits, (height, width), mode="bilinear")[:, 0] > 0).cpu().numpy()
+
+
+def stability_scores(logits: torch.Tensor, offset: float) -> torch.Tensor:
+    """(N, h, w) logits -> (N,): area above +offset over area above -offset, the IoU of the two; 0 for an empty mask."""
+    inner, outer = ((logits > bound).sum((-2, -1)) for bound in (offset, -offset))
+    return inner / outer.clamp(min=1)
+
+
+def boxes_of(masks: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) bool -> (N, 4) float x0, y0, x1, y1, the last two one past the mask; zeros for an empty mask."""
+    sides = []
+    for line in (masks.any(-2), masks.any(-1)):  # occupied columns, occupied rows
+        count, whole = line.shape[-1], line.int()
+        first, last = whole.argmax(-1), count - whole.flip(-1).argmax(-1)
+        sides.append(torch.stack([first, last], -1) * line.any(-1, keepdim=True))
+    return torch.stack([sides[0], sides[1]], -1).flatten(-2).float()
+
+
+def box_overlaps(boxes: torch.Tensor) -> torch.Tensor:
+    """(N, 4) boxes as of `boxes_of` -> (N, N) IoU."""
+    low, high = torch.maximum(boxes[:, None, :2], boxes[:, :2]), torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    return both / (areas[:, None] + areas - both).clamp(min=1e-9)
 
 
 def load_segmenter(
