@@ -84,28 +84,34 @@ def annotate(
     listing, count = _survey(source, images, chosen.limit)
     if not count:
         raise InvalidInputError(f"no photo was found in {source}; name a folder of photos, tars or a manifest")
-    wanted = {**asdict(chosen), "format": FORMAT, "source": str(source.resolve()), "listing": listing, "photos": count}
+    parameters = {
+        **asdict(chosen),
+        "format": FORMAT,
+        "source": str(source.resolve()),
+        "listing": listing,
+        "photos": count,
+    }
     with only_writer(out):
-        _check_folder(out, wanted)
+        _check_folder(out, parameters)
         parts = Parts(out, lambda: _photos(source, images, chosen.limit), chosen.masks == "given", retry_failed)
         if not parts.begin():
             return _summary(out, count, 0.0, did_nothing=True)
-        write_json(out / PARAMETERS, wanted)
-        report = progress or (lambda done, total: None)
+        write_json(out / PARAMETERS, parameters)
         done = 0
 
-        def told(more: int) -> None:
+        def advance(more: int) -> None:
             nonlocal done
             done += more
-            report(done, count)
+            if progress:
+                progress(done, count)
 
-        for part, result in (engine or local())(parts.missing(told), partial(Annotator, chosen)):
+        for part, result in (engine or local())(parts.missing(advance), partial(Annotator, chosen)):
             parts.add(part, result.photos)
             if result.error is not None:
                 raise result.error
-            told(part.size)
+            advance(part.size)
         root = next(_photos(source, images, 1))[0].root
-        header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": wanted}
+        header = {"root": str(root.resolve()), "made_by": {"refine_control": __version__}, "annotation": parameters}
         parts.publish(header, count)
         summary = _summary(out, count, time.monotonic() - began)
         void = sum(id in parts.dropped for id in read_decisions(out / DECISIONS_NAME)) if parts.dropped else 0
@@ -118,15 +124,15 @@ def _photos(source: Path, images: Path | None, limit: int | None) -> Iterator[li
 
 def _survey(source: Path, images: Path | None, limit: int | None) -> tuple[str, int]:
     """The hash of what the source lists (of files, their names), and how many photos."""
-    whole, count = hashlib.sha256(), 0
-    for count, group in enumerate(_photos(source, images, limit), 1):  # noqa: B007 -- the last count is wanted
+    digest, count = hashlib.sha256(), 0
+    for count, group in enumerate(_photos(source, images, limit), 1):  # noqa: B007 -- the last count is used
         for entry in group:
-            told = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
-            whole.update(json.dumps(told, sort_keys=True).encode() + b"\n")
-    return whole.hexdigest(), count
+            listed = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
+            digest.update(json.dumps(listed, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest(), count
 
 
-def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
+def _check_folder(out: Path, parameters: dict[str, Any]) -> None:
     """Refuses a folder of something else, or of another annotation."""
     path = out / PARAMETERS
     if not path.is_file():
@@ -135,12 +141,14 @@ def _check_folder(out: Path, wanted: dict[str, Any]) -> None:
             raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and no annotations; name a new folder")
         return
     try:
-        found = json.loads(path.read_bytes())
-        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+        previous = json.loads(path.read_bytes())
+        differing = sorted(key for key in parameters if previous.get(key) != parameters[key])
     except (ValueError, AttributeError):
         raise InvalidInputError(f"{path} cannot be read; delete {out} and annotate again") from None
     if differing:
-        raise InvalidInputError(f"{out} was annotated otherwise ({', '.join(differing)} differ); name a new folder")
+        raise InvalidInputError(
+            f"{out} was annotated with other settings ({', '.join(differing)} differ); name a new folder"
+        )
 
 
 def _summary(out: Path, photos: int, seconds: float, did_nothing: bool = False) -> AnnotateSummary:
@@ -148,7 +156,7 @@ def _summary(out: Path, photos: int, seconds: float, did_nothing: bool = False) 
     rows, problems, rejects = 0, Counter[str](), Counter[str]()
     with (out / MANIFEST_NAME).open() as lines:
         next(lines)
-        for rows, line in enumerate(lines, 1):  # noqa: B007 -- the last number is wanted
+        for rows, line in enumerate(lines, 1):  # noqa: B007 -- the last number is used
             problems.update(json.loads(line)["prompt_problems"])
     with (out / REJECTS).open() as lines:
         rejects.update(json.loads(line)["reason"] for line in lines)

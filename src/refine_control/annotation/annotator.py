@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from refine_control.annotation.masks import Selection, augment, box_of, dilate, select
-from refine_control.annotation.parts import Contents, Done, Part, contents, states
+from refine_control.annotation.parts import Contents, Done, ManifestRow, Mark, Part, Reject, contents, states
 from refine_control.annotation.prompts import Described, describe_many, global_request, local_request
 from refine_control.annotation.refusals import CONTROL_PICTURE, fault_of_picture
 from refine_control.errors import InvalidInputError, RefineControlError
@@ -31,7 +31,7 @@ Prompts = Literal["given", "qwen", "server"]
 Shape = Literal["none", "box", "brush"]
 OF_PROMPT = (RejectReason.NO_PROMPT, RejectReason.NEEDS_REVIEW)
 """Problems of an entry that concern its prompt alone."""
-Region = tuple[dict[str, Any], np.ndarray]
+Region = tuple[ManifestRow, np.ndarray]
 """A row of the manifest and its mask, (H, W) bool."""
 
 
@@ -84,7 +84,7 @@ class Question(NamedTuple):
     """A question about one photo of a part, and the rows that its answer goes to."""
 
     photo: int
-    rows: list[dict[str, Any]]
+    rows: list[ManifestRow]
     request: Request
     field: str
 
@@ -103,20 +103,20 @@ class Annotator:
         photos: list[Done | None] = []
         questions: list[Question] = []
         for group in part.photos:
-            mark = {"files": states(group, given)}  # before anything is read: a change from here on is seen later
+            files = states(group, given)  # before anything is read: a change from here on is seen later
             content = contents(group, given)
             rows, rejects, image = self._regions(group, content)
             if image is not None:
                 questions += self._questions(len(photos), group[0], image, rows)
-            photos.append(Done({**mark, "content": content.whole}, [row for row, _ in rows], rejects))
+            photos.append(Done(Mark(files, content.whole), [row for row, _ in rows], rejects))
         return self._describe(photos, questions)
 
     def _regions(
         self, group: Sequence[Entry], content: Contents
-    ) -> tuple[list[Region], list[dict[str, Any]], np.ndarray | None]:
+    ) -> tuple[list[Region], list[Reject], np.ndarray | None]:
         """The rows of a photo with their masks, its rejects, and the photo itself where a model is to see it."""
         entries = [self._without_prompt_problem(entry) for entry in group]
-        rejects: list[dict[str, Any]] = []
+        rejects: list[Reject] = []
         rows = [] if self.propose else _given(entries, content, rejects)
         if self.propose is None and not (rows and self.describer):
             return rows, rejects, None
@@ -124,7 +124,7 @@ class Annotator:
             image = load_whole(entries[0] if self.propose else replace(entries[0], problem=None))
             return rows or self._proposed(entries[0], image, content), rejects, image
         except Rejected as error:
-            known = {reject["key"] for reject in rejects}
+            known = {reject.key for reject in rejects}
             at_fault = [entries[0]] if self.propose else [each for each in entries if each.key not in known]
             return [], rejects + [_reject(each, error) for each in at_fault], None
 
@@ -190,7 +190,7 @@ class Annotator:
         return PartResult(photos, ends_run)
 
 
-def _given(entries: Sequence[Entry], content: Contents, rejects: list[dict[str, Any]]) -> list[Region]:
+def _given(entries: Sequence[Entry], content: Contents, rejects: list[Reject]) -> list[Region]:
     """A row for each entry whose region can be read; the others go to `rejects`."""
     rows = []
     for entry, region in zip(entries, content.regions, strict=True):
@@ -208,27 +208,26 @@ def _given(entries: Sequence[Entry], content: Contents, rejects: list[dict[str, 
     return rows
 
 
-def _without(done: Done, rows: Sequence[dict[str, Any]], why: str) -> Done:
+def _without(done: Done, rows: Sequence[ManifestRow], why: str) -> Done:
     """The photo with `rows` moved to its rejects; those that were moved before stay where they are."""
     moved = {row["id"]: row["image"] for row in done.rows if row in rows}
-    reason = RejectReason.MODEL_FAILED.value
-    rejects = [{"key": id, "path": image, "reason": reason, "detail": why} for id, image in moved.items()]
+    rejects = [Reject(id, image, RejectReason.MODEL_FAILED.value, why) for id, image in moved.items()]
     return done._replace(rows=[row for row in done.rows if row["id"] not in moved], rejects=done.rejects + rejects)
 
 
-def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> dict[str, Any]:
+def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> ManifestRow:
     """What the manifest says of one region; the source's own facts stay."""
     (height, width), (y0, x0, y1, x1) = mask.shape, box_of(mask)
     prompt = {"local_prompt": entry.prompt, "local_prompt_source": "given"} if entry.prompt else {}
     whole = {"global_prompt": entry.global_prompt} if entry.global_prompt else {}
     measured = {"width": width, "height": height, "bbox": [x0, y0, x1 - x0, y1 - y0]}
     measured |= {"area_fraction": round(float(mask.mean()), 5)}
-    own = {"id": name, "image": entry.image, "photo": entry.photo, "prompt_problems": []}
-    return {**entry.meta, **measured, **own, **prompt, **whole, **region}
+    named = {"id": name, "image": entry.image, "photo": entry.photo, "prompt_problems": []}
+    return {**entry.meta, **measured, **named, **prompt, **whole, **region}
 
 
-def _reject(entry: Entry, error: Rejected) -> dict[str, Any]:
-    return {"key": entry.key, "path": entry.image, "reason": error.reason.value, "detail": error.detail}
+def _reject(entry: Entry, error: Rejected) -> Reject:
+    return Reject(entry.key, entry.image, error.reason.value, error.detail)
 
 
 def _proposer(chosen: Annotation) -> Callable[[np.ndarray], list[Proposal]] | None:

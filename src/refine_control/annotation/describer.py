@@ -178,13 +178,15 @@ def load_describer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )  # a pair, as asked by the last argument; transformers annotates the model alone
     except Exception as error:  # transformers, tokenizers and safetensors share no error; all mean a folder at fault
         why = " ".join(str(error).split())[:200]
         raise InvalidInputError(f"{folder} cannot be loaded as Qwen2.5-VL ({why}); copy or save it again") from error
-    wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind])
+    wrong = sorted(
+        str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[kind]
+    )
     if wrong:
         raise InvalidInputError(
             f"the weights in {folder} disagree with its config.json in {len(wrong)} tensors, first {wrong[0]}; use the "

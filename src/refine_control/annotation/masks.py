@@ -27,7 +27,7 @@ ALL_BORDERS = "all_borders"
 SCATTERED = "scattered"
 OVERLAPS = "overlaps"
 SPARE = "spare"
-"""Good enough, and the photo had its share."""
+"""Suitable, but `per_photo` better ones were selected before."""
 Shape = Literal["none", "box", "brush"]
 
 
@@ -249,7 +249,7 @@ def _brush(mask: np.ndarray, chances: np.ndarray) -> np.ndarray:
         window, stroke = _stroke(centre, near, radius, mask.shape)
         covered[window] |= stroke
         left[window] &= ~stroke
-    return covered | mask  # thousands of strokes did not do: a mask of dust
+    return covered | mask  # not even thousands of strokes cover a mask of scattered pixels
 
 
 def _stroke(

@@ -97,15 +97,15 @@ def propose_felzenszwalb(image: np.ndarray, max_proposals: int = 96) -> list[Pro
             "regions without weights need scikit-image; install it with `pip install 'refine-control[data]'`"
         ) from None
     picture = _small(image)
-    found: list[np.ndarray] = []
+    trees: list[np.ndarray] = []
     for scale in SCALES:
         labels = felzenszwalb(picture.rgb, scale=scale, sigma=SIGMA, min_size=MIN_SEGMENT, channel_axis=-1)
-        found += [_regions(labels, picture, similarity) for similarity in SIMILARITIES]
-    masks, tree = np.concatenate(found), np.repeat(np.arange(len(found)), [len(each) for each in found])
+        trees += [_regions(labels, picture, similarity) for similarity in SIMILARITIES]
+    masks, tree = np.concatenate(trees), np.repeat(np.arange(len(trees)), [len(each) for each in trees])
     if not len(masks):
         return []
     overlap = _overlaps(masks)
-    stability = np.mean([overlap[:, tree == number].max(1, initial=0) for number in range(len(found))], 0)
+    stability = np.mean([overlap[:, tree == number].max(1, initial=0) for number in range(len(trees))], 0)
     worth = _worth(masks, picture.edge)
     keep = keep_best(overlap, worth * stability, MAX_DOUBLE)[:max_proposals]
     size = (image.shape[1], image.shape[0])

@@ -49,12 +49,44 @@ class Part(NamedTuple):
     """How many the consecutive ones are."""
 
 
+ManifestRow = dict[str, Any]
+"""A line of the manifest: what is known of a region, and whatever else the source says of it."""
+
+
+class Mark(NamedTuple):
+    """What a photo was when it was annotated."""
+
+    files: list[Any]
+    """Of `states`."""
+    content: str
+    """Of `Contents.whole`."""
+
+
+class Reject(NamedTuple):
+    """A line of `rejects.jsonl`."""
+
+    key: str
+    path: str
+    reason: str
+    """A code of `RejectReason`."""
+    detail: str
+
+
 class Done(NamedTuple):
     """One photo that has been annotated."""
 
-    mark: dict[str, Any]
-    rows: list[dict[str, Any]]
-    rejects: list[dict[str, Any]]
+    mark: Mark
+    rows: list[ManifestRow]
+    rejects: list[Reject]
+
+
+def _as_json(done: Done) -> dict[str, Any]:
+    rejects = [reject._asdict() for reject in done.rejects]
+    return {"mark": done.mark._asdict(), "rows": done.rows, "rejects": rejects}
+
+
+def _from_json(mark: dict[str, Any], rows: list[ManifestRow], rejects: list[dict[str, Any]]) -> Done:
+    return Done(Mark(**mark), rows, [Reject(**reject) for reject in rejects])
 
 
 class Contents(NamedTuple):
@@ -87,8 +119,7 @@ def contents(group: Sequence[Entry], given: bool) -> Contents:
 
 
 def _drawn(entry: Entry) -> str:
-    told = entry.segmentation
-    return "" if told is None else _hash(json.dumps(told, sort_keys=True).encode())
+    return "" if entry.segmentation is None else _hash(json.dumps(entry.segmentation, sort_keys=True).encode())
 
 
 def states(group: Sequence[Entry], given: bool) -> list[Any]:
@@ -100,23 +131,23 @@ def states(group: Sequence[Entry], given: bool) -> list[Any]:
 
 def _state(root: Path, name: str) -> list[int] | None:
     try:
-        found = locate(root, name).path.stat()
+        state = locate(root, name).path.stat()
     except (Rejected, OSError):
         return None
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
-def _still(mark: dict[str, Any], group: Sequence[Entry], given: bool) -> dict[str, Any] | None:
+def _still(mark: Mark, group: Sequence[Entry], given: bool) -> Mark | None:
     """The mark as it is now; None where the photo has other bytes than when it was annotated."""
     now = states(group, given)
-    if now == mark["files"]:
+    if now == mark.files:
         return mark
-    return {**mark, "files": now} if contents(group, given).whole == mark["content"] else None
+    return mark._replace(files=now) if contents(group, given).whole == mark.content else None
 
 
 def _failed(done: Done) -> bool:
     """Whether a model refused the photo or failed on it."""
-    return any(reject["reason"] == RejectReason.MODEL_FAILED.value for reject in done.rejects)
+    return any(reject.reason == RejectReason.MODEL_FAILED.value for reject in done.rejects)
 
 
 class Parts:
@@ -154,9 +185,10 @@ class Parts:
                 self._reopen(changed)
         except InvalidInputError:  # of the source
             raise
-        except (FileNotFoundError, ValueError, KeyError, RuntimeError):
-            told = f"{self.out} lacks lines of {MARKS}, {REJECTS} or {MANIFEST_NAME}; delete it and annotate again"
-            raise InvalidInputError(told) from None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError):
+            raise InvalidInputError(
+                f"{self.out} lacks lines of {MARKS}, {REJECTS} or {MANIFEST_NAME}; delete it and annotate again"
+            ) from None
         return len(changed) > 0 or failed
 
     def missing(self, skipped: Callable[[int], None]) -> Iterator[Part]:
@@ -180,7 +212,7 @@ class Parts:
         photos = self._read(part.number, part.size)
         for place, done in zip(part.places, results, strict=True):
             previous = photos[place]
-            if done and previous and previous.mark["content"] == done.mark["content"]:
+            if done and previous and previous.mark.content == done.mark.content:
                 former = {row["id"]: row for row in previous.rows}
                 done = done._replace(rows=[former.get(row["id"], row) for row in done.rows])
             photos[place] = done or previous
@@ -189,8 +221,8 @@ class Parts:
     def publish(self, header: dict[str, Any], count: int) -> None:
         """The parts of `count` photos in their order as rejects, marks and, last, the manifest; then the parts go."""
         for name, first, lines_of in (
-            (REJECTS, [], lambda done: done.rejects),
-            (MARKS, [], lambda done: [{**done.mark, "rows": len(done.rows), "rejects": len(done.rejects)}]),
+            (REJECTS, [], lambda done: _as_json(done)["rejects"]),
+            (MARKS, [], lambda done: [_marked(done.mark, len(done.rows), len(done.rejects))]),
             (MANIFEST_NAME, [header], lambda done: done.rows),
         ):
             with publishing(self.out / name) as file:
@@ -202,18 +234,18 @@ class Parts:
             (self.folder / _REOPENED).unlink(missing_ok=True)
             shutil.rmtree(self.folder)
 
-    def _read(self, number: int, size: int) -> list[Any]:
+    def _read(self, number: int, size: int) -> list[Done | None]:
         """What is done of a part of `size` photos, a Done each; None for what is not."""
         try:
             photos = json.loads(self._file(number).read_bytes())["photos"]
-            found = [None if photo is None else Done(**photo) for photo in photos]
+            done = [None if photo is None else _from_json(**photo) for photo in photos]
         except (OSError, ValueError, KeyError, TypeError):
-            found = []
-        return found if len(found) == size else [None] * size
+            done = []
+        return done if len(done) == size else [None] * size
 
     def _write(self, number: int, photos: Sequence[Done | None]) -> None:
-        told = {"photos": [None if photo is None else photo._asdict() for photo in photos]}
-        write_atomic(self._file(number), json.dumps(told, sort_keys=True))
+        content = [None if photo is None else _as_json(photo) for photo in photos]
+        write_atomic(self._file(number), json.dumps({"photos": content}, sort_keys=True))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:07d}.json"
@@ -224,12 +256,12 @@ class Parts:
         temporary = self.out / f".{MARKS}{TEMPORARY}"
         with temporary.open("w") as file, (self.out / MARKS).open() as lines:
             for number, (group, line) in enumerate(zip(self.photos(), lines, strict=True)):
-                mark = json.loads(line)
+                mark, *counts = _unmarked(line)
                 now = _still(mark, group, self.given)
                 touched = touched or now != mark
                 if now is None:
                     changed.append(number)
-                _write_lines(file, [now or mark])
+                _write_lines(file, [_marked(now or mark, *counts)])
         if touched and not changed:
             temporary.replace(self.out / MARKS)
         temporary.unlink(missing_ok=True)
@@ -251,12 +283,20 @@ class Parts:
         with contextlib.ExitStack() as stack:
             marks, rows, rejects = (stack.enter_context((self.out / name).open()) for name in names)
             next(rows)
-            for mark in map(json.loads, marks):
-                counts = mark.pop("rows"), mark.pop("rejects")
-                own = (
-                    [json.loads(next(file)) for _ in range(n)] for file, n in zip((rows, rejects), counts, strict=True)
-                )
-                yield Done(mark, *own)
+            for mark, num_rows, num_rejects in map(_unmarked, marks):
+                of_photo = [json.loads(next(rows)) for _ in range(num_rows)]
+                yield Done(mark, of_photo, [Reject(**json.loads(next(rejects))) for _ in range(num_rejects)])
+
+
+def _marked(mark: Mark, rows: int, rejects: int) -> dict[str, Any]:
+    """A line of `photos.jsonl`."""
+    return {**mark._asdict(), "rows": rows, "rejects": rejects}
+
+
+def _unmarked(line: str) -> tuple[Mark, int, int]:
+    """The mark of a line of `photos.jsonl`, and how many rows and rejects the photo has."""
+    values = json.loads(line)
+    return Mark(values["files"], values["content"]), values["rows"], values["rejects"]
 
 
 def _batched(items: Iterator[_Item]) -> Iterator[list[_Item]]:

@@ -155,8 +155,8 @@ def parse(answer: str) -> str:
     """The prompt of an answer: that of the last JSON object with one, whatever is around it; without one, its words.
 
     One line, without quotes around it, a full stop at its end, or a capital in its first article. Any text is read."""
-    found = _from_json(answer)
-    return _tidy(_loose(answer) if found is None else found)
+    words = _from_json(answer)
+    return _tidy(_loose(answer) if words is None else words)
 
 
 def _from_json(answer: str) -> str | None:
@@ -233,7 +233,7 @@ def problems(prompt: str, whole: bool = False) -> list[str]:
     if not words:
         return ["empty"]
     fewest, most = WORDS[whole]
-    found = {
+    checks = {
         "not_json": bool(re.search(r"[{}]|```", prompt)),
         "too_short": len(words) < fewest,
         "too_long": len(words) > most,
@@ -242,7 +242,7 @@ def problems(prompt: str, whole: bool = False) -> list[str]:
         "talks_about_rest": not whole and bool(_REST.search(prompt)),
         "repeats": _repeats(words),
     }
-    return [code for code, is_so in found.items() if is_so]
+    return [code for code, is_so in checks.items() if is_so]
 
 
 def _is_foreign(prompt: str) -> bool:

@@ -68,10 +68,10 @@ def make_app(
     With `reviewer` the page asks nobody's name. With `secret` every address needs `?secret=`. `hosts` are the names
     under which a browser may know this machine, None: any. Raises MissingError without the extra `review`, and what
     `Review` raises."""
-    return _app_of(Review(folder, reviewer), secret, hosts)
+    return _build_app(Review(folder, reviewer), secret, hosts)
 
 
-def _app_of(review: Review, secret: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
+def _build_app(review: Review, secret: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
     """Addresses -> what `Review` answers."""
     try:
         from fastapi import Body, FastAPI
@@ -112,10 +112,10 @@ def _app_of(review: Review, secret: str | None, hosts: tuple[str, ...] | None) -
 
     @app.get("/api/mask")
     def mask(id: str, view: str = "whole") -> Any:
-        made = review.view(id, view == "close")
-        if made.mask is None:
-            return JSONResponse({"detail": made.problem}, 422)
-        return Response(made.mask, media_type="image/png")
+        shown = review.view(id, view == "close")
+        if shown.mask is None:
+            return JSONResponse({"detail": shown.problem}, 422)
+        return Response(shown.mask, media_type="image/png")
 
     @app.post("/api/decide")
     def decided(body: dict[str, Any] = Body()) -> Any:
@@ -205,7 +205,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _secret_of(folder: Path) -> str:
+def _read_secret(folder: Path) -> str:
     """The folder's secret, made once: a page that is open goes on after the server was started again."""
     path = folder / SECRET_NAME
     with contextlib.suppress(FileExistsError):
@@ -215,7 +215,7 @@ def _secret_of(folder: Path) -> str:
     secret = path.read_text("utf-8").strip()
     if not secret:  # a kill came between the two lines above
         path.unlink()
-        return _secret_of(folder)
+        return _read_secret(folder)
     return secret
 
 
@@ -258,8 +258,8 @@ def serve(
     except ImportError as error:
         raise _missing(error) from error
     review = Review(folder, reviewer)
-    secret = _secret_of(review.folder)
-    app = _app_of(review, secret, LOOPBACK if host in LOOPBACK else None)
+    secret = _read_secret(review.folder)
+    app = _build_app(review, secret, LOOPBACK if host in LOOPBACK else None)
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)

@@ -65,7 +65,7 @@ def read_rows(folder: Path) -> list[Row]:
     if not path.is_file():
         raise InvalidInputError(f"{folder} holds no {MANIFEST_NAME}; make one with `data annotate`")
     rows: dict[str, Row] = {}
-    for entry, (prompt, problems) in zip(entries(Path(folder)), _told(path), strict=False):
+    for entry, (prompt, problems) in zip(entries(Path(folder)), _as_written(path), strict=False):
         reason = entry.problem[0] if entry.problem else None
         if reason in (RejectReason.BAD_ROW, RejectReason.DUPLICATE):
             continue
@@ -82,7 +82,7 @@ def read_rows(folder: Path) -> list[Row]:
     return list(rows.values())
 
 
-def _told(path: Path) -> Iterator[tuple[str | None, tuple[str, ...]]]:
+def _as_written(path: Path) -> Iterator[tuple[str | None, tuple[str, ...]]]:
     """(prompt, problems) of each row as written: entries come with mended prompts, and without lists."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -59,7 +59,7 @@ class Review:
         with self._deciding:
             self._log.refresh()
             known = [id for id in self._log.ids() if id in self.rows]
-            mine = {id: own.action for id in known if (own := self._log.of(id).get(reviewer))}
+            mine = {id: last.action for id in known if (last := self._log.of(id).get(reviewer))}
             differ = [id for id in known if self._log.disagree(id)]
             return {"mine": mine, "differ": differ, "others": sorted(self._log.reviewers() - {reviewer})}
 
@@ -122,10 +122,10 @@ class Review:
                 while len(self._views) > _VIEWS_KEPT:
                     self._views.popitem(last=False)
             self._views.move_to_end(key)
-            found = self._views[key]
-        if isinstance(found, Rejected):
-            raise found
-        return found
+            view = self._views[key]
+        if isinstance(view, Rejected):
+            raise view
+        return view
 
     def _row(self, id: str) -> Row:
         if id not in self.rows:

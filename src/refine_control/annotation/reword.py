@@ -101,17 +101,17 @@ def reword(source: Path, out: Path, kind: Kind, seed: int = 0, images: Path | No
     """Writes `out/manifest.jsonl`: the usable entries of `source` (see `photos.sources`) with the prompts of `variant`.
 
     Raises InvalidInputError for a source without prompts, an `out` that holds another manifest, and as `variant`."""
-    found = [entry for entry in entries(source, images) if entry.problem is None and entry.prompt]
-    if not found:
+    usable = [entry for entry in entries(source, images) if entry.problem is None and entry.prompt]
+    if not usable:
         raise InvalidInputError(f"{source} holds no region with a prompt; write them with `data annotate`")
     samples = [
         Worded(each.photo, each.prompt or "", str(each.meta.get("category") or ""), each.global_prompt)
-        for each in found
+        for each in usable
     ]
     prompts = variant(samples, kind, seed)
-    header = {"root": str(found[0].root.resolve()), "reworded": kind, "seed": seed}
+    header = {"root": str(usable[0].root.resolve()), "reworded": kind, "seed": seed}
     lines = [json.dumps(header, sort_keys=True)]
-    for entry, prompt in zip(found, prompts, strict=True):
+    for entry, prompt in zip(usable, prompts, strict=True):
         region = {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
         words = {"local_prompt": prompt, "local_prompt_source": kind, "global_prompt": entry.global_prompt}
         row = {**entry.meta, "id": id_of(entry), "image": entry.image, **region, **words}
@@ -122,5 +122,5 @@ def reword(source: Path, out: Path, kind: Kind, seed: int = 0, images: Path | No
         if manifest.is_file() and manifest.read_text() != text:
             raise InvalidInputError(f"{manifest} is there and says something else; name a new folder")
         write_atomic(manifest, text)
-    changed = sum(entry.prompt != prompt for entry, prompt in zip(found, prompts, strict=True))
-    return Reworded(manifest, len(found), changed)
+    changed = sum(entry.prompt != prompt for entry, prompt in zip(usable, prompts, strict=True))
+    return Reworded(manifest, len(usable), changed)

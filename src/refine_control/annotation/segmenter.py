@@ -206,8 +206,8 @@ def load_segmenter(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingError(f"device is {device} and torch sees no GPU here; use device cpu or a machine with a GPU")
-    wanted = "a hub id such as facebook/sam2.1-hiera-large, or the folder that `hf download` of it prints"
-    folder = folder_of(name, ["*.json", "*.safetensors"], wanted)
+    example = "a hub id such as facebook/sam2.1-hiera-large, or the folder that `hf download` of it prints"
+    folder = folder_of(name, ["*.json", "*.safetensors"], example)
     config = _read_json(folder / "config.json")
     if config is None:
         raise MissingError(f"{folder} has no config.json; fetch a SAM 2 with `hf download facebook/sam2.1-hiera-large`")
