@@ -32,7 +32,7 @@ DOORS = {
     "transformers": ["models", "pipeline", "baselines", "annotation", "metrics.features", "miniature.networks"],
     "accelerate": ["training", "models.components"],
     "typer": ["cli"],
-    "pydantic": ["config", "recipe_files", "study.comparison"],
+    "pydantic": ["config", "recipe_files", "study.plan"],
     "yaml": ["strict_yaml"],
     "ray": ["annotation.engines"],
     "fastapi": ["annotation.review"],

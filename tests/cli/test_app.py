@@ -352,7 +352,7 @@ def test_progress_counts_on_and_starts_again_for_the_next_stage(monkeypatch):
 
 
 def test_reproduce_offers_every_target():
-    from refine_control.study.targets import TARGETS
+    from refine_control.study.plan import TARGETS
 
     literal = get_type_hints(cli_evaluation.reproduce)["target"]
     assert list(get_args(literal)) == list(TARGETS)

@@ -10,12 +10,13 @@ from refine_control.errors import InvalidInputError
 from refine_control.miniature.obedience import Reading, load_classifier, read_regions
 from refine_control.miniature.vocabulary import COLOURS, SHAPES
 from refine_control.models.card import BUNDLE
-from refine_control.study import collect as collecting
-from refine_control.study.alike import alike_grid, alike_photos, alike_scores, summarise_alike
-from refine_control.study.comparison import read_budget, read_rows
+from refine_control.study import runs
+from refine_control.study.alike import alike_grid, alike_photos, alike_scores, alike_table, summarise_alike
 from refine_control.study.materials import Comparison
+from refine_control.study.plan import read_budget, read_rows
 from refine_control.study.reproduce import plan, reproduce
 from refine_control.study.row_results import RowResult
+from refine_control.study.tables import to_markdown
 
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 3, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
 BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
@@ -24,13 +25,13 @@ PHOTOS = alike_photos(BUDGET.model_copy(update={"alike": 40}))
 
 def test_every_scene_has_another_object_that_is_alike_and_none_that_is_the_same():
     for number, photo in enumerate(PHOTOS):
-        wanted = (photo.meta["colour"], photo.meta["shape"])
+        expected = (photo.meta["colour"], photo.meta["shape"])
         others = [tuple(o) for o in photo.meta["others"]]
         part = 1 if number < 40 else 0  # first other colours of the shape, then other shapes of the colour
-        assert wanted not in others
-        assert any(o[part] == wanted[part] for o in others)
+        assert expected not in others
+        assert any(o[part] == expected[part] for o in others)
         named = photo.global_prompt
-        assert all(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" in named for c, s in [wanted, *others])
+        assert all(f"{list(COLOURS)[c]} {list(SHAPES)[s]}" in named for c, s in [expected, *others])
     assert len({p.image.tobytes() for p in PHOTOS}) == 80
 
 
@@ -65,15 +66,17 @@ def result(key: str, local: float, others: float) -> RowResult:
     noise = np.tile([-5.0, 5.0], 10)
     values = {"local both": local, "local interference": others, "global both": local - 10}
     scores = {name: value + noise for name, value in values.items()}
-    return RowResult(key, 0, "mark", {**scores, "global interference": others + 10 + noise}, {}, {})
+    return RowResult(key, 0, "mark", {**scores, "global interference": others + 10 + noise}, {})
 
 
 def test_a_table_of_known_numbers():
-    found = {"teacher": [result("teacher", 90, 5)], "ours": [result("ours", 70, 10), result("ours", 80, 10)]}
-    summary = summarise_alike(found)["rows"]
-    assert summary["ours"]["mean"]["local both"]["mean"] == pytest.approx(75)
-    assert summary["ours"]["global_minus_local"]["both"]["mean"] == pytest.approx(-10)
-    assert summary["teacher"]["global_minus_local"]["interference"]["excludes_zero"]
+    results = {"teacher": [result("teacher", 90, 5)], "ours": [result("ours", 70, 10), result("ours", 80, 10)]}
+    summary = summarise_alike(results)
+    assert summary["ours"].mean["local both"].mean == pytest.approx(75)
+    assert summary["ours"].global_minus_local["both"].mean == pytest.approx(-10)
+    assert summary["teacher"].global_minus_local["interference"].excludes_zero
+    text = to_markdown(alike_table(summary, read_rows(), BUDGET))
+    assert f"| {read_rows()['teacher'].title} | 1 | 90.0 [" in text
 
 
 @pytest.mark.slow
@@ -87,7 +90,7 @@ def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
     assert set(written["ours"]["mean"]) == {f"{k} {m}" for k in ("local", "global") for m in ("both", "interference")}
     assert "figure2.png" in {p.name for p in (tmp_path / "runs").iterdir()}
     assert "Figure 2" in (tmp_path / "runs" / "report.html").read_text()
-    monkeypatch.setattr(collecting, "_make", refuse)
+    monkeypatch.setattr(runs, "_run", refuse)
     again = reproduce("figure2", here, rows=["ours"], results=results, bar=lambda label: None)
     assert again.text == made.text
     # pictures of another budget in the same folder are not shown as this one's

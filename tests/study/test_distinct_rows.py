@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from refine_control.storage import read_manifest, sha256_file
-from refine_control.study.comparison import read_budget, read_rows, row_recipes
 from refine_control.study.materials import Comparison, prepare_data
-from refine_control.study.rows import train_row
+from refine_control.study.plan import read_budget, read_rows, row_recipes
+from refine_control.study.runs import train_row
 from refine_control.training import run
 
 TINY = {"labeled": 4, "unlabeled": 4, "test": 2, "alike": 1, "steps": 2, "batch_size": 2, "num_inference_steps": 1}

@@ -1,6 +1,7 @@
 """Two names for one network differ by nothing, and what is written is what was measured."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from refine_control.errors import InvalidInputError
 from refine_control.metrics import image_pairs as metrics
 from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.features import Inception
+from refine_control.metrics.statistics import Interval
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED
 from refine_control.study.compare import compare, read_test, score
-from refine_control.study.evaluate import evaluate, summarise, write_results
+from refine_control.study.evaluate import evaluate, models_json, summarise_models, write_results
 from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
 
 PHOTOS = list(scene_photos(0, 0, 5))
@@ -43,15 +45,15 @@ def result(tiny_backbone, networks, eyes):
 
 
 def test_a_network_against_itself_differs_by_nothing(result):
-    pair = summarise(result)["paired_differences"]["teacher - same"]
+    summary = summarise_models(result)
+    pair = summary.differences["teacher", "same"]
     assert set(pair) >= {"psnr", "psnr_region", "ssim", "both", "scene_perceptual", "scene_frechet", "fid", "kid"}
     assert "cmmd" not in pair
     assert "lpips" not in pair
     for values in pair.values():
-        assert (values["mean"], values["low"], values["high"]) == (0, 0, 0)
-        assert not values["excludes_zero"]
-    other = summarise(result)["paired_differences"]["teacher - ours"]
-    assert other["psnr"]["mean"] != 0
+        assert values == (0, 0, 0)
+        assert not values.excludes_zero
+    assert summary.differences["teacher", "ours"]["psnr"].mean != 0
 
 
 def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result, eyes):
@@ -86,22 +88,31 @@ def test_the_share_of_the_gap_is_that_of_the_means(result):
     clear = result._replace(
         scores={n: {m: v + up[n] for m, v in result.scores["fc"].items()} for n in ("teacher", "fc", "ours")}
     )
-    assert summarise(clear, "ours", "fc")["gap_closed"]["psnr_region"]["mean"] == pytest.approx(0.75)
-    assert "gap_closed" not in summarise(clear, "ours", "none")
+    assert summarise_models(clear).gap_closed["ours"]["psnr_region"].mean == pytest.approx(0.75)
+    without = clear._replace(scores={n: clear.scores[n] for n in ("teacher", "ours")})
+    assert "gap_closed" not in models_json(summarise_models(without), without)
 
 
-def test_without_a_gap_no_share_is_told(result):
+def test_a_share_of_a_gap_that_may_be_zero_is_not_bounded(tmp_path, result):
     noise = np.array([-1.0, 1.0])[np.arange(len(PHOTOS)) % 2]
-    told = {
-        n: {"psnr_region": 20 + sign * (noise + 0.001)} for n, sign in (("teacher", 1.01), ("fc", -1.0), ("ours", 0.5))
+    scores = {
+        n: {"psnr_region": 20 + sign * (noise + 0.3)} for n, sign in (("teacher", 1.01), ("fc", -1.0), ("ours", 0.5))
     }
-    assert summarise(result._replace(scores=told), "ours", "fc")["gap_closed"] == {}
+    unclear = result._replace(scores=scores, sets={})
+    summary = summarise_models(unclear)
+    assert not summary.gap_closed["ours"]["psnr_region"].bounded
+    report = write_results(tmp_path, "Title", PHOTOS, unclear, summary, {}, {})
+    written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert written["gap_closed"]["psnr_region"]["low"] is None
+    assert (
+        "that ours closes is not bounded. Not bounded: the teacher is not statistically distinguishable" in report.text
+    )
 
 
 def test_a_teacher_that_is_worse_leaves_no_gap_to_close(result):
     means = {"teacher": 0.0, "fc": 4.0, "ours": 1.0}
-    told = {n: {m: v + means[n] for m, v in result.scores["fc"].items() if m == "psnr_region"} for n in means}
-    assert summarise(result._replace(scores=told, sets={}), "ours", "fc")["gap_closed"] == {}
+    scores = {n: {m: v + means[n] for m, v in result.scores["fc"].items() if m == "psnr_region"} for n in means}
+    assert summarise_models(result._replace(scores=scores, sets={})).gap_closed == {"ours": {}}
 
 
 def refuse(word):
@@ -110,8 +121,8 @@ def refuse(word):
 
 def test_what_is_written_is_what_was_measured(tmp_path, result):
     cost = ModelCost(3, 10, 0.5, 1.5, 0.01, 1 << 20)
-    summary = summarise(result, "ours", "fc")
-    summary["gap_closed"] = {"psnr_region": {"mean": 0.87, "low": 0.84, "high": 0.9, "excludes_zero": True}}
+    closed = {"ours": {"psnr_region": Interval(0.87, 0.84, 0.9)}}
+    summary = replace(summarise_models(result), gap_closed=closed)
     made = write_results(tmp_path, "Title", PHOTOS, result, summary, {"ours": cost}, {"model": "tiny"})
     written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
     assert written["keys"] == [p.key for p in PHOTOS]

@@ -11,10 +11,10 @@ from refine_control.miniature.scene_shards import build_scenes
 from refine_control.models.card import BUNDLE
 from refine_control.photos.shards import Shards
 from refine_control.records import LABELED, TEST, UNLABELED
-from refine_control.study.comparison import read_budget, read_rows
-from refine_control.study.materials import Comparison, cache_folder, prepare_data, variant_of
+from refine_control.study.materials import Comparison, cache_folder, data_variant, prepare_data
+from refine_control.study.plan import read_budget, read_rows
 from refine_control.study.reproduce import plan, reproduce
-from refine_control.study.rows import row_mark
+from refine_control.study.runs import row_mark
 
 ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -85,10 +85,10 @@ def test_the_mark_knows_weights_that_nobody_listed(which, tmp_path):
 def test_a_folder_gives_as_many_samples_as_the_budget_says(data, tmp_path):
     here = Comparison(BUDGET, tmp_path, data=data)
     assert len(here.test_photos()) == 3
-    assert variant_of(here, ROWS["inherit"], UNLABELED).share == 0.5
+    assert data_variant(here, ROWS["inherit"], UNLABELED).share == 0.5
     assert cache_folder(here, ROWS["inherit"], UNLABELED, True).name == "unlabeled_50%_completed"
     everything = replace(here, budget=BUDGET.model_copy(update=dict.fromkeys((LABELED, UNLABELED, TEST))))
-    assert variant_of(everything, ROWS["inherit"], UNLABELED).share == 1
+    assert data_variant(everything, ROWS["inherit"], UNLABELED).share == 1
     assert len(everything.test_photos()) == 4
     more = replace(here, budget=BUDGET.model_copy(update={"labeled": 7}))
     with pytest.raises(InvalidInputError, match="holds 6 samples; the budget asks for 7"):

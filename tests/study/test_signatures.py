@@ -1,7 +1,8 @@
-"""A failure is told where its interval excludes zero, by its own sentence, and nothing is told of a good student."""
+"""Each failure is reported by its sentence if its interval excludes zero; a good student has none."""
 
 import pytest
 
+from refine_control.metrics.statistics import Interval
 from refine_control.recipe_files import load_recipe
 from refine_control.study.signatures import (
     INIT,
@@ -15,22 +16,22 @@ from refine_control.study.signatures import (
 
 
 def behind(excludes: bool = True, **means: float):
-    return {m: {"mean": v, "low": v - 0.1, "high": v + 0.1, "excludes_zero": excludes} for m, v in means.items()}
+    return {m: Interval(v, v - (0.01 if excludes else 100), v + 0.01) for m, v in means.items()}
 
 
 @pytest.mark.parametrize(
     ("lacks", "says"),
     [
-        ({"psnr": 5.4, "psnr_region": 2.0}, "what ought to be kept changes"),
-        ({"psnr": 0.5, "psnr_region": 3.0}, "the mask is hardly heeded"),
+        ({"psnr": 5.4, "psnr_region": 2.0}, "the part to keep changes"),
+        ({"psnr": 0.5, "psnr_region": 3.0}, "the masked region is hardly controlled"),
         ({"both": 35.0, "psnr": 2.0, "psnr_region": 2.0, "ssim": 0.2}, "obeys 35 points less"),
         ({"both": 3.0, "ssim": 0.08, "psnr": 1.0, "psnr_region": 1.0}, "blurry or incoherent"),
     ],
 )
 def test_each_failure_has_its_sentence(lacks, says):
-    (told,) = signatures("ours", behind(**lacks))
-    assert says in told
-    assert told.startswith("ours ")
+    (sentence,) = signatures("ours", behind(**lacks))
+    assert says in sentence
+    assert sentence.startswith("ours ")
 
 
 @pytest.mark.parametrize("lacks", [{"psnr": 0.4, "psnr_region": 0.4, "both": 2.0, "ssim": 0.01}, {"both": -20.0}, {}])
@@ -38,24 +39,24 @@ def test_a_good_student_has_none(lacks):
     assert signatures("ours", behind(**lacks)) == []
 
 
-def test_what_is_not_told_from_zero_is_not_told():
+def test_what_is_not_distinguishable_from_zero_is_not_reported():
     assert signatures("ours", behind(False, psnr=5.4, psnr_region=2.0, both=30.0, ssim=0.2)) == []
     assert stage_signature(behind(False, both=20.0)) == []
     assert prompt_signature("ours", behind(False, interference=30.0)) == []
 
 
 def test_a_second_stage_that_harms_and_a_global_prompt_that_confuses():
-    (told,) = stage_signature(behind(psnr_region=0.7, both=16.0, psnr=3.0))
-    assert "0.7 dB and 16.0 points" in told
+    (sentence,) = stage_signature(behind(psnr_region=0.7, both=16.0, psnr=3.0))
+    assert "0.7 dB and 16.0 points" in sentence
     assert stage_signature(behind(psnr_region=-0.7)) == []
     assert "22 points more often" in prompt_signature("the teacher", behind(interference=22.0))[0]
     assert prompt_signature("the teacher", behind(interference=4.0)) == []
 
 
 def test_the_same_advice_is_given_once():
-    told = [s for name in ("fc", "ours") for s in signatures(name, behind(both=35.0, psnr=5.0, psnr_region=1.0))]
-    kept, obeyed = advised_once(told)
-    assert len(told) == 4
+    sentences = [s for name in ("fc", "ours") for s in signatures(name, behind(both=35.0, psnr=5.0, psnr_region=1.0))]
+    kept, obeyed = advised_once(sentences)
+    assert len(sentences) == 4
     assert kept.startswith("fc is 5.0 dB")
     assert "; ours is 5.0 dB" in kept
     assert obeyed.startswith(
@@ -88,7 +89,7 @@ def test_who_has_no_teacher_and_no_second_stage_is_not_advised_about_them():
 
 def test_blurry_and_a_harmful_second_stage_by_what_was_tried():
     blurry, harmed = behind(ssim=0.08, psnr=1.0, psnr_region=1.0), behind(psnr_region=0.7)
-    for name, told in (("ours", True), ("balanced", False)):
+    for name, expected in (("ours", True), ("balanced", False)):
         recipes = [load_recipe(f"mini/{name}_stage{n}") for n in (1, 2)]
-        assert (NORMALISED in signatures("ours", blurry, recipes)[0]) == told
-        assert (X0 in stage_signature(harmed, recipes)[0]) == told
+        assert (NORMALISED in signatures("ours", blurry, recipes)[0]) == expected
+        assert (X0 in stage_signature(harmed, recipes)[0]) == expected

@@ -47,7 +47,7 @@ def evaluate(
 ) -> None:
     """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
     students = named_folders(student, "--student")
-    baselines = named_sources(baseline or [], "--baseline")
+    baselines = named_sources(baseline or [], "--baseline", students)
     sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
     if dry_run:
         named = {"teacher": teacher, "students": students, "baselines": baselines}
@@ -119,8 +119,8 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Train and measure what is missing of a table or figure, and write it with intervals."""
-    from refine_control.study.comparison import read_budget
     from refine_control.study.materials import Comparison, results_name
+    from refine_control.study.plan import read_budget
     from refine_control.study.reproduce import plan
     from refine_control.study.reproduce import reproduce as run
 

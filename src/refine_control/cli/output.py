@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +51,30 @@ def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
         name, equals, folder = pair.partition("=")
         path = Path(folder if equals else pair)
         name = name if equals else path.name
-        if name in named:
-            raise InvalidInputError(f"{option} {pair}: the name {name} is given twice; write NAME=FOLDER")
+        _check_name(name, f"{option} {pair}", named)
         if not path.is_dir():
             raise InvalidInputError(f"{option} {pair}: there is no folder {path}")
         named[name] = path
     return named
 
 
-def named_sources(pairs: list[str], option: str) -> dict[str, str]:
-    """NAME=WHAT options where WHAT is a folder, a hub id or a known name; a bare one is named by its last part."""
+def _check_name(name: str, option: str, taken: Iterable[str]) -> None:
+    """Raises InvalidInputError for a name that the teacher or another model has."""
+    if name == "teacher":
+        raise InvalidInputError(f"{option}: tables use the name teacher for the teacher; write NAME=FOLDER")
+    if name in taken:
+        raise InvalidInputError(f"{option}: the name {name} is given twice; write NAME=FOLDER")
+
+
+def named_sources(pairs: list[str], option: str, taken: Iterable[str] = ()) -> dict[str, str]:
+    """NAME=WHAT options where WHAT is a folder, a hub id or a known name; a bare one is named by its last part.
+
+    Raises InvalidInputError for a name of `taken`, or one that is given twice."""
     named: dict[str, str] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         name, source = (name, source) if equals else (Path(pair).name, pair)
-        if name in named:
-            raise InvalidInputError(f"{option} {pair}: the name {name} is given twice; write NAME=FOLDER")
+        _check_name(name, f"{option} {pair}", {*named, *taken})
         named[name] = source
     return named
 

@@ -34,8 +34,17 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """True when zero lies outside [low, high]: a difference that resampling the data does not explain away."""
+        """True if zero lies outside [low, high]: statistically distinguishable from zero at the interval's level."""
         return self.low > 0.0 or self.high < 0.0
+
+    @property
+    def bounded(self) -> bool:
+        """False for a share of a gap that is not statistically distinguishable from zero (`gap_closed`)."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+    def scaled(self, factor: float) -> Interval:
+        """The interval in another unit; factor > 0."""
+        return Interval(*(factor * value for value in self))
 
     def as_json(self) -> dict[str, float | bool | None]:
         """mean, low, high and excludes_zero; an end that is infinite is None."""
@@ -90,8 +99,8 @@ def gap_closed(
 
     The paper's 76.5 % of PSNR is this number. All three, (N,) or (S, N), are resampled together; the sign of
     the metric does not matter, so that it also reads FID-like values where lower is better.
-    When the gap teacher - baseline itself is not told from zero at this level, any share fits the data: the
-    ends are then -inf and inf. Raises InvalidInputError as `paired_difference` does, and for a gap of
+    If the gap teacher - baseline is not statistically distinguishable from zero at this level, any share fits the
+    data and the ends are -inf and inf. Raises InvalidInputError as `paired_difference` does, and for a gap of
     exactly zero, where there is no share at all."""
     top, bottom, middle = _aligned({"teacher": teacher, "baseline": baseline, "ours": ours})
     gap, gain = top - bottom, middle - bottom

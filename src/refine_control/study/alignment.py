@@ -24,7 +24,7 @@ from refine_control.pixels import from_images
 from refine_control.randomness import slot_normals
 from refine_control.records import Photo
 from refine_control.study.curves import Curve
-from refine_control.study.report import Table
+from refine_control.study.tables import Table
 
 
 class Alignment(NamedTuple):
@@ -85,15 +85,16 @@ def teacher_alignment(
     )
 
 
-def alignment_table(found: Alignment) -> Table:
+def alignment_table(measured: Alignment) -> Table:
     """A row for each count of layers."""
-    rows = [[str(s), f"{100 * found.errors[s]:.1f}", f"{100 * found.outputs[s]:.2f}"] for s in found.errors]
+    rows = [[str(s), f"{100 * measured.errors[s]:.1f}", f"{100 * measured.outputs[s]:.2f}"] for s in measured.errors]
+    cosine = measured.cosine
     notes = [
-        f"From the teacher alone, over {found.pictures} pictures at training's noise levels, each group of sites given "
-        "the mean of its residuals. Residuals: sum over sites of E |f_T^s - mean of its group|^2 as a share of E "
-        "|f_T^s|^2; no training of the student removes it. Velocity: the squared change of the transformer's velocity "
-        "as a share of the change when control is removed. Cosine of "
-        f"neighbouring residuals: {found.cosine.min():.2f} to {found.cosine.max():.2f}, mean {found.cosine.mean():.2f}."
+        f"Of the teacher alone, over {measured.pictures} pictures at training's noise levels, with the mean of its "
+        "residuals in each group of sites. Residuals: sum over sites of E |f_T^s - mean of its group|^2 as a share of "
+        "E |f_T^s|^2, which no training of the student removes. Velocity: the squared change of the transformer's "
+        "velocity as a share of the change without control. Cosine of neighbouring residuals: "
+        f"{cosine.min():.2f} to {cosine.max():.2f}, mean {cosine.mean():.2f}."
     ]
     return Table(
         "What sharing a residual loses",
@@ -103,12 +104,12 @@ def alignment_table(found: Alignment) -> Table:
     )
 
 
-def alignment_curves(found: Alignment) -> list[Curve]:
+def alignment_curves(measured: Alignment) -> list[Curve]:
     """Over the sites: how strong each teacher residual is, and how like the next."""
-    sites = np.arange(len(found.power))
+    sites = np.arange(len(measured.power))
     return [
-        Curve("Power of the teacher's residuals", {"E |f|^2": (sites, found.power)}, log_y=True, x_label="site"),
-        Curve("Cosine of neighbouring residuals", {"cosine": (sites[:-1], found.cosine)}, x_label="site"),
+        Curve("Power of the teacher's residuals", {"E |f|^2": (sites, measured.power)}, log_y=True, x_label="site"),
+        Curve("Cosine of neighbouring residuals", {"cosine": (sites[:-1], measured.cosine)}, x_label="site"),
     ]
 
 
@@ -148,5 +149,5 @@ def _velocity(backbone: Backbone, points: _Points, residuals: Sequence[torch.Ten
     """(n, C, h, w) fp32 on the CPU."""
     transformer = backbone.transformer
     given = None if residuals is None else [r.to(backbone.device, transformer.dtype) for r in residuals]
-    found = predict_velocity(transformer, points.noisy, points.sigmas, points.prompts, points.pooled, given)
-    return found.float().cpu()
+    velocity = predict_velocity(transformer, points.noisy, points.sigmas, points.prompts, points.pooled, given)
+    return velocity.float().cpu()

@@ -1,8 +1,8 @@
-"""Figure 2 as a measurement: scenes with objects that are alike, repainted by local and by global prompts.
+"""Figure 2 as a measurement: scenes with objects that are alike, repainted with local and with global prompts.
 
-The paper shows two ponies: told of the whole picture, a model fills the hole with the other one. Here another object
-has the target's shape in another colour, or its colour in another shape, and the oracle says what the hole became:
-what was asked for (obedience), or one of the other objects of the picture (interference).
+The paper shows two ponies: given the prompt of the whole picture, a model fills the hole with the other pony. Here
+another object has the target's shape in another colour, or its colour in another shape. The oracle reads the hole: the
+prompted object (obedience), or another object of the picture (interference).
 """
 
 # N scenes, half of each kind
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from refine_control.metrics.statistics import BOOTSTRAP_SEED, paired_difference, two_level
+from refine_control.metrics.statistics import BOOTSTRAP_SEED, Interval, paired_difference, two_level
 from refine_control.miniature.obedience import Reading, load_classifier, read_regions
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import BUNDLE
@@ -23,17 +23,15 @@ from refine_control.picture_grid import PictureGrid
 from refine_control.pipeline.painting import inpaint
 from refine_control.randomness import derive_seed
 from refine_control.records import Photo
-from refine_control.study.comparison import Budget, Row
 from refine_control.study.materials import Bar, Comparison
-from refine_control.study.report import Table
-from refine_control.study.row_results import RowResult, read_pictures, save_pictures
-from refine_control.study.rows import facts_of, row_mark, row_model, sampler_of, train_row
-from refine_control.study.tables import cell
+from refine_control.study.plan import ALIKE, Budget, Row
+from refine_control.study.row_results import NUMERICS, RowResult, read_pictures, save_pictures
+from refine_control.study.runs import make_sampler, row_facts, row_mark, row_model, train_row
+from refine_control.study.tables import Table
 
 KINDS = ("same_shape", "same_colour")
 PROMPTS = ("local", "global")
 MEASURES = {"both": "obeyed %", "interference": "another object's %"}
-MARK = "alike"
 _SHOWN = 5
 """Scenes of each kind in the picture."""
 
@@ -50,16 +48,16 @@ def alike_photos(budget: Budget) -> list[Photo]:
 def alike_scores(seen: Reading, photos: Sequence[Photo]) -> dict[str, np.ndarray]:
     """`both` and `interference` in percent, (N,): the region reads as the target, or as another object beside it."""
     read = list(zip(seen.colour.tolist(), seen.shape.tolist(), strict=True))
-    wanted = [(p.meta["colour"], p.meta["shape"]) for p in photos]
+    expected = [(p.meta["colour"], p.meta["shape"]) for p in photos]
     others = [{tuple(o) for o in p.meta["others"]} for p in photos]
     return {
-        "both": np.array([100.0 * (r == w) for r, w in zip(read, wanted, strict=True)]),
+        "both": np.array([100.0 * (r == e) for r, e in zip(read, expected, strict=True)]),
         "interference": np.array([100.0 * (r in o) for r, o in zip(read, others, strict=True)]),
     }
 
 
 def run_alike(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> RowResult:
-    """`rows.run_row` for Figure 2: metrics are `local both`, `global interference` and so on.
+    """`runs.run_row` for Figure 2: metrics are `local both`, `global interference` and so on.
 
     Those of its pictures that Figure 2 shows go to `out/KEY-SEED/alike_local` and `alike_global`."""
     budget = comparison.budget
@@ -68,20 +66,20 @@ def run_alike(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
     photos, classifier = alike_photos(budget), load_classifier(BUNDLE)
     images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     scores: dict[str, np.ndarray] = {}
-    mark, shown = row_mark(row, comparison, seed, MARK), _shown(len(photos))
+    mark, shown = row_mark(row, comparison, seed, ALIKE), _shown(len(photos))
     for kind in PROMPTS:
         prompts = [p.prompt if kind == "local" else p.global_prompt for p in photos]
-        tell = bar(f"{kind} prompts {key}")
-        painted = inpaint(backbone, controlnet, images, masks, prompts, sampler_of(budget, row), progress=tell)
-        found = alike_scores(read_regions(classifier, painted, masks), photos)
-        scores |= {f"{kind} {name}": values for name, values in found.items()}
+        progress = bar(f"{kind} prompts {key}")
+        painted = inpaint(backbone, controlnet, images, masks, prompts, make_sampler(budget, row), progress=progress)
+        read = alike_scores(read_regions(classifier, painted, masks), photos)
+        scores |= {f"{kind} {name}": values for name, values in read.items()}
         save_pictures(_folder(comparison, key, seed, kind), painted[shown], mark)
-    facts = facts_of(row, budget, trained, backbone, controlnet)
-    return RowResult(key, seed, mark, scores, {}, facts)
+    facts = row_facts(trained, backbone, controlnet)
+    return RowResult(key, seed, mark, scores, {}, facts, budget.steps if row.stages else 0, NUMERICS)
 
 
 def _shown(count: int) -> list[int]:
-    """Which of the scenes Figure 2 shows: the first of both kinds in turn."""
+    """Numbers of the scenes that Figure 2 shows: the first of both kinds in turn."""
     half = count // 2
     return [number for i in range(min(_SHOWN, half)) for number in (i, half + i)]
 
@@ -90,27 +88,43 @@ def _folder(comparison: Comparison, key: str, seed: int, kind: str) -> Path:
     return comparison.out / f"{key}-{seed}" / f"alike_{kind}"
 
 
-def summarise_alike(found: Mapping[str, Sequence[RowResult]]) -> dict[str, Any]:
-    """For each row means with two-level intervals, and global minus local."""
-    out: dict[str, Any] = {"rows": {}}
-    for key, results in found.items():
-        values = {m: np.stack([r.scores[m] for r in results]) for m in results[0].scores}
-        means = {m: two_level(v, BOOTSTRAP_SEED).as_json() for m, v in values.items()}
+class AlikeSummary(NamedTuple):
+    """One row of Figure 2 over its seeds."""
+
+    seeds: list[int]
+    mean: dict[str, Interval]
+    """By `local both`, `global interference` and so on."""
+    global_minus_local: dict[str, Interval]
+    """By measure."""
+
+    def as_json(self) -> dict[str, object]:
+        """As tables.json holds it."""
+        mean = {name: interval.as_json() for name, interval in self.mean.items()}
+        minus = {name: interval.as_json() for name, interval in self.global_minus_local.items()}
+        return {"seeds": self.seeds, "mean": mean, "global_minus_local": minus}
+
+
+def summarise_alike(results: Mapping[str, Sequence[RowResult]]) -> dict[str, AlikeSummary]:
+    """For each row the means with two-level intervals, and global minus local."""
+    out = {}
+    for key, each in results.items():
+        values = {m: np.stack([r.scores[m] for r in each]) for m in each[0].scores}
+        means = {m: two_level(v, BOOTSTRAP_SEED) for m, v in values.items()}
         minus = {
-            name: paired_difference(values[f"global {name}"], values[f"local {name}"], BOOTSTRAP_SEED).as_json()
+            name: paired_difference(values[f"global {name}"], values[f"local {name}"], BOOTSTRAP_SEED)
             for name in MEASURES
         }
-        out["rows"][key] = {"seeds": [r.seed for r in results], "mean": means, "global_minus_local": minus}
+        out[key] = AlikeSummary([r.seed for r in each], means, minus)
     return out
 
 
-def alike_table(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Budget) -> Table:
-    """A row for each model: both measures by both kinds of prompt, and what the global one changes."""
+def alike_table(summary: Mapping[str, AlikeSummary], rows: Mapping[str, Row], budget: Budget) -> Table:
+    """A row for each model: both measures with both kinds of prompt, and global minus local."""
     lines = []
-    for key, row in summary["rows"].items():
-        cells = [cell(row["mean"][f"{kind} {name}"], 1) for kind in PROMPTS for name in MEASURES]
-        minus = [cell(row["global_minus_local"][name], 1) for name in MEASURES]
-        lines.append([rows[key].title, str(len(row["seeds"])), *cells, *minus])
+    for key, row in summary.items():
+        cells = [f"{row.mean[f'{kind} {name}']:.1f}" for kind in PROMPTS for name in MEASURES]
+        minus = [f"{row.global_minus_local[name]:.1f}" for name in MEASURES]
+        lines.append([rows[key].title, str(len(row.seeds)), *cells, *minus])
     columns = ["row", "seeds", *(f"{kind}: {text}" for kind in PROMPTS for text in MEASURES.values())]
     columns += [f"global - local: {text}" for text in MEASURES.values()]
     notes = [
@@ -123,10 +137,10 @@ def alike_table(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Bud
 
 
 def alike_grid(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
-    """Both kinds of scenes in turn, by local and by global prompts, of the rows that were painted in `out`."""
+    """Both kinds of scenes in turn, with local and with global prompts, of the rows that were painted in `out`."""
     painted = {}
     for key, row in rows.items():
-        mark = row_mark(row, comparison, seed, MARK)
+        mark = row_mark(row, comparison, seed, ALIKE)
         sets = [read_pictures(_folder(comparison, key, seed, kind), mark) for kind in PROMPTS]
         painted |= {f"{key}, {kind}": images for kind, images in zip(PROMPTS, sets, strict=True) if images is not None}
     if not painted:

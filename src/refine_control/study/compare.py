@@ -22,13 +22,14 @@ from refine_control.pipeline.painting import inpaint
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
-from refine_control.study.tables import OBEYED
 
 Scores = dict[str, np.ndarray]
+OBEYED = ("colour", "shape", "both")
+"""What the oracle reads in the hole; percentages."""
 
 
 class Result(NamedTuple):
-    """What `compare` found."""
+    """Scores, pictures and times of several models."""
 
     scores: dict[str, Scores]
     """By model, then metric: (N,) values."""
@@ -43,9 +44,9 @@ class Result(NamedTuple):
 def score(
     photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetworks, seen: tuple[Seen, Seen] | None = None
 ) -> Scores:
-    """All metrics of pictures of one model: painted (N,H,W,3) uint8 against the photos; obedience with an oracle.
+    """All metrics of one model's pictures, painted (N,H,W,3) uint8, against the photos; with an oracle also obedience.
 
-    `seen` is what the networks made of photos and painted pictures; without it they look here."""
+    `seen` are the networks' features of photos and painted pictures; without it they are computed here."""
     reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     composited = metrics.composite(reference, painted, masks)
     out = {
@@ -94,13 +95,13 @@ def compare(
         began, done, painted = time.perf_counter(), 0, []
         for group in groups:
 
-            def tell(now: int, total: int, word: str = "", before: int = number * len(photos) + done) -> None:
+            def report(now: int, total: int, word: str = "", before: int = number * len(photos) + done) -> None:
                 if progress:
                     progress(before + now, len(controlnets) * len(photos), name)  # noqa: B023
 
             prompts = [p.prompt for p in group.photos]
             painted.append(
-                inpaint(backbone, controlnet, group.images, group.masks, prompts, sampler, first=done, progress=tell)
+                inpaint(backbone, controlnet, group.images, group.masks, prompts, sampler, first=done, progress=report)
             )
             done += len(group.photos)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
@@ -125,8 +126,10 @@ class _Group:
 
 def _in_order(groups: Sequence[Any], numbers: Sequence[Sequence[int]]) -> list[Any]:
     """The items of all groups, each at its number."""
-    found = {n: item for own, items in zip(numbers, groups, strict=True) for n, item in zip(own, items, strict=True)}
-    return [found[number] for number in sorted(found)]
+    by_number = {
+        n: item for each, items in zip(numbers, groups, strict=True) for n, item in zip(each, items, strict=True)
+    }
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def _joined(groups: Sequence[Mapping[str, np.ndarray]], numbers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:

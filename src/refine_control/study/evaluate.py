@@ -16,8 +16,6 @@ from refine_control import __version__
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import ModelCost
-from refine_control.metrics.distances import set_difference, set_interval
-from refine_control.metrics.statistics import BOOTSTRAP_SEED, bootstrap_mean, gap_closed, paired_difference
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device, device_name
@@ -30,53 +28,43 @@ from refine_control.storage import MANIFEST, only_writer, sha256_file, write_ato
 from refine_control.study.compare import Result, compare, read_test
 from refine_control.study.feature_metrics import FeatureNetworks, load_networks, metric_notes
 from refine_control.study.model_cost import model_costs
-from refine_control.study.report import Curve, ReportData, Table, write_report
-from refine_control.study.signatures import signatures
-from refine_control.study.tables import (
+from refine_control.study.plan import BASELINE, TEACHER
+from refine_control.study.report import Curve, ReportData, Table, command_line, write_report
+from refine_control.study.row_results import RowResult
+from refine_control.study.row_tables import (
     HEADINGS,
+    NOT_BOUNDED_WHY,
     BaselineWay,
     baseline_table,
     cost_table,
     difference_table,
     quality_table,
-    short,
-    text_table,
-    write_tables,
+    share_cell,
 )
+from refine_control.study.signatures import signatures
+from refine_control.study.summary import Summary, intervals_json, summarise
+from refine_control.study.tables import short, text_table, write_tables
 
-TEACHER = "teacher"
+OURS = "ours"
 
 
-def summarise(result: Result, ours: str | None = None, baseline: str | None = None) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals, paired differences between all pairs of models, and the share of the gap
-    from `baseline` to the teacher that `ours` closes, where there is a gap."""
+def summarise_models(result: Result) -> Summary:
+    """Means, differences of all pairs, and the share of the gap between fc and the teacher that `ours` closes."""
     names = list(result.scores)
-    known = [m for m in HEADINGS if all(m in s for s in result.scores.values())]
-    of_sets = [m for m in HEADINGS if result.sets and all(m in s for s in result.sets.values())]
-    models: dict[str, Any] = {}
-    for n in names:
-        models[n] = {m: bootstrap_mean(result.scores[n][m], BOOTSTRAP_SEED) for m in known}
-        models[n] |= {m: set_interval([result.sets[n][m]], BOOTSTRAP_SEED) for m in of_sets}
-    differences: dict[str, Any] = {}
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            pair = {m: paired_difference(result.scores[a][m], result.scores[b][m], BOOTSTRAP_SEED) for m in known}
-            pair |= {m: set_difference([result.sets[a][m]], [result.sets[b][m]], BOOTSTRAP_SEED) for m in of_sets}
-            differences[f"{a} - {b}"] = {m: interval.as_json() for m, interval in pair.items()}
-    out: dict[str, Any] = {
+    rows = {n: [RowResult(n, 0, "", result.scores[n], dict(result.sets.get(n, {})))] for n in names}
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return summarise(rows, HEADINGS, pairs, shares=[OURS])
+
+
+def models_json(summary: Summary, result: Result) -> dict[str, object]:
+    """A summary of models as metrics.json holds it."""
+    out: dict[str, object] = {
         "samples": len(next(iter(result.images.values()))),
-        "models": {n: {m: interval.as_json() for m, interval in found.items()} for n, found in models.items()},
-        "paired_differences": differences,
+        "models": {n: intervals_json(model.mean) for n, model in summary.models.items()},
+        "paired_differences": {" - ".join(pair): intervals_json(d) for pair, d in summary.differences.items()},
         "seconds_per_image": result.seconds,
     }
-    if ours in names and baseline in names and TEACHER in names:
-        out["gap_closed"] = {}
-        for m in ("psnr_region", "both"):
-            if m in known and result.scores[TEACHER][m].mean() > result.scores[baseline][m].mean():
-                share = gap_closed(*(result.scores[n][m] for n in (TEACHER, baseline, ours)), seed=BOOTSTRAP_SEED)
-                if np.isfinite(share.low):  # else the gap is not told from zero, and a share of it means nothing
-                    out["gap_closed"][m] = share.as_json()
-    return out
+    return out | ({"gap_closed": intervals_json(summary.gap_closed[OURS])} if OURS in summary.gap_closed else {})
 
 
 class Written(NamedTuple):
@@ -84,13 +72,13 @@ class Written(NamedTuple):
 
     report: Path
     text: str
-    summary: dict[str, Any]
+    summary: dict[str, object]
 
 
 def pictures(
     photos: Sequence[Photo], images: Mapping[str, Sequence[np.ndarray] | np.ndarray], count: int = 12
 ) -> PictureGrid:
-    """Original (mask outlined), masked, and every model's raw output, for the first `count` pictures."""
+    """Original (mask outlined), masked, and the raw output of every model, for the first `count` pictures."""
     rows = []
     for i, photo in enumerate(photos[:count]):
         hole = np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8)
@@ -105,7 +93,7 @@ def write_results(
     title: str,
     photos: Sequence[Photo],
     result: Result,
-    summary: dict[str, Any],
+    summary: Summary,
     costs: Mapping[str, ModelCost],
     facts: Mapping[str, str],
     *,
@@ -119,33 +107,37 @@ def write_results(
     per_image = {n: {m: [round(float(x), 6) for x in v] for m, v in s.items()} for n, s in result.scores.items()}
     described = {n: c._asdict() for n, c in costs.items()}
     keys = [p.key for p in photos]
+    numbers = models_json(summary, result)
     write_json(
-        out / "metrics.json", {**summary, "cost": described, "facts": facts, "keys": keys, "per_image": per_image}
+        out / "metrics.json", {**numbers, "cost": described, "facts": facts, "keys": keys, "per_image": per_image}
     )
     grid = pictures(photos, result.images)
     write_atomic(out / "grid.png", picture_grid(grid))
-    known = next(iter(summary["models"].values()))
-    told = [*metric_notes(known, len(photos)), *(networks.missing.values() if networks else ())]
-    compared = [quality_table(summary, told), *([difference_table(summary)] if len(result.scores) > 1 else [])]
+    missing = list(networks.missing.values()) if networks else []
+    notes = [*metric_notes(summary.metrics, len(photos)), *missing]
+    compared = [quality_table(summary, notes), *([difference_table(summary)] if len(result.scores) > 1 else [])]
     shown = [*compared, cost_table(costs, result.seconds), *tables]
     write_tables(out, shown)
-    signed, found = [f"refine-control {__version__}", *made_by], [*sentences, *_gap_sentences(summary)]
+    signed, findings = [f"refine-control {__version__}", *made_by], [*sentences, *_gap_sentences(summary)]
     report = out / "report.html"
-    write_report(report, ReportData(title, found, facts, shown, [grid], list(curves), signed))
+    write_report(report, ReportData(title, findings, facts, shown, [grid], list(curves), signed))
     head = "; ".join(facts[fact] for fact in ("pictures", "sampler", "training") if fact in facts)
     lines = map(text_table, [*map(short, compared), *shown[len(compared) :]])
-    missing = list(networks.missing.values()) if networks else []
-    text = "\n\n".join([head, *lines, "\n".join([*found, *missing]), f"report: {report}"])
-    return Written(report, text, {**summary, "not_computed": missing, "report": str(report)})
+    text = "\n\n".join([head, *lines, "\n".join([*findings, *missing]), f"report: {report}"])
+    return Written(report, text, {**numbers, "not_computed": missing, "report": str(report)})
 
 
-def _gap_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What share of the gap `ours` closes, where there is one."""
-    return [
-        f"ours closes {100 * v['mean']:.0f} % [{100 * v['low']:.0f}, {100 * v['high']:.0f}] of the gap between fc and "
-        f"the teacher in {HEADINGS[m]}."
-        for m, v in summary.get("gap_closed", {}).items()
-    ]
+def _gap_sentences(summary: Summary) -> list[str]:
+    """The share of the gap that `ours` closes in each metric, if there is a gap."""
+    out = []
+    for m, share in summary.gap_closed.get(OURS, {}).items():
+        gap = f"of the gap between {BASELINE} and the teacher in {HEADINGS[m]}"
+        if share.bounded:
+            value, interval = share_cell(share).split(" ", 1)
+            out.append(f"ours closes {value} % {interval} {gap}.")
+        else:
+            out.append(f"The share {gap} that ours closes is not bounded. {NOT_BOUNDED_WHY.format(BASELINE)}")
+    return out
 
 
 def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
@@ -163,7 +155,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _hashed(name: str, path: Path) -> str:
-    """What a result was made from, with the beginning of its sha256."""
+    """An input of a result with the beginning of its sha256."""
     return f"{name}: {path}" + (f", sha256 {sha256_file(path)[:16]}" if path.is_file() else "")
 
 
@@ -177,15 +169,14 @@ def _command(
     sampler: SamplerConfig,
     weights: Path | None,
 ) -> str:
-    """The command line that gives the same again."""
-    parts: list[tuple[str, Any]] = [("model", model), ("teacher", teacher)]
+    """The command line of this evaluation."""
+    parts: list[tuple[str, object]] = [("model", model), ("teacher", teacher)]
     parts += [("student", f"{name}={folder}") for name, folder in students.items()]
     parts += [("baseline", f"{name}={source}") for name, source in baselines.items()]
     parts += [("test", test), ("out", out), ("steps", sampler.num_inference_steps)]
     parts += [("guidance", f"{sampler.guidance_scale:g}"), ("conditioning-scale", f"{sampler.conditioning_scale:g}")]
     parts += [("injection", sampler.injection), ("seed", sampler.seed), ("precision", sampler.precision)]
-    parts += [("weights", weights)]
-    return " ".join(["refine-control evaluate", *(f"--{name} {value}" for name, value in parts if value is not None)])
+    return command_line(["evaluate"], [*parts, ("weights", weights)])
 
 
 def evaluate(
@@ -203,8 +194,8 @@ def evaluate(
     """Teacher and students on test shards, measured and written to `out` as `write_results` does.
 
     `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
-    `weights` is a folder with the networks of FID, LPIPS and CMMD; what is not there is said and left out.
-    All runs on the GPU where there is one, the scene's oracle apart.
+    `weights` is a folder with the networks of FID, LPIPS and CMMD; metrics whose network is missing are left out with a
+    note. Everything but the oracle of scenes runs on the GPU if there is one.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     if TEACHER in students:
         raise InvalidInputError(
@@ -227,19 +218,19 @@ def evaluate(
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
         tables = []
         if baselines:
-            from refine_control.study.baseline_rows import add_baselines
+            from refine_control.study.compare_baselines import add_baselines
 
             others = add_baselines(result, baselines, photos, sampler, networks, progress)
             costs |= {name: row.cost.model for name, row in others.items()}
             ways = {n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in others.items()}
             tables = [baseline_table(ways)]
-        summary = summarise(result, "ours", "fc")
+        summary = summarise_models(result)
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
         facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
         facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
         title = f"Evaluation on {test.name}"
-        told = [s for n in students for s in signatures(n, summary["paired_differences"][f"{TEACHER} - {n}"])]
-        shown: dict[str, Any] = {"networks": networks, "sentences": told, "tables": tables}
+        sentences = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
+        shown: dict[str, Any] = {"networks": networks, "sentences": sentences, "tables": tables}
         shown["made_by"] = [
             _hashed("test", test / MANIFEST),
             *([f"teacher: {weights_mark(teacher)}"] if teacher else []),

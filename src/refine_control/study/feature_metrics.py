@@ -114,14 +114,14 @@ def load_networks(
         "clip": ("CMMD", lambda: features.load_clip(clip, device)),
         "clip_text": ("CLIP score", lambda: features.load_clip_text(clip, device)),
     }
-    found: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, (metric, load) in loaders.items():
         try:
-            found[name] = load()
+            loaded[name] = load()
         except MissingError as error:
             missing[metric] = f"{metric} not computed: {str(error).partition('not computed: ')[2]}"
-    return FeatureNetworks(classifier, missing=missing, **found)
+    return FeatureNetworks(classifier, missing=missing, **loaded)
 
 
 def not_computed(weights: Path | None = None) -> dict[str, str]:

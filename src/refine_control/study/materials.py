@@ -1,7 +1,7 @@
-"""What a comparison's rows learn from and are tested on: rendered scenes, small photographs, or built data.
+"""Model and data of a comparison: rendered scenes, small photographs, or a folder of `data build`.
 
-Shards of the three roles become caches under `out/cache`; a row that learns from less or other than the budget's data
-(`Row.data`) has caches of its own, and a row whose second stage noises the teacher's completions has one with them.
+Shards of the three roles become caches under `out/cache`. A row that is trained on less or other data than the
+budget's (`Row.data`), or on the teacher's completions, has its own caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.storage import MANIFEST, sha256_file
 from refine_control.study.compare import read_test
-from refine_control.study.comparison import Budget, Row, Scale, row_recipes
+from refine_control.study.plan import Budget, Row, Scale, row_recipes
 from refine_control.study.variants import Variant, build_variant
 
 Bar = Callable[[str], Callable[[int, int, str], None] | None]
@@ -36,12 +36,12 @@ SHARDS = "scenes"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all rows stand on, and where they are made."""
+    """What all rows share, and the folder of their runs."""
 
     budget: Budget
     out: Path
     scale: Scale = "mini"
-    """Whose recipes, rows and budgets."""
+    """Of recipes, rows and budgets."""
     model: str | None = None
     """Another model than the recipes': a bundle that `mini train` made, a folder or a hub id."""
     teacher: str | None = None
@@ -73,14 +73,14 @@ class Comparison:
 
     @property
     def rendered(self) -> bool:
-        """Rendered scenes, which the oracle can read."""
+        """True for rendered scenes, which the oracle can read."""
         return self.photos is None and self.data is None
 
     @property
     def world(self) -> str:
-        """What reports call it: `the mini model, rendered scenes`."""
-        seen = "rendered scenes" if self.rendered else "small photographs" if self.photos else str(self.data)
-        return f"{'SD3' if self.scale == 'sd3' else 'the mini model'}, {seen}"
+        """Its name in reports: `the mini model, rendered scenes`."""
+        data = "rendered scenes" if self.rendered else "small photographs" if self.photos else str(self.data)
+        return f"{'SD3' if self.scale == 'sd3' else 'the mini model'}, {data}"
 
     @property
     def shards(self) -> Path:
@@ -94,18 +94,18 @@ class Comparison:
         return self.model or recipe.model, self.teacher or (None if self.model else recipe.teacher)
 
     def backbone(self, cpu_kernels: bool = False, painting: bool = True) -> Backbone:
-        """The model with its teacher, on the best device; where nothing is painted, its VAE and encoders alone."""
+        """The model with its teacher on the best device; without `painting` its VAE and encoders alone."""
         model, teacher = self.names
         controlnet = load_controlnet(teacher) if teacher else None
         return load_backbone(model, controlnet, cpu_kernels, best_device(), painting)
 
     def mark(self) -> list[str]:
-        """What of model and data results depend on, beside the budget: hashes and names."""
-        told = [_model_mark(*self.names)]
-        told += [small_photos_mark(self.photos)] if self.photos else []
+        """Hashes and names of the model and data that results depend on, beside the budget."""
+        parts = [_model_mark(*self.names)]
+        parts += [small_photos_mark(self.photos)] if self.photos else []
         if self.data:
-            told += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
-        return told
+            parts += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
+        return parts
 
     def test_photos(self) -> list[Photo]:
         """The test samples, as many as the budget says."""
@@ -118,20 +118,20 @@ def results_name(scale: Scale, photos: Path | None = None, data: Path | None = N
 
 
 def _model_mark(model: str, teacher: str | None) -> str:
-    """What the weights of model and teacher are known by."""
+    """The marks of the weights of model and teacher."""
     mark = weights_mark(str(BUNDLE) if model == "mini" else model)
     return f"{mark} {weights_mark(teacher)}" if teacher else mark
 
 
 def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
-    """For each stage the training roles that it reads, and whether it reads the teacher's completions."""
+    """For each stage its training roles, and whether it reads the teacher's completions."""
     for recipe in row_recipes(row, budget, 0).values():
         for role in recipe.objective.roles:
             yield role, role == UNLABELED and recipe.objective.x0_source == "teacher"
 
 
-def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:
-    """What a row learns from of a training role: its own choice, of as many samples as the budget says."""
+def data_variant(comparison: Comparison, row: Row, role: str) -> Variant:
+    """How a row changes the data of a training role, with the share of samples that the budget allows."""
     data = row.data
     variant = Variant(data.labeled) if role == LABELED else Variant(data.unlabeled, data.prompts, data.blurred)
     most = {LABELED: comparison.budget.labeled, UNLABELED: comparison.budget.unlabeled}[role]
@@ -142,8 +142,8 @@ def variant_of(comparison: Comparison, row: Row, role: str) -> Variant:
 
 
 def cache_folder(comparison: Comparison, row: Row, role: str, completed: bool) -> Path:
-    """Where the cache lies that a row reads: `cache/labeled_10%`, `cache/unlabeled_completed`."""
-    words = [role, variant_of(comparison, row, role).name, "completed" if completed else ""]
+    """The folder of a row's cache: `cache/labeled_10%`, `cache/unlabeled_completed`."""
+    words = [role, data_variant(comparison, row, role).name, "completed" if completed else ""]
     return comparison.out / "cache" / "_".join(word for word in words if word)
 
 
@@ -152,12 +152,12 @@ def _build_shards(comparison: Comparison, bar: Bar) -> None:
     counts = {LABELED: budget.labeled, UNLABELED: budget.unlabeled, TEST: budget.test}
     if comparison.data:
         for role, count in counts.items():
-            had = open_manifest(out / role)["samples"]
-            if had < (count or 2):
-                raise InvalidInputError(f"{out / role} holds {had} samples; the budget asks for {count or 2}")
+            samples = open_manifest(out / role)["samples"]
+            if samples < (count or 2):
+                raise InvalidInputError(f"{out / role} holds {samples} samples; the budget asks for {count or 2}")
         return
     if not budget.renders():
-        raise InvalidInputError("this budget is for data of your own; give the folder of `data build` with --data")
+        raise InvalidInputError("this budget needs --data, a folder of `data build`")
     known = {role: count for role, count in counts.items() if count}
     if comparison.photos:
         build_small_photos(comparison.photos, out, **known, progress=bar("photographs"))
@@ -167,19 +167,19 @@ def _build_shards(comparison: Comparison, bar: Bar) -> None:
 
 
 def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
-    """Shards of the budget, and the caches that these rows read. What is there already stays.
+    """Makes the budget's shards and the caches that these rows read, if they do not exist yet.
 
-    Raises InvalidInputError where the data do not hold what the budget or a row asks for."""
+    Raises InvalidInputError if the data hold fewer samples than the budget or a row asks for."""
     _build_shards(comparison, bar)
-    wanted = {
-        cache_folder(comparison, row, role, completed): (role, variant_of(comparison, row, role), completed)
+    caches = {
+        cache_folder(comparison, row, role, completed): (role, data_variant(comparison, row, role), completed)
         for row in rows
         for role, completed in _stages_read(row, comparison.budget)
     }
-    if not wanted:
+    if not caches:
         return
-    backbone = comparison.backbone(cpu_kernels=True, painting=any(completed for *_, completed in wanted.values()))
-    for folder, (role, variant, completed) in wanted.items():
+    backbone = comparison.backbone(cpu_kernels=True, painting=any(completed for *_, completed in caches.values()))
+    for folder, (role, variant, completed) in caches.items():
         source = comparison.shards / role
         if variant != Variant():
             changed = comparison.out / "variants" / folder.name.removesuffix("_completed")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.picture_grid import PictureGrid, picture_cells, picture_grid, png_bytes
 from refine_control.storage import write_atomic
 from refine_control.study.curves import Curve, plot, read_metrics_jsonl
+from refine_control.study.tables import Table
 
 __all__ = [
     "Curve",
@@ -32,17 +34,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Table:
-    """`rows` hold as many cells as `columns`; the first cell names the row. A cell like `19.25 [19.10, 19.41]`
-    shows its interval smaller. `notes` are sentences under the table."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
 class ReportData:
     """Everything on the page, in its order. `facts` are N, steps, sampler, guidance, seeds, machine and command
     lines; `signatures` name what made the results: recipe, code version, hashes of inputs."""
@@ -54,6 +45,12 @@ class ReportData:
     pictures: Sequence[PictureGrid] = ()
     curves: Sequence[Curve] = ()
     signatures: Sequence[str] = ()
+
+
+def command_line(words: Sequence[str], options: Iterable[tuple[str, object]]) -> str:
+    """A `refine-control` command that a shell reads as these words and options (name -> value); None is left out."""
+    given = [word for name, value in options if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["refine-control", *words, *given])
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -96,8 +93,8 @@ def _check_table(table: Table) -> None:
 
 def _split_interval(cell: str) -> tuple[str, str]:
     """`19.25 [19.10, 19.41]` -> (`19.25`, `[19.10, 19.41]`); any other text -> (text, "")."""
-    found = re.fullmatch(r"(.*\S)\s+(\[[^\[\]]*\])", cell)
-    return (found[1], found[2]) if found else (cell, "")
+    match = re.fullmatch(r"(.*\S)\s+(\[[^\[\]]*\])", cell)
+    return (match[1], match[2]) if match else (cell, "")
 
 
 def _numeric_columns(table: Table) -> list[bool]:

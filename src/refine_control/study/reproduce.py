@@ -1,7 +1,7 @@
 """`refine-control reproduce`: the paper's tables and figures, with seeds and intervals.
 
-Rows that are finished are read from `results`, the others are trained and evaluated one after the other and written
-there; so it may be killed after any of them. The tables are made again from all rows that are there.
+Finished rows are read from `results`; the others are trained, evaluated and written there one after the other, so the
+verb may be stopped after any of them. The tables are computed again from all rows.
 """
 
 # S seeds, N test scenes
@@ -26,28 +26,57 @@ from refine_control.randomness import derive_seed
 from refine_control.records import TEST
 from refine_control.storage import only_writer, write_atomic, write_json
 from refine_control.study.alignment import Alignment, alignment_curves, alignment_table, teacher_alignment
-from refine_control.study.alike import MARK, alike_grid, alike_table, run_alike, summarise_alike
-from refine_control.study.collect import collect, seeds_of
+from refine_control.study.alike import alike_grid, alike_table, run_alike, summarise_alike
 from refine_control.study.compare import compare
-from refine_control.study.comparison import Row, row_recipes
 from refine_control.study.curves import Curve
 from refine_control.study.loss_curves import layer_curves, seed_curves, term_curves
 from refine_control.study.materials import Bar, Comparison, prepare_data
-from refine_control.study.report import ReportData, Table, write_report
-from refine_control.study.row_results import read_pictures, read_row, save_pictures
-from refine_control.study.row_tables import cost_curves, findings, summarise, tables_of
-from refine_control.study.rows import TABLES, finished, row_mark, row_model, sampler_of, train_row
+from refine_control.study.plan import (
+    ALIKE,
+    FIGURE2,
+    FIGURE3,
+    TABLES,
+    TARGETS,
+    Row,
+    anchor_row,
+    measured_rows,
+    row_recipes,
+    row_seeds,
+)
+from refine_control.study.report import ReportData, command_line, write_report
+from refine_control.study.row_results import RowResult, read_pictures, read_row, save_pictures
+from refine_control.study.row_tables import cost_curves, findings, row_tables
+from refine_control.study.runs import collect, finished, make_sampler, row_mark, row_model, train_row
 from refine_control.study.signatures import prompt_signature
-from refine_control.study.tables import write_tables
-from refine_control.study.targets import FIGURE2, FIGURE3, TARGETS, held_against, measured_rows
+from refine_control.study.summary import rows_json, summarise_rows
+from refine_control.study.tables import Table, write_tables
 
 
 class Reproduced(NamedTuple):
-    """The tables as text, all numbers, and where they lie."""
+    """The tables as text, all numbers as tables.json holds them, and the folder."""
 
     text: str
-    summary: dict[str, Any]
+    summary: dict[str, object]
     folder: Path
+
+
+class _Request(NamedTuple):
+    """What one call asks `collect` for, beside the rows."""
+
+    comparison: Comparison
+    seeds: Sequence[int]
+    results: Path
+    """Finished rows of the budget."""
+    bar: Bar
+    workers: int
+
+    def collect(self, rows: Mapping[str, Row], measured: str = TABLES) -> dict[str, list[RowResult]]:
+        """The rows' results."""
+        measure = {"measure": run_alike} if measured == ALIKE else {}
+        folder = _results(self.results, measured)
+        return collect(
+            rows, self.comparison, self.seeds, folder, self.bar, workers=self.workers, measured=measured, **measure
+        )
 
 
 def plan(
@@ -57,19 +86,19 @@ def plan(
     rows: Sequence[str],
     results: Path,
     against: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What `reproduce` would do: for each row and seed, `finished` or `to do`. `results` are those of the budget."""
     done = {}
-    for measured in (TABLES, MARK):
+    for measured in (TABLES, ALIKE):
         folder = _results(results, measured)
         for key, row in measured_rows(measured, TARGETS[target], rows, against, comparison.scale).items():
-            for seed in seeds_of(row, seeds):
+            for seed in row_seeds(row, seeds):
                 path = folder / f"{key}-{seed}.json"
-                had = finished(path, row, comparison, seed, measured)
-                done[str(path.relative_to(results).with_suffix(""))] = "finished" if had else "to do"
+                result = finished(path, row, comparison, seed, measured)
+                done[str(path.relative_to(results).with_suffix(""))] = "finished" if result else "to do"
     for key, row in measured_rows(FIGURE3, TARGETS[target], rows, against, comparison.scale).items():
-        had = _pictures(comparison, key, row, seeds[0])
-        done[f"{FIGURE3}/{key}-{seeds[0]}"] = "to do" if had is None else "finished"
+        pictures = _pictures(comparison, key, row, seeds[0])
+        done[f"{FIGURE3}/{key}-{seeds[0]}"] = "to do" if pictures is None else "finished"
     return {"verb": "reproduce", "budget": comparison.budget.model_dump(mode="json"), "rows": done}
 
 
@@ -78,7 +107,7 @@ def _results(results: Path, measured: str) -> Path:
 
 
 def _absent(rows: Mapping[str, Row], comparison: Comparison, seeds: Sequence[int], folder: Path) -> dict[str, str]:
-    """By key: why a baseline's row can neither be read nor made."""
+    """By key: why a baseline's row can be neither read nor run."""
     out = {}
     for key, row in rows.items():
         if row.baseline and read_row(folder / f"{key}-{seeds[0]}.json", row_mark(row, comparison, seeds[0])) is None:
@@ -90,7 +119,7 @@ def _absent(rows: Mapping[str, Row], comparison: Comparison, seeds: Sequence[int
 
 
 def _pictures(comparison: Comparison, key: str, row: Row, seed: int) -> Images | None:
-    """The first pictures of a row, where they were painted in `out` by what it says today."""
+    """The first pictures of a row in `out`, if they have its present mark."""
     return read_pictures(comparison.out / f"{key}-{seed}", row_mark(row, comparison, seed))
 
 
@@ -104,15 +133,15 @@ def _paint(rows: Mapping[str, Row], comparison: Comparison, seed: int, bar: Bar)
     for key, row in missing.items():
         trained = train_row(key, row, comparison, seed, bar)
         backbone, controlnet = row_model(trained, comparison)
-        result = compare(backbone, {key: controlnet}, photos, sampler_of(comparison.budget, row), None, bar(key))
+        result = compare(backbone, {key: controlnet}, photos, make_sampler(comparison.budget, row), None, bar(key))
         mark = row_mark(row, comparison, seed)
         save_pictures(comparison.out / f"{key}-{seed}", result.images[key], mark)
 
 
 def _figure3(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
-    """The first test pictures beside what each row made of them, of the rows that ran in `out`."""
-    found = {key: _pictures(comparison, key, row, seed) for key, row in rows.items()}
-    painted = {key: images for key, images in found.items() if images is not None}
+    """The first test pictures beside the output of each row that ran in `out`; None if there are none."""
+    saved = {key: _pictures(comparison, key, row, seed) for key, row in rows.items()}
+    painted = {key: images for key, images in saved.items() if images is not None}
     if not painted or not (comparison.shards / TEST).is_dir():
         return None
     photos = comparison.test_photos()[: min(_SHOWN, *(len(v) for v in painted.values()))]
@@ -142,50 +171,52 @@ def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
 
 
 @dataclass
-class _Made:
-    """The parts of a report, as they come."""
+class _Contents:
+    """The parts of a report, in the order in which they are computed."""
 
-    summary: dict[str, Any]
+    summary: dict[str, object]
     tables: list[Table] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     grids: dict[str, PictureGrid] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
-    """What made each number: row, seed, the hash of everything it depends on, machine."""
+    """Row, seed, mark and machine of each number."""
 
     def draw(self, name: str, grid: PictureGrid | None) -> None:
-        """Keeps a grid where there is one."""
+        """Adds a grid if there is one."""
         self.grids |= {name: grid} if grid else {}
 
 
 def _bounds(comparison: Comparison) -> list[str]:
-    """Between what PSNR can lie on test pictures that are no scenes, once for each `out`."""
+    """Lower and upper bounds of PSNR on test photographs, computed once for each `out`."""
     if comparison.rendered or not (comparison.shards / TEST).is_dir():
         return []
     path, mark = comparison.out / "bounds.json", [*comparison.mark(), comparison.budget.test]
-    had = json.loads(path.read_text()) if path.is_file() else {}
-    if had.get("mark") != mark:
-        had = {"mark": mark, "bounds": psnr_bounds(comparison.backbone(), comparison.test_photos())}
-        write_json(path, had)
-    return [bounds_note(had["bounds"])]
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if stored.get("mark") != mark:
+        stored = {"mark": mark, "bounds": psnr_bounds(comparison.backbone(), comparison.test_photos())}
+        write_json(path, stored)
+    return [bounds_note(stored["bounds"])]
 
 
-def _make_tables(
-    made: _Made, title: str, rows: Mapping[str, Row], against: str, comparison: Comparison, how: Mapping[str, Any]
-) -> None:
-    absent = _absent(rows, comparison, how["seeds"], how["results"])
+def _add_tables(contents: _Contents, title: str, rows: Mapping[str, Row], against: str, request: _Request) -> None:
+    comparison, seeds = request.comparison, request.seeds
+    absent = _absent(rows, comparison, seeds, request.results)
     if against in absent:
         raise InvalidInputError(f"{absent[against]} Name another row with --against")
     rows = {key: row for key, row in rows.items() if key not in absent}
-    found = collect(rows, comparison, **how)
-    made.summary |= summarise(found, against)
-    made.tables += tables_of(made.summary, rows, comparison, title, _bounds(comparison))
-    made.marks += [f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts['machine']}" for key in found for r in found[key]]
-    made.absent += absent.values()
-    made.told += [*absent.values(), *findings(made.summary, rows, comparison.budget)]
-    made.curves += [*cost_curves(made.summary, rows), *_loss_curves(rows, against, comparison, how["seeds"])]
-    made.draw("figure3.png", _figure3(rows, comparison, how["seeds"][0]))
+    results = request.collect(rows)
+    summary = summarise_rows(results, against)
+    contents.summary |= rows_json(summary, against)
+    contents.tables += row_tables(summary, rows, against, comparison, title, _bounds(comparison))
+    contents.marks += [
+        f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts.machine}" for key in results for r in results[key]
+    ]
+    contents.absent += absent.values()
+    contents.sentences += [*absent.values(), *findings(summary, rows, against, comparison.budget)]
+    contents.curves += [*cost_curves(summary, rows), *_loss_curves(rows, against, comparison, seeds)]
+    contents.draw("figure3.png", _figure3(rows, comparison, seeds[0]))
 
 
 def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, seeds: Sequence[int]) -> list[Curve]:
@@ -205,22 +236,31 @@ def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, 
     return out
 
 
-def _make_figure2(made: _Made, rows: Mapping[str, Row], comparison: Comparison, how: Mapping[str, Any]) -> None:
-    found = collect(rows, comparison, measure=run_alike, measured=MARK, **how)
-    made.summary["figure2"] = summarise_alike(found)
-    made.tables.append(alike_table(made.summary["figure2"], rows, comparison.budget))
-    for key, row in made.summary["figure2"]["rows"].items():
-        made.told += prompt_signature(rows[key].title, row["global_minus_local"])
-    made.draw("figure2.png", alike_grid(rows, comparison, how["seeds"][0]))
+def _add_figure2(contents: _Contents, rows: Mapping[str, Row], request: _Request) -> None:
+    summary = summarise_alike(request.collect(rows, ALIKE))
+    contents.summary["figure2"] = {"rows": {key: row.as_json() for key, row in summary.items()}}
+    contents.tables.append(alike_table(summary, rows, request.comparison.budget))
+    for key, row in summary.items():
+        contents.sentences += prompt_signature(rows[key].title, row.global_minus_local)
+    contents.draw("figure2.png", alike_grid(rows, request.comparison, request.seeds[0]))
 
 
-def _make_alignment(made: _Made, rows: Mapping[str, Row], comparison: Comparison) -> None:
+def _add_alignment(contents: _Contents, rows: Mapping[str, Row], comparison: Comparison) -> None:
     aligned = _alignment(comparison, rows)
-    told = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist()}
-    told |= {"errors": aligned.errors, "outputs": aligned.outputs}
-    made.summary["alignment"] = told
-    made.tables.append(alignment_table(aligned))
-    made.curves += alignment_curves(aligned)
+    numbers = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist()}
+    contents.summary["alignment"] = numbers | {"errors": aligned.errors, "outputs": aligned.outputs}
+    contents.tables.append(alignment_table(aligned))
+    contents.curves += alignment_curves(aligned)
+
+
+def _command(target: str, request: _Request, rows: Sequence[str], against: str | None) -> str:
+    """The command line of this call."""
+    comparison, results = request.comparison, request.results
+    parts: list[tuple[str, object]] = [("scale", comparison.scale), ("budget", results.name)]
+    parts += [("seeds", len(request.seeds)), *(("row", row) for row in rows), ("against", against)]
+    parts += [("model", comparison.model), ("teacher", comparison.teacher), ("photos", comparison.photos)]
+    parts += [("data", comparison.data), ("weights", comparison.weights)]
+    return command_line(["reproduce", target], [*parts, ("out", comparison.out), ("results", results.parent)])
 
 
 def reproduce(
@@ -234,47 +274,43 @@ def reproduce(
     bar: Bar,
     workers: int = 1,
 ) -> Reproduced:
-    """Makes what is missing of a target's rows, then `tables.md`, `tables.tex`, `tables.json`, `report.html`.
+    """Runs the missing rows of a target, then writes `tables.md`, `tables.tex`, `tables.json` and `report.html`.
 
-    `target` is one of TARGETS; `seeds` are the budget's own by default; differences are to the row `against`, by
-    default the reference of the scale; finished rows are files under `results`. Raises InvalidInputError for a target
-    that photographs or the scale cannot have, and what the verbs raise."""
-    chosen, wanted, scale = seeds or comparison.budget.train_seeds, TARGETS[target], comparison.scale
-    if wanted.figure == FIGURE2 and not comparison.rendered:
+    `target` is one of TARGETS; `seeds` are the budget's by default; differences are to the row `against`, by default
+    the anchor row of target or scale; finished rows are files under `results`. Raises InvalidInputError for a target
+    that the data or the scale cannot have, and what the verbs raise."""
+    chosen, wished, scale = seeds or comparison.budget.train_seeds, TARGETS[target], comparison.scale
+    if wished.figure == FIGURE2 and not comparison.rendered:
         raise InvalidInputError(
             "Figure 2 needs the oracle, which reads rendered scenes alone; name a table or ablation"
         )
-    made = _Made({"budget": comparison.budget.model_dump(mode="json")})
-    how: dict[str, Any] = {"seeds": chosen, "bar": bar, "workers": workers}
-    reference = held_against(wanted, rows, against, scale)
+    contents = _Contents({"budget": comparison.budget.model_dump(mode="json")})
+    request = _Request(comparison, chosen, results, bar, workers)
     with only_writer(comparison.out):
-        if table_rows := measured_rows(TABLES, wanted, rows, against, scale):
-            found_in = how | {"results": _results(results, TABLES)}
-            _make_tables(made, wanted.title, table_rows, reference, comparison, found_in)
-        if alike_rows := measured_rows(MARK, wanted, rows, against, scale):
-            _make_figure2(made, alike_rows, comparison, how | {"results": _results(results, MARK)})
-        if shown := measured_rows(FIGURE3, wanted, rows, against, scale):
+        if table_rows := measured_rows(TABLES, wished, rows, against, scale):
+            anchor = anchor_row(wished, rows, against, scale)
+            _add_tables(contents, wished.title, table_rows, anchor, request)
+        if alike_rows := measured_rows(ALIKE, wished, rows, against, scale):
+            _add_figure2(contents, alike_rows, request)
+        if shown := measured_rows(FIGURE3, wished, rows, against, scale):
             _paint(shown, comparison, chosen[0], bar)
-            made.draw("figure3.png", _figure3(shown, comparison, chosen[0]))
-        if "layers" in wanted.studies:
-            _make_alignment(made, table_rows, comparison)
-        command = f"refine-control reproduce {target} --scale {scale} --budget {results.name} --seeds {len(chosen)}"
-        command += "".join(f" --row {row}" for row in rows) + (f" --against {against}" if against else "")
-        parts = {"model": comparison.model, "teacher": comparison.teacher, "photos": comparison.photos}
-        parts |= {"data": comparison.data, "weights": comparison.weights}
-        command += "".join(f" --{name} {value}" for name, value in parts.items() if value)
-        command += f" --out {comparison.out} --results {results.parent}"
-        facts = {"budget": results.name, "results": str(results), "command": command}
-        return _write(made, f"{wanted.title} on {comparison.world}", comparison.out, facts)
+            contents.draw("figure3.png", _figure3(shown, comparison, chosen[0]))
+        if "layers" in wished.studies:
+            _add_alignment(contents, table_rows, comparison)
+        facts = {"budget": results.name, "results": str(results)}
+        facts["command"] = _command(target, request, rows, against)
+        return _write(contents, f"{wished.title} on {comparison.world}", comparison.out, facts)
 
 
-def _write(made: _Made, title: str, out: Path, facts: Mapping[str, str]) -> Reproduced:
-    pictures = [f"{name}: {out / name}" for name in made.grids] if not made.tables else []
-    text = write_tables(out, made.tables, [*made.absent, *pictures])
-    write_json(out / "tables.json", made.summary)
-    for name, grid in made.grids.items():
+def _write(contents: _Contents, title: str, out: Path, facts: Mapping[str, str]) -> Reproduced:
+    pictures = [f"{name}: {out / name}" for name in contents.grids] if not contents.tables else []
+    text = write_tables(out, contents.tables, [*contents.absent, *pictures])
+    write_json(out / "tables.json", contents.summary)
+    for name, grid in contents.grids.items():
         write_atomic(out / name, picture_grid(grid))
-    signed = [f"refine-control {__version__}", *made.marks]
-    data = ReportData(title, made.told, facts, made.tables, list(made.grids.values()), made.curves, signed)
-    write_report(out / "report.html", data)
-    return Reproduced(text, made.summary, out)
+    signed = [f"refine-control {__version__}", *contents.marks]
+    grids, curves = list(contents.grids.values()), contents.curves
+    write_report(
+        out / "report.html", ReportData(title, contents.sentences, facts, contents.tables, grids, curves, signed)
+    )
+    return Reproduced(text, contents.summary, out)

@@ -1,209 +1,217 @@
-"""The tables of several rows and seeds: means, differences to ours and the share of the gap, with their intervals."""
-
-# S seeds, N test scenes
+"""The tables of a summary: quality, differences, shares of the gap, spread between seeds, cost and baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from refine_control.metrics.distances import set_difference, set_interval
+from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.image_pairs import CONVENTIONS
-from refine_control.metrics.statistics import BOOTSTRAP_SEED, gap_closed, paired_difference, two_level
-from refine_control.study.comparison import Budget, Row, row_recipes
+from refine_control.metrics.statistics import Interval
+from refine_control.study.compare import OBEYED
 from refine_control.study.curves import Curve
-from refine_control.study.feature_metrics import NETWORK_METRICS, SET_METRICS, metric_notes, not_computed
+from refine_control.study.feature_metrics import NETWORK_METRICS, metric_notes, not_computed
 from refine_control.study.materials import Comparison
-from refine_control.study.report import Table
-from refine_control.study.row_results import RowResult
-from refine_control.study.rows import sampler_of
+from refine_control.study.plan import TEACHER, Budget, Row, row_recipes
+from refine_control.study.row_results import RowFacts
+from refine_control.study.runs import make_sampler
 from refine_control.study.signatures import advised_once, signatures, stage_signature
-from refine_control.study.tables import HEADINGS, PAPER, PAPER_NOTE, BaselineWay, baseline_table, cell, digits
+from refine_control.study.summary import GAP_METRICS, Intervals, Summary
+from refine_control.study.tables import Table
 
+HEADINGS = {
+    "psnr": "PSNR dB",
+    "psnr_region": "PSNR region dB",
+    "psnr_kept": "PSNR kept dB",
+    "psnr_composited": "PSNR composited dB",
+    "ssim": "SSIM",
+    "ssim_region": "SSIM region",
+    "ssim_composited": "SSIM composited",
+    "colour": "colour obeyed %",
+    "shape": "shape obeyed %",
+    "both": "both obeyed %",
+    "interference": "another object's %",
+    "clip_local": "CLIP local",
+    "clip_global": "CLIP global",
+    "clip_other": "CLIP other (less)",
+    "lpips": "LPIPS (less)",
+    "lpips_kept": "LPIPS kept (less)",
+    "fid": "FID (less)",
+    "kid": "KID x 1000 (less)",
+    "cmmd": "CMMD (less)",
+    "scene_perceptual": "scene perceptual (less)",
+    "scene_frechet": "scene Fréchet (less)",
+    "scene_mmd": "scene MMD (less)",
+}
+"""Every metric a table can show, in the order of `evaluate`'s columns; `(less)`: less is better."""
+PAPER = {"psnr": "PSNR", "ssim": "SSIM", "fid": "FID", "lpips": "LPIPS", "cmmd": "CMMD"}
+"""The metrics of the paper's tables, as it calls them."""
+PAPER_NOTE = "The paper's numbers are of its own test photographs and stand beside ours, not against them."
+NO_DIFFERENCE = "An interval with zero inside is no evidence of a difference."
+NOT_BOUNDED = "not bounded"
+NOT_BOUNDED_WHY = (
+    "Not bounded: the teacher is not statistically distinguishable from {} (the 95 % interval of their difference "
+    "contains 0), so any share fits the data."
+)
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step", "s a picture")
-TEACHER, BASELINE = "teacher", "fc"
-_GAP = ("psnr_region", "both")
-_OBEYED = ("colour", "shape", "both", "clip_local", "clip_global", "clip_other")
-_SHOWN = ("psnr_region", "psnr", "psnr_kept", "ssim", "lpips", "lpips_kept", *_OBEYED, "scene_perceptual")
 
 
-def _stacked(results: Sequence[RowResult], metric: str) -> np.ndarray:
-    """(S, N) of one row; (N,) of a row without seeds."""
-    values = np.stack([r.scores[metric] for r in results])
-    return values[0] if len(values) == 1 else values
+def cell(interval: Interval, metric: str) -> str:
+    """`19.25 [19.10, 19.41]` with the decimal places of the metric."""
+    return format(interval, f".{digits(metric)}f")
 
 
-def _common_seeds(
-    left: Sequence[RowResult], right: Sequence[RowResult]
-) -> tuple[Sequence[RowResult], Sequence[RowResult]]:
-    """The results of both for the training seeds that both have; one that was never trained stands beside them all."""
-    if not (left[0].facts.get("steps") and right[0].facts.get("steps")):
-        return left, right
-    seeds = {r.seed for r in left} & {r.seed for r in right}
-    return [r for r in left if r.seed in seeds], [r for r in right if r.seed in seeds]
+def digits(metric: str) -> int:
+    """Decimal places that a metric is shown with."""
+    percent = metric in (*OBEYED, "interference")
+    return 4 if metric.startswith(("ssim", "lpips", "scene_perceptual")) else 1 if percent else 2
 
 
-def summarise(found: Mapping[str, Sequence[RowResult]], against: str) -> dict[str, Any]:
-    """Means, differences to the row `against`, and the share of the gap between fc and the teacher that ours closes."""
-    made = [r for results in found.values() for r in results]
-    metrics = [m for m in _SHOWN if all(m in r.scores for r in made)]
-    of_sets = [m for m in SET_METRICS if all(m in r.sets for r in made)]
-    values = {key: {m: _stacked(results, m) for m in metrics} for key, results in found.items()}
-    sets = {key: {m: [r.sets[m] for r in results] for m in of_sets} for key, results in found.items()}
-    out: dict[str, Any] = {"metrics": [*metrics, *of_sets], "against": against, "rows": {}, "gap_closed": {}}
-    for key, results in found.items():
-        row: dict[str, Any] = {
-            "seeds": [r.seed for r in results],
-            "samples": max((len(v) for v in results[0].scores.values()), default=0),
-            "facts": [r.facts for r in results],
-            "mean": {m: two_level(np.atleast_2d(values[key][m]), BOOTSTRAP_SEED).as_json() for m in metrics}
-            | {m: set_interval(sets[key][m], BOOTSTRAP_SEED).as_json() for m in of_sets},
-        }
-        if len(results) > 1:
-            row["spread"] = {m: float(values[key][m].mean(1).std(ddof=1)) for m in metrics}
-        if key != against and against in found:
-            own, ours = _common_seeds(results, found[against])
-            row["minus"] = {
-                m: paired_difference(_stacked(own, m), _stacked(ours, m), BOOTSTRAP_SEED).as_json() for m in metrics
-            } | {
-                m: set_difference([r.sets[m] for r in own], [r.sets[m] for r in ours], BOOTSTRAP_SEED).as_json()
-                for m in of_sets
-            }
-        if TEACHER in found and results[0].facts.get("steps"):
-            row["teacher_minus"] = {
-                m: paired_difference(values[TEACHER][m], values[key][m], BOOTSTRAP_SEED).as_json() for m in metrics
-            }
-        out["rows"][key] = row
-    if {TEACHER, BASELINE} <= set(found):
-        for key in found:
-            if key != BASELINE and found[key][0].facts.get("steps"):
-                out["gap_closed"][key] = _gap_closed(found, key, metrics)
-    return out
+def share_cell(share: Interval | None) -> str:
+    """A share of the gap in per cent; `not bounded` without ends, empty without a gap."""
+    if share is None:
+        return ""
+    return format(share.scaled(100), ".0f") if share.bounded else NOT_BOUNDED
 
 
-def _gap_closed(found: Mapping[str, Sequence[RowResult]], key: str, metrics: Sequence[str]) -> dict[str, Any]:
-    """By metric of _GAP: the share of the way from Student_fc to the teacher that a row goes."""
-    out = {}
-    for m in _GAP:
-        baseline, own = _common_seeds(found[BASELINE], found[key])
-        if m in metrics and own:
-            parts = [_stacked(results, m) for results in (found[TEACHER], baseline, own)]
-            if np.mean(parts[0]) > np.mean(parts[1]):  # else there is no gap to close
-                out[m] = gap_closed(*parts, seed=BOOTSTRAP_SEED).as_json()
-    return out
+def _cells(intervals: Intervals, metrics: Iterable[str]) -> list[str]:
+    return [cell(intervals[m], m) for m in metrics]
 
 
-def quality(summary: Mapping[str, Any], rows: Mapping[str, Row], title: str, notes: Sequence[str]) -> Table:
-    """A row for each model, a column for each metric, and the paper's numbers beside ours."""
-    metrics = summary["metrics"]
-    papers = {key: rows[key].paper or {} for key in summary["rows"]}
-    told = [m for m in PAPER if any(m in paper for paper in papers.values())]
+# Tables of any models, by name.
+
+
+def quality_table(summary: Summary, notes: Sequence[str] = ()) -> Table:
+    """A row for each model, a column for each metric; `notes` follow the table's own."""
+    rows = [[name, *_cells(model.mean, summary.metrics)] for name, model in summary.models.items()]
+    samples = next(iter(summary.models.values())).samples
+    about = f"Mean and 95 % bootstrap interval over {samples} pictures. {CONVENTIONS}"
+    return Table("Quality", ["model", *(HEADINGS[m] for m in summary.metrics)], rows, [about, *notes])
+
+
+def difference_table(summary: Summary) -> Table:
+    """A row for each pair of models."""
+    rows = [[" - ".join(pair), *_cells(minus, summary.metrics)] for pair, minus in summary.differences.items()]
+    columns = ["pair", *(HEADINGS[m] for m in summary.metrics)]
+    return Table("Paired differences", columns, rows, [f"On the same pictures and noise. {NO_DIFFERENCE}"])
+
+
+def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:
+    """A row for each model."""
+    rows = [
+        [
+            name,
+            str(c.num_layers),
+            f"{c.num_params:,}",
+            f"{c.gflops_controlnet:.3f}",
+            f"{c.gflops_step:.3f}",
+            f"{1000 * c.step_seconds:.1f}",
+            f"{1000 * seconds[name]:.0f}" if name in seconds else "",
+            f"{c.peak_memory / 2**20:.0f}" if c.peak_memory else "",
+        ]
+        for name, c in costs.items()
+    ]
+    columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
+    columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
+    notes = [
+        "1 multiply-add = 2 FLOP, one picture, no guidance, in the arithmetic that pictures are sampled in. Steps are "
+        "timed alternately in one run (medians), those of other baselines alone; peak memory is of a fresh process "
+        "that samples with this model."
+    ]
+    return Table("Cost", columns, rows, notes)
+
+
+class BaselineWay(NamedTuple):
+    """How a baseline was sampled, in words, the parameters of its denoiser, and the paper's numbers of it."""
+
+    facts: Mapping[str, str]
+    denoiser_params: int
+    paper: Mapping[str, float] = {}
+
+
+def baseline_table(ways: Mapping[str, BaselineWay]) -> Table:
+    """A row for each baseline."""
+    published = [m for m in PAPER if any(m in way.paper for way in ways.values())]
+    lines = [
+        [
+            name,
+            *(way.facts[fact] for fact in ("model", "resolution", "sampler", "license")),
+            f"{way.denoiser_params:,}",
+            *(f"{way.paper[m]:g}" if m in way.paper else "" for m in published),
+        ]
+        for name, way in ways.items()
+    ]
+    columns = ["baseline", "model", "resolution", "sampler", "license", "denoiser parameters"]
+    notes = ["The same test samples, masks and prompts as the other rows; each model is sampled in its own way."]
+    notes += [PAPER_NOTE] if published else []
+    return Table("Baselines", [*columns, *(f"paper's {PAPER[m]}" for m in published)], lines, notes)
+
+
+# Tables of the rows of a study, by title.
+
+
+def _row_quality(summary: Summary, rows: Mapping[str, Row], title: str, notes: Sequence[str]) -> Table:
+    """A row for each row of the study with its cost, a column for each metric, and the paper's numbers beside ours."""
+    papers = {key: rows[key].paper or {} for key in summary.models}
+    published = [m for m in PAPER if any(m in paper for paper in papers.values())]
     lines = []
-    for key, row in summary["rows"].items():
-        beside = [f"{papers[key][m]:g}" if m in papers[key] else "" for m in told]
-        cells = [cell(row["mean"][m], digits(m)) for m in metrics]
-        lines.append([rows[key].title, str(len(row["seeds"])), *_cost_cells(row["facts"][0]), *cells, *beside])
-    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in metrics)]
-    return Table(title, [*columns, *(f"paper's {PAPER[m]}" for m in told)], lines, notes)
+    for key, model in summary.models.items():
+        beside = [f"{papers[key][m]:g}" if m in papers[key] else "" for m in published]
+        cost, quality = _cost_cells(model.results[0].facts), _cells(model.mean, summary.metrics)
+        lines.append([rows[key].title, str(len(model.seeds)), *cost, *quality, *beside])
+    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in summary.metrics)]
+    return Table(title, [*columns, *(f"paper's {PAPER[m]}" for m in published)], lines, notes)
 
 
-def _cost_cells(facts: Mapping[str, Any]) -> list[str]:
-    told = [(facts.get("num_layers"), "d"), (facts.get("num_params"), ",d"), (facts.get("gflops_step"), ".3f")]
-    told += [(facts.get("seconds_per_image"), ".3f")]
-    return ["" if value is None else format(value, spec) for value, spec in told]
+def _cost_cells(facts: RowFacts) -> list[str]:
+    values = [(facts.num_layers, "d"), (facts.num_params, ",d"), (facts.gflops_step, ".3f")]
+    values += [(facts.seconds_per_image, ".3f")]
+    return ["" if value is None else format(value, spec) for value, spec in values]
 
 
-def differences(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
-    """Each row minus the one that all are held against, paired by scene and seed."""
-    metrics = summary["metrics"]
-    lines = [
-        [rows[key].title, *(cell(row["minus"][m], digits(m)) for m in metrics)]
-        for key, row in summary["rows"].items()
-        if "minus" in row
-    ]
-    note = "Paired by scene and seed. An interval with zero inside is no evidence of a difference."
-    title = f"Row minus {rows[summary['against']].title}"
-    return Table(title, ["row", *(HEADINGS[m] for m in metrics)], lines, [note])
+def _row_differences(summary: Summary, rows: Mapping[str, Row], against: str) -> Table:
+    """Each row minus the anchor row, paired by sample and seed."""
+    pairs = {key: summary.minus(key, against) for key in summary.models}
+    lines = [[rows[key].title, *_cells(minus, summary.metrics)] for key, minus in pairs.items() if minus]
+    columns, note = ["row", *(HEADINGS[m] for m in summary.metrics)], f"Paired by scene and seed. {NO_DIFFERENCE}"
+    return Table(f"Row minus {rows[against].title}", columns, lines, [note])
 
 
-def cost_curves(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Curve]:
-    """Quality against cost: ours and the same with other counts of layers, and the teacher."""
-    chosen = [key for key, row in rows.items() if "layers" in row.studies]
-    if len(chosen) < 3:
-        return []
-    by_cost = sorted(chosen, key=lambda key: summary["rows"][key]["facts"][0]["gflops_step"])
-    out = []
-    for metric in ("psnr_region", "both"):
-        if metric not in summary["metrics"]:
-            continue
-        lines = {}
-        for name, keys in (("students", by_cost), ("teacher", [TEACHER])):
-            found = [summary["rows"][key] for key in keys]
-            lines[name] = ([r["facts"][0]["gflops_step"] for r in found], [r["mean"][metric]["mean"] for r in found])
-        out.append(Curve(f"{HEADINGS[metric]} against cost", lines, x_label="GFLOP of a denoising step"))
-    return out
-
-
-def gap_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
-    """Each trained row: how much of the way from Student_fc to the teacher it goes."""
-    shown = [m for m in _GAP if m in summary["metrics"]]
-    lines = [
-        [rows[key].title, *(_share_cell(shares.get(m)) for m in shown)] for key, shares in summary["gap_closed"].items()
-    ]
+def gap_table(summary: Summary, rows: Mapping[str, Row]) -> Table:
+    """A row for each trained row: the share of the gap between Student_fc and the teacher that it closes."""
+    shown = [m for m in GAP_METRICS if m in summary.metrics]
+    lines = [[rows[key].title, *(share_cell(s.get(m)) for m in shown)] for key, s in summary.gap_closed.items()]
     notes = [
         "0 is Student_fc, 100 the teacher; 95 % bootstrap interval of the ratio, paired by scene and seed. The paper's "
-        "student closes 76.5 % in PSNR. No number: the teacher is not told from Student_fc."
+        "student closes 76.5 % in PSNR."
     ]
+    cells = {text for line in lines for text in line}
+    notes += [NOT_BOUNDED_WHY.format("Student_fc")] if NOT_BOUNDED in cells else []
+    notes += ["No number: the teacher's mean is not above Student_fc's."] if "" in cells else []
     return Table("Share of the gap closed, %", ["row", *(HEADINGS[m] for m in shown)], lines, notes)
 
 
-def spread_table(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> Table:
+def _spread_table(summary: Summary, rows: Mapping[str, Row]) -> Table:
     """How far apart the seeds of a row are: the stability of its training."""
+    several = {key: model for key, model in summary.models.items() if model.spread}
     lines = [
-        [rows[key].title, str(len(row["seeds"])), *(f"{row['spread'][m]:.{digits(m)}f}" for m in row["spread"])]
-        for key, row in summary["rows"].items()
-        if "spread" in row
+        [rows[key].title, str(len(model.seeds)), *(f"{value:.{digits(m)}f}" for m, value in model.spread.items())]
+        for key, model in several.items()
     ]
-    metrics = next(row["spread"] for row in summary["rows"].values() if "spread" in row)
+    metrics = next(iter(several.values())).spread
     note = "Standard deviation of the seeds' means: training alone, the test samples being the same."
     return Table("Spread between training seeds", ["row", "seeds", *(HEADINGS[m] for m in metrics)], lines, [note])
 
 
-def _share_cell(share: Mapping[str, float] | None) -> str:
-    if share is None or share["low"] is None:
-        return ""
-    return cell({name: 100 * share[name] for name in ("mean", "low", "high")}, 0)
-
-
-def findings(summary: Mapping[str, Any], rows: Mapping[str, Row], budget: Budget) -> list[str]:
-    """The failure signatures of every trained row, and of the second stage of ours."""
-    found = summary["rows"]
-    recipes = {key: list(row_recipes(rows[key], budget, 0).values()) for key in found}
-    out = []
-    if TEACHER in found:
-        for key, row in found.items():
-            if "teacher_minus" in row and recipes[key]:
-                out += signatures(rows[key].title, row["teacher_minus"], recipes[key])
-    against = summary["against"]
-    staged = "sl" in found and rows[against].reference
-    return advised_once(out) + (stage_signature(found["sl"]["minus"], recipes[against]) if staged else [])
-
-
-def _baselines(summary: Mapping[str, Any], rows: Mapping[str, Row]) -> list[Table]:
-    found = {rows[key].title: row["facts"][0] for key, row in summary["rows"].items()}
-    ways = {
-        title: BaselineWay(facts["baseline"], facts["denoiser_params"])
-        for title, facts in found.items()
-        if "baseline" in facts
-    }
+def _baselines(summary: Summary, rows: Mapping[str, Row]) -> list[Table]:
+    facts = {rows[key].title: model.results[0].facts for key, model in summary.models.items()}
+    ways = {title: BaselineWay(f.baseline, f.denoiser_params or 0) for title, f in facts.items() if f.baseline}
     return [baseline_table(ways)] if ways else []
 
 
-def _not_computed(summary: Mapping[str, Any], comparison: Comparison) -> list[str]:
+def _not_computed(summary: Summary, comparison: Comparison) -> list[str]:
     """For each metric of a published network that the table lacks: which file it needs, or which rows."""
-    lacking = [m for m in NETWORK_METRICS if m not in summary["metrics"]]
+    lacking = [m for m in NETWORK_METRICS if m not in summary.metrics]
     absent = not_computed(comparison.weights)
     return [
         absent.get(m)
@@ -213,13 +221,37 @@ def _not_computed(summary: Mapping[str, Any], comparison: Comparison) -> list[st
     ]
 
 
-def tables_of(
-    summary: dict[str, Any], rows: Mapping[str, Row], comparison: Comparison, names: str, notes: Sequence[str] = ()
+def numerics_note(summary: Summary, rows: Mapping[str, Row]) -> list[str]:
+    """A sentence if trained rows of the summary were made with different versions of the arithmetic."""
+    by_version: dict[int | None, list[str]] = {}
+    for key, model in summary.models.items():
+        for result in model.results if model.trained else ():
+            titles = by_version.setdefault(result.numerics, [])
+            titles += [rows[key].title] if rows[key].title not in titles else []
+    if len(by_version) < 2:
+        return []
+    named = [
+        f"{'unknown' if version is None else version} ({', '.join(titles)})"
+        for version, titles in sorted(by_version.items(), key=lambda each: each[0] or 0)
+    ]
+    return [
+        f"Numerics versions differ between rows: {'; '.join(named)}. Version 1 starts fp32 master weights from rounded "
+        "weights, version 2 from exact ones (docs/results.md says what that changes)."
+    ]
+
+
+def row_tables(
+    summary: Summary,
+    rows: Mapping[str, Row],
+    against: str,
+    comparison: Comparison,
+    title: str,
+    notes: Sequence[str] = (),
 ) -> list[Table]:
-    """Quality, differences, shares of the gap and the spread between seeds, with how they were measured.
+    """Quality, differences to the row `against`, baselines, shares of the gap and spread, with how they were measured.
 
     `notes` are further sentences under the first."""
-    budget, sampler = comparison.budget, sampler_of(comparison.budget)
+    budget, sampler = comparison.budget, make_sampler(comparison.budget)
     labeled, unlabeled, test = (count or "all" for count in (budget.labeled, budget.unlabeled, budget.test))
     note = (
         f"{test} test samples; {budget.steps} steps of {budget.batch_size} samples for every student; "
@@ -228,9 +260,38 @@ def tables_of(
         f"(seeds, then scenes). {CONVENTIONS} Seconds a picture are of the whole evaluation, whatever else the machine "
         f"did. {PAPER_NOTE}"
     )
-    told = metric_notes(summary["metrics"], next(iter(summary["rows"].values()))["samples"])
-    told += [*notes, *_not_computed(summary, comparison)]
-    out = [quality(summary, rows, f"{names}, {comparison.world}", [note, *told]), differences(summary, rows)]
+    about = [note, *metric_notes(summary.metrics, next(iter(summary.models.values())).samples)]
+    about += [*notes, *_not_computed(summary, comparison), *numerics_note(summary, rows)]
+    out = [_row_quality(summary, rows, f"{title}, {comparison.world}", about), _row_differences(summary, rows, against)]
     out += _baselines(summary, rows)
-    out += [gap_table(summary, rows)] if summary["gap_closed"] else []
-    return out + ([spread_table(summary, rows)] if any("spread" in row for row in summary["rows"].values()) else [])
+    out += [gap_table(summary, rows)] if summary.gap_closed else []
+    return out + ([_spread_table(summary, rows)] if any(model.spread for model in summary.models.values()) else [])
+
+
+def cost_curves(summary: Summary, rows: Mapping[str, Row]) -> list[Curve]:
+    """Quality against cost: the students of the study of layers, and the teacher."""
+    chosen = [key for key, row in rows.items() if "layers" in row.studies]
+    if len(chosen) < 3:
+        return []
+    cost = {key: model.results[0].facts.gflops_step or 0.0 for key, model in summary.models.items()}
+    by_cost = sorted(chosen, key=lambda key: cost[key])
+    out = []
+    for metric in GAP_METRICS:
+        if metric in summary.metrics:
+            lines = {
+                name: ([cost[key] for key in keys], [summary.models[key].mean[metric].mean for key in keys])
+                for name, keys in (("students", by_cost), ("teacher", [TEACHER]))
+            }
+            out.append(Curve(f"{HEADINGS[metric]} against cost", lines, x_label="GFLOP of a denoising step"))
+    return out
+
+
+def findings(summary: Summary, rows: Mapping[str, Row], against: str, budget: Budget) -> list[str]:
+    """The failure signatures of every trained row, and of the second stage of the scale's anchor row."""
+    recipes = {key: list(row_recipes(rows[key], budget, 0).values()) for key in summary.models}
+    out = []
+    for key in summary.models:
+        if (minus := summary.minus(TEACHER, key)) and recipes[key]:
+            out += signatures(rows[key].title, minus, recipes[key])
+    staged = summary.minus("sl", against) if rows[against].reference else None
+    return advised_once(out) + (stage_signature(staged, recipes[against]) if staged else [])

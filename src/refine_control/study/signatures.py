@@ -1,24 +1,24 @@
-"""What went wrong, read off the numbers: the failures that distilled ControlNets show, and what to try against each.
+"""Known failures of distilled ControlNets, detected in the numbers, with what to try against each.
 
-A signature is only told where its interval excludes zero. The thresholds are of the size at which people see a
-difference; they are declared here and nowhere else. What the recipes of a student do already is not advised.
+A failure is reported only if the 95 % interval of its difference excludes zero. The thresholds are about the size of a
+visible difference and are declared here alone. Settings that a student's recipes already have are not suggested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from refine_control.config import Recipe
+from refine_control.metrics.statistics import Interval
 
 SEEN_DB = 1.0
 """PSNR."""
 SEEN_SSIM = 0.03
 SEEN_POINTS = 10.0
-"""Per cent of obedience or interference."""
+"""Percentage points of obedience or interference."""
 
-Difference = Mapping[str, Mapping[str, Any]]
-"""By metric: mean, low, high, excludes_zero."""
+Difference = Mapping[str, Interval]
+"""By metric."""
 
 
 OUTPUT = "the teacher's output beside the task (weights.output above 0), or "
@@ -26,16 +26,16 @@ INIT, X0, NORMALISED = "init: teacher", "x0_source: teacher in stage 2", "featur
 
 
 def _untried(recipes: Sequence[Recipe]) -> list[str]:
-    """The choices that are worth most (docs/results.md) and that some stage does not make; all of them of no recipe."""
+    """The most effective settings (docs/results.md) that some stage does not have; all of them without recipes."""
     if not recipes:
         return [INIT, X0, NORMALISED]
     taught = [r for r in recipes if r.objective.kind != "from_scratch"]
-    made = {
+    used = {
         INIT: all(r.student.init == "teacher" for r in recipes),
         X0: all(r.objective.x0_source == "teacher" for r in recipes if _noises_answers(r)),
         NORMALISED: all(r.objective.feature_normalisation == "layer" for r in taught),
     }
-    return [choice for choice, done in made.items() if not done]
+    return [choice for choice, done in used.items() if not done]
 
 
 def _noises_answers(recipe: Recipe) -> bool:
@@ -43,25 +43,27 @@ def _noises_answers(recipe: Recipe) -> bool:
 
 
 def signatures(name: str, teacher_minus_student: Difference, recipes: Sequence[Recipe] = ()) -> list[str]:
-    """What a student lacks beside its teacher, by metric; one sentence for each failure that is told from zero.
+    """A sentence for each failure of a student, from the difference teacher - student.
 
-    `recipes` are those of its stages, where they are known."""
+    `recipes` are those of its stages, if they are known."""
     untried = _untried(recipes)
-    heard = bool(recipes) and all(r.objective.kind != "from_scratch" and r.objective.weights.output for r in recipes)
-    lacks = {m: v["mean"] for m, v in teacher_minus_student.items() if v["excludes_zero"] and v["mean"] > 0}
+    with_output = bool(recipes) and all(
+        r.objective.kind != "from_scratch" and r.objective.weights.output for r in recipes
+    )
+    lacks = {m: v.mean for m, v in teacher_minus_student.items() if v.excludes_zero and v.mean > 0}
     region, whole = lacks.get("psnr_region", 0.0), lacks.get("psnr", 0.0)
     disobeys = lacks.get("both", 0.0) > SEEN_POINTS
     out = []
     if whole > region + SEEN_DB:
         out.append(
-            f"{name} is {whole:.1f} dB behind the teacher on the whole picture and {region:.1f} dB in the region: what "
-            "ought to be kept changes. The mask weight gives the rest of the picture next to nothing; try "
-            f"{'' if heard else OUTPUT}a smaller alpha."
+            f"{name} is {whole:.1f} dB behind the teacher on the whole picture and {region:.1f} dB in the region: the "
+            "part to keep changes. The mask weight gives that part almost no weight; try "
+            f"{'' if with_output else OUTPUT}a smaller alpha."
         )
     elif region > whole + SEEN_DB:
         out.append(
             f"{name} is {region:.1f} dB behind the teacher in the region and {whole:.1f} dB on the whole picture: the "
-            "mask is hardly heeded. Try a larger alpha, a larger weights.task, or weights.output_alpha."
+            "masked region is hardly controlled. Try a larger alpha, a larger weights.task, or weights.output_alpha."
         )
     if disobeys:
         out.append(
@@ -69,14 +71,14 @@ def signatures(name: str, teacher_minus_student: Difference, recipes: Sequence[R
         )
     if lacks.get("ssim", 0.0) > SEEN_SSIM and not disobeys:
         out.append(
-            f"{name} obeys and yet is {lacks['ssim']:.3f} of SSIM behind the teacher: blurry or incoherent. The "
+            f"{name} obeys but is {lacks['ssim']:.3f} of SSIM behind the teacher: blurry or incoherent. The "
             f"features are not aligned; try {' or '.join(['more steps', *({NORMALISED} & {*untried})])}."
         )
     return out
 
 
 def advised_once(sentences: Iterable[str]) -> list[str]:
-    """Failures with the same advice as one paragraph: what each model lacks, then the advice."""
+    """Merges failures with the same advice into one paragraph: the failure of each model, then the advice."""
     lacking: dict[str, list[str]] = {}
     for sentence in sentences:
         failure, _, advice = sentence.partition(". ")
@@ -85,27 +87,27 @@ def advised_once(sentences: Iterable[str]) -> list[str]:
 
 
 def stage_signature(one_stage_minus_ours: Difference, recipes: Sequence[Recipe] = ()) -> list[str]:
-    """Ours, made by `recipes`, against the same steps of stage 1 alone (the row sl): did stage 2 make it worse?"""
+    """A sentence if stage 1 alone (the row sl) is better than both stages, made by `recipes`, for the same steps."""
     worse = {
-        m: v["mean"]
+        m: v.mean
         for m, v in one_stage_minus_ours.items()
-        if m in ("psnr_region", "both") and v["excludes_zero"] and v["mean"] > 0
+        if m in ("psnr_region", "both") and v.excludes_zero and v.mean > 0
     }
     if not worse:
         return []
-    told = " and ".join(f"{value:.1f} {'dB' if m == 'psnr_region' else 'points'}" for m, value in worse.items())
+    amounts = " and ".join(f"{value:.1f} {'dB' if m == 'psnr_region' else 'points'}" for m, value in worse.items())
     return [
-        f"Stage 1 alone, for the same steps, is better than both stages by {told}: stage 2 takes from the student. Try "
+        f"Stage 1 alone, for the same steps, is better than both stages by {amounts}: stage 2 harms the student. Try "
         f"{' and '.join(['a longer stage 1', *({X0} & {*_untried(recipes)})])}."
     ]
 
 
 def prompt_signature(name: str, global_minus_local: Difference) -> list[str]:
-    """Figure 2 of one model: does a prompt of the whole picture fill the hole with another object?"""
+    """A sentence if global prompts make a model fill the hole with another object (Figure 2)."""
     confused = global_minus_local["interference"]
-    if not confused["excludes_zero"] or confused["mean"] <= SEEN_POINTS:
+    if not confused.excludes_zero or confused.mean <= SEEN_POINTS:
         return []
     return [
-        f"By global prompts {name} paints another object of the picture {confused['mean']:.0f} points more often than "
-        "by local ones: prompt it, and train it, with what belongs in the hole."
+        f"With global prompts {name} paints another object of the picture {confused.mean:.0f} points more often than "
+        "with local ones: prompt it, and train it, with the content of the masked region."
     ]

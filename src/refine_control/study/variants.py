@@ -1,4 +1,4 @@
-"""Shards of one role made again with fewer samples, other prompts or blurred pictures: what ablations learn from.
+"""Shards of one role with fewer samples, other prompts or blurred pictures: the training data of ablations.
 
 The prompts are those of `annotation.reword`: given, template (`a circle`, from a scene's shape or a category),
 shuffled between photographs, or global.

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,6 @@ from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.compare import Result, score
 from refine_control.study.feature_metrics import FeatureNetworks, see, set_scores
-from refine_control.study.row_results import RowResult, save_pictures
 
 
 class BaselineRow(NamedTuple):
@@ -29,9 +26,9 @@ class BaselineRow(NamedTuple):
 
     cost: BaselineCost
     facts: dict[str, str]
-    """How its pictures were made."""
+    """How its pictures were sampled."""
     paper: Mapping[str, float]
-    """Its row of Table 2; empty for a folder of one's own."""
+    """Its row of Table 2; empty for a folder of the user."""
 
 
 def add_baselines(
@@ -57,52 +54,19 @@ def add_baselines(
     rows = {}
     for number, (name, source) in enumerate(named.items()):
 
-        def tell(done: int, total: int, word: str = "", number: int = number, name: str = name) -> None:
+        def report(done: int, total: int, word: str = "", number: int = number, name: str = name) -> None:
             if progress:
                 progress(number * total + done, len(named) * total, name)
 
         baseline = load_baseline(source, precision=sampler.precision)
-        own, cost = recommended(baseline, sampler), baseline_cost(baseline)
+        its_sampler, cost = recommended(baseline, sampler), baseline_cost(baseline)
         began = time.perf_counter()
-        painted = paint(baseline, images, masks, [p.prompt for p in photos], own, progress=tell)
+        painted = paint(baseline, images, masks, [p.prompt for p in photos], its_sampler, progress=report)
         result.seconds[name] = (time.perf_counter() - began) / len(photos)
         result.images[name] = painted
         seen = see(networks, painted, masks)
         result.scores[name] = score(photos, painted, networks, (reference, seen))
         result.sets[name] = set_scores(reference, seen)
-        rows[name] = BaselineRow(cost, facts(baseline, masks.shape[1], masks.shape[2], own), baseline.card.paper)
+        how = facts(baseline, masks.shape[1], masks.shape[2], its_sampler)
+        rows[name] = BaselineRow(cost, how, baseline.card.paper)
     return rows
-
-
-def run_baseline(
-    key: str,
-    source: str,
-    mark: str,
-    seed: int,
-    photos: Sequence[Photo],
-    sampler: SamplerConfig,
-    networks: FeatureNetworks,
-    folder: Path,
-    progress: Progress | None = None,
-) -> RowResult:
-    """One baseline on the test samples of `reproduce`, as `rows.run_row` runs the others; nothing in it is trained.
-
-    `source` is what `load_baseline` takes, `mark` the row's hash; the first pictures go to `folder/images.npy`."""
-    import torch
-
-    result = Result({}, {}, {}, {})
-    row = add_baselines(result, {key: source}, photos, sampler, networks, progress)[key]
-    save_pictures(folder, result.images[key], mark)
-    cost = row.cost.model
-    told = {
-        "num_layers": cost.num_layers or None,
-        "num_params": cost.num_params or None,
-        "gflops_controlnet": cost.gflops_controlnet,
-        "gflops_step": cost.gflops_step,
-        "denoiser_params": row.cost.denoiser_params,
-        "steps": 0,
-        "baseline": row.facts,
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "seconds_per_image": round(result.seconds[key], 4),
-    }
-    return RowResult(key, seed, mark, result.scores[key], result.sets[key], told)

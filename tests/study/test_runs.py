@@ -9,15 +9,14 @@ import pytest
 
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.distances import SetScore
-from refine_control.study import collect as collecting
-from refine_control.study import row_tables, rows
-from refine_control.study.comparison import read_budget, read_rows
+from refine_control.study import row_tables, runs
 from refine_control.study.materials import Comparison
+from refine_control.study.plan import TARGETS, anchor_row, measured_rows, read_budget, read_rows, select_rows
 from refine_control.study.reproduce import plan, reproduce
-from refine_control.study.row_results import RowResult, read_pictures, read_row, save_pictures, write_row
-from refine_control.study.row_tables import summarise, tables_of
-from refine_control.study.rows import finished, row_mark, sampler_of
-from refine_control.study.targets import TARGETS, held_against, measured_rows, rows_of
+from refine_control.study.row_results import RowFacts, RowResult, read_pictures, read_row, save_pictures, write_row
+from refine_control.study.row_tables import row_tables as make_tables
+from refine_control.study.runs import finished, make_sampler, row_mark
+from refine_control.study.summary import rows_json, summarise_rows
 
 ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
@@ -30,9 +29,8 @@ def refuse(*args, **kwargs):
 
 
 def result(key: str, seed: int, values: dict[str, np.ndarray]) -> RowResult:
-    return RowResult(
-        key, seed, "mark", values, {"fid": SetScore(2.0, np.array([2.5, 3.5]))}, {"steps": int(key != "teacher")}
-    )
+    sets = {"fid": SetScore(2.0, np.array([2.5, 3.5]))}
+    return RowResult(key, seed, "mark", values, sets, steps=int(key != "teacher"), numerics=2)
 
 
 def test_the_mark_knows_every_setting_and_nothing_else(tmp_path):
@@ -79,10 +77,10 @@ def test_a_row_that_lacks_what_given_networks_measure_is_made_again(tmp_path, mo
     measured = result("ours", 0, {"psnr": np.array([1.0])})._replace(mark=row_mark(row, HERE, 0))
     write_row(measured, path)
     looking = replace(HERE, weights=tmp_path)
-    monkeypatch.setattr(rows, "not_computed", lambda folder: {"lpips": "needs A", "cmmd": "needs B"})
+    monkeypatch.setattr(runs, "not_computed", lambda folder: {"lpips": "needs A", "cmmd": "needs B"})
     assert finished(path, row, HERE, 0) is not None
     assert finished(path, row, looking, 0) is not None  # FID is there, and nothing else can be had
-    monkeypatch.setattr(rows, "not_computed", lambda folder: {"cmmd": "needs B"})
+    monkeypatch.setattr(runs, "not_computed", lambda folder: {"cmmd": "needs B"})
     assert finished(path, row, looking, 0) is None
     assert finished(path, row, HERE, 0) is not None  # nobody asked for more
     assert finished(path, row, replace(looking, out=Path("b")), 1) is None
@@ -105,7 +103,7 @@ def test_tables_say_which_metric_needs_which_file(tmp_path, monkeypatch):
     found = {
         key: [result(key, 0, {"psnr_region": np.arange(9.0), "psnr_kept": np.arange(9.0)})] for key in ("teacher", "fc")
     }
-    tables = tables_of(summarise(found, "teacher"), ROWS, HERE, "Table 1", ["a bound"])
+    tables = make_tables(summarise_rows(found, "teacher"), ROWS, "teacher", HERE, "Table 1", ["a bound"])
     notes = " ".join(tables[0].notes)
     assert "CMMD not computed: needs FILE" in notes
     assert "LPIPS not computed: some rows were measured without" in notes
@@ -117,10 +115,13 @@ def test_tables_say_which_metric_needs_which_file(tmp_path, monkeypatch):
 
 def test_models_of_another_kind_tell_how_they_were_run():
     way = {"model": "M", "resolution": "512 x 512", "sampler": "S", "license": "L"}
-    facts = {"steps": 0, "baseline": way, "denoiser_params": 1234}
+    facts = RowFacts(baseline=way, denoiser_params=1234)
     values = {"psnr_region": np.arange(9.0)}
-    found = {"teacher": [result("teacher", 0, values)], "sd2": [result("sd2", 0, values)._replace(facts=facts)]}
-    tables = tables_of(summarise(found, "teacher"), ROWS, HERE, "Table 2")
+    found = {
+        "teacher": [result("teacher", 0, values)],
+        "sd2": [result("sd2", 0, values)._replace(facts=facts, steps=0)],
+    }
+    tables = make_tables(summarise_rows(found, "teacher"), ROWS, "teacher", HERE, "Table 2")
     ways = next(t for t in tables if t.caption == "Baselines")
     assert [list(r) for r in ways.rows] == [["SD2 inpainting", "M", "512 x 512", "S", "L", "1,234"]]
 
@@ -131,8 +132,10 @@ def test_all_seeds_stand_against_a_row_that_nobody_trains():
         "teacher": [result("teacher", 0, {"psnr_region": scenes})],
         "ours": [result("ours", s, {"psnr_region": scenes - s}) for s in range(3)],
     }
-    assert summarise(found, against="teacher")["rows"]["ours"]["minus"]["psnr_region"]["mean"] == pytest.approx(-1)
-    assert summarise(found, against="ours")["rows"]["teacher"]["minus"]["psnr_region"]["mean"] == pytest.approx(1)
+    minus = summarise_rows(found, against="teacher").differences["ours", "teacher"]
+    assert minus["psnr_region"].mean == pytest.approx(-1)
+    minus = summarise_rows(found, against="ours").differences["teacher", "ours"]
+    assert minus["psnr_region"].mean == pytest.approx(1)
 
 
 def test_a_table_of_known_numbers():
@@ -145,20 +148,20 @@ def test_a_table_of_known_numbers():
         ]
         for key, up in make.items()
     }
-    summary = summarise(found, against="ours")
+    summary = rows_json(summarise_rows(found, against="ours"), "ours")
     assert summary["rows"]["ours"]["mean"]["psnr_region"]["mean"] == pytest.approx(scenes.mean() + 3)
     minus = summary["rows"]["fc"]["minus"]["both"]
     assert (minus["mean"], minus["low"], minus["high"], minus["excludes_zero"]) == pytest.approx((-3, -3, -3, True))
     assert summary["gap_closed"]["ours"]["psnr_region"]["mean"] == pytest.approx(0.75)
     assert "teacher" not in summary["gap_closed"]
     assert "minus" not in summary["rows"]["ours"]
-    turned = summarise(found, against="fc")["rows"]
+    turned = rows_json(summarise_rows(found, against="fc"), "fc")["rows"]
     assert turned["ours"]["minus"]["both"]["mean"] == pytest.approx(3)
     assert "minus" not in turned["fc"]
 
 
-def test_a_table_holds_its_rows_and_what_they_are_held_against():
-    assert list(rows_of(TARGETS["table1"])) == [
+def test_a_table_holds_its_rows_and_what_they_are_anchor_row():
+    assert list(select_rows(TARGETS["table1"])) == [
         "teacher",
         "teacher_diffusers",
         "fc",
@@ -169,48 +172,50 @@ def test_a_table_holds_its_rows_and_what_they_are_held_against():
         "balanced",
         "fc_inherit",
     ]
-    assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "inherit"} <= set(rows_of(TARGETS["table3"]))
-    assert list(rows_of(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "inherit", "wo_cf"]
+    assert {"wo_cf", "wo_mask", "one_stage", "sl", "ssd", "fc", "teacher", "inherit"} <= set(
+        select_rows(TARGETS["table3"])
+    )
+    assert list(select_rows(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "inherit", "wo_cf"]
     assert set(measured_rows("alike", TARGETS["figure2"])) == {"teacher", "fc", "ours", "inherit", "balanced"}
     shown = {"teacher", "fc", "ours", "inherit", "balanced", "fc_inherit"}
     assert set(measured_rows("figure3", TARGETS["figure3"])) == shown
     for figure, target in (("figure3", "table1"), ("figure3", "figure2"), ("alike", "figure3"), ("figure3", "all")):
         assert not measured_rows(figure, TARGETS[target])
-    assert list(rows_of(TARGETS["table1"], ["teacher_diffusers"])) == ["teacher", "teacher_diffusers"]
-    assert held_against(TARGETS["table1"], ["teacher_diffusers"]) == "teacher"
-    scarce = rows_of(TARGETS["scarce"])
-    assert held_against(TARGETS["scarce"]) == "labeled_1" in scarce
+    assert list(select_rows(TARGETS["table1"], ["teacher_diffusers"])) == ["teacher", "teacher_diffusers"]
+    assert anchor_row(TARGETS["table1"], ["teacher_diffusers"]) == "teacher"
+    scarce = select_rows(TARGETS["scarce"])
+    assert anchor_row(TARGETS["scarce"]) == "labeled_1" in scarce
     assert {row.data.labeled for key, row in scarce.items() if key not in ("teacher", "fc")} == {0.01}
-    assert held_against(TARGETS["scarce"], against="fc") == "fc"
-    assert held_against(TARGETS["table3"]) == "inherit"
-    assert held_against(TARGETS["parts"]) == "balanced" in rows_of(TARGETS["parts"])
+    assert anchor_row(TARGETS["scarce"], against="fc") == "fc"
+    assert anchor_row(TARGETS["table3"]) == "inherit"
+    assert anchor_row(TARGETS["parts"]) == "balanced" in select_rows(TARGETS["parts"])
     with pytest.raises(InvalidInputError, match="no rows of scarce at the scale sd3"):
-        rows_of(TARGETS["scarce"], scale="sd3")
+        select_rows(TARGETS["scarce"], scale="sd3")
     with pytest.raises(InvalidInputError, match="there is no row our"):
-        rows_of(TARGETS["table1"], ["our"])
+        select_rows(TARGETS["table1"], ["our"])
 
 
 def test_the_spread_is_that_of_the_seeds_means():
     scenes = np.arange(40.0)
     found = {"ours": [result("ours", s, {"psnr_region": scenes + 3 * s}) for s in range(3)]}
     found["teacher"] = [result("teacher", 0, {"psnr_region": scenes})]
-    rows = summarise(found, against="ours")["rows"]
+    rows = rows_json(summarise_rows(found, against="ours"), "ours")["rows"]
     assert rows["ours"]["spread"] == {"psnr_region": pytest.approx(3.0)}
     assert "spread" not in rows["teacher"]
 
 
 def test_a_budget_says_how_everything_is_sampled():
-    sampler = sampler_of(read_budget("paper", scale="sd3"), ROWS["teacher_diffusers"])
+    sampler = make_sampler(read_budget("paper", scale="sd3"), ROWS["teacher_diffusers"])
     assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.conditioning_scale) == (28, 7.0, 0.95)
     assert sampler.injection == "diffusers"
-    assert sampler_of(BUDGET).conditioning_scale == 1.0
+    assert make_sampler(BUDGET).conditioning_scale == 1.0
 
 
 def test_where_the_teacher_is_no_better_there_is_no_gap_to_close():
     scenes = np.arange(40.0)
     up = {"teacher": 0.0, "ours": 3.0, "fc": 4.0}
     found = {key: [result(key, 0, {"psnr_region": scenes + up[key]})] for key in up}
-    assert summarise(found, "ours")["gap_closed"] == {"ours": {}}
+    assert summarise_rows(found, "ours").gap_closed == {"ours": {}}
 
 
 def test_rows_are_paired_by_the_seeds_that_both_have():
@@ -221,11 +226,11 @@ def test_rows_are_paired_by_the_seeds_that_both_have():
         "layers_8": [result("layers_8", 2, {"psnr": base + 19})],
         "teacher": [result("teacher", 0, {"psnr": base + 12})],
     }
-    rows = summarise(found, against="ours")["rows"]
+    rows = rows_json(summarise_rows(found, against="ours"), "ours")["rows"]
     assert rows["layers_8"]["minus"]["psnr"]["mean"] == pytest.approx(-1)
     assert rows["teacher"]["minus"]["psnr"]["mean"] == pytest.approx(2)
     assert rows["layers_8"]["minus"]["fid"]["mean"] == 0
-    turned = summarise(found, against="layers_8")["rows"]
+    turned = rows_json(summarise_rows(found, against="layers_8"), "layers_8")["rows"]
     assert turned["ours"]["minus"]["psnr"]["mean"] == pytest.approx(1)
 
 
@@ -241,7 +246,7 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
     assert {"tables.md", "tables.tex", "tables.json", "report.html", "figure3.png"} <= {
         p.name for p in (tmp_path / "runs").iterdir()
     }
-    monkeypatch.setattr(collecting, "_make", refuse)
+    monkeypatch.setattr(runs, "_run", refuse)
     again = reproduce("table3", here, **asked)
     assert json.dumps(again.summary) == json.dumps(made.summary)
     assert "Student_ours" in again.text

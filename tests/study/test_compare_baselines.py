@@ -15,13 +15,14 @@ from refine_control.errors import InvalidInputError
 from refine_control.miniature import networks as mini
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import scene_photos
-from refine_control.study.baseline_rows import add_baselines, run_baseline
 from refine_control.study.compare import Result
-from refine_control.study.evaluate import summarise
+from refine_control.study.compare_baselines import add_baselines
+from refine_control.study.evaluate import summarise_models
 from refine_control.study.feature_metrics import FeatureNetworks
-from refine_control.study.report import Table
 from refine_control.study.row_results import read_row, write_row
-from refine_control.study.tables import BaselineWay, baseline_table
+from refine_control.study.row_tables import BaselineWay, baseline_table
+from refine_control.study.runs import run_baseline
+from refine_control.study.tables import Table
 
 PHOTOS = list(scene_photos(0, 0, 3))
 SAMPLER = SamplerConfig(num_inference_steps=28, guidance_scale=7.0, seed=3)
@@ -71,7 +72,7 @@ def test_a_baseline_joins_the_others(folder, quick):
     assert seen[0] == (3, 6, "one")
     assert seen[-1] == (6, 6, "two")
     np.testing.assert_array_equal(result.images["one"], result.images["two"])
-    assert summarise(result)["paired_differences"]["one - two"]["psnr"]["mean"] == 0
+    assert summarise_models(result).differences["one", "two"]["psnr"].mean == 0
     cost = rows["one"].cost
     assert (cost.size, cost.model.num_layers, cost.model.num_params, cost.model.peak_memory) == (16, 0, 0, 7)
     assert cost.denoiser_params > 0
@@ -101,10 +102,12 @@ def test_a_row_of_reproduce_is_written_and_read(folder, quick, tmp_path):
     assert row.scores["psnr"].shape == (3,)
     assert {"colour", "shape", "both"} <= row.scores.keys()
     assert np.load(tmp_path / "sd2-0" / "images.npy").shape == (3, 64, 64, 3)
-    assert row.facts["num_layers"] is None
+    assert row.facts.num_layers is None
     write_row(row, tmp_path / "sd2-0.json")
     again = read_row(tmp_path / "sd2-0.json", "mark")
     assert again is not None
+    assert again.facts == row.facts
+    assert again.steps == 0
     np.testing.assert_allclose(again.scores["psnr"], row.scores["psnr"], atol=1e-4)
 
 
