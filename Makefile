@@ -7,7 +7,7 @@ VENV := .venv
 ARGS ?=
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3
 
-.PHONY: demo test lint clean browser
+.PHONY: demo test lint docs clean browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+
+# Tables between `<!-- table: NAME -->` and `<!-- end -->`, computed from results/ without training.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m refine_control.study.docs_tables README.md docs/*.md
 
 # The review page is tested in a real browser, which is no Python package.
 browser:

@@ -22,23 +22,22 @@ from refine_control.config import fingerprint
 from refine_control.models.loading import load_backbone
 from refine_control.recipe_files import RECIPES, load_recipe, recipe_names
 from refine_control.strict_yaml import read_yaml
-from refine_control.study import comparison as plans
 from refine_control.study import model_cost
-from refine_control.study.alike import MARK
-from refine_control.study.comparison import row_recipes
+from refine_control.study import plan as plans
 from refine_control.study.materials import Comparison
+from refine_control.study.plan import ALIKE, FIGURE3, TABLES, TARGETS, anchor_row, measured_rows, row_recipes
 from refine_control.study.row_results import read_row
-from refine_control.study.row_tables import summarise, tables_of
-from refine_control.study.rows import TABLES, finished, row_mark
+from refine_control.study.row_tables import row_tables
+from refine_control.study.runs import finished, row_mark
+from refine_control.study.summary import summarise_rows
 from refine_control.study.tables import write_tables
-from refine_control.study.targets import FIGURE3, TARGETS, held_against, measured_rows
 from refine_control.training.run import run_mark
 
 read_budget, read_rows = cache(plans.read_budget), cache(plans.read_rows)
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 NonFinite = errors.NonFiniteError
-MEASURED = {"": TABLES, "alike": MARK}
+MEASURED = {"": TABLES, "alike": ALIKE}
 """The kind of measurement by the name of the folder below that of the budget."""
 
 
@@ -122,8 +121,8 @@ def row_marks(scale: str, budget_name: str) -> dict[str, Any]:
 def targets() -> dict[str, Any]:
     """For each target of `reproduce` its rows by what is measured, and the row that the others are compared with."""
     return {
-        name: {kind: list(measured_rows(kind, target)) for kind in (TABLES, MARK, FIGURE3)}
-        | {"against": held_against(target)}
+        name: {kind: list(measured_rows(kind, target)) for kind in (TABLES, ALIKE, FIGURE3)}
+        | {"against": anchor_row(target)}
         for name, target in TARGETS.items()
     }
 
@@ -183,8 +182,8 @@ def photo_tables(out: Path, keys: Sequence[str], against: str) -> str:
     results = {key: [read_row(RESULTS / name) for name in names if _place(name)[1] == key] for key in keys}
     chosen = {key: row for key, row in read_rows().items() if key in keys}
     out.mkdir(parents=True, exist_ok=True)
-    summary = summarise(results, against)  # type: ignore[arg-type]
-    return write_tables(out, tables_of(summary, chosen, comparison, "Tables 1 and 3"), [])
+    summary = summarise_rows(results, against)  # type: ignore[arg-type]
+    return write_tables(out, row_tables(summary, chosen, against, comparison, "Tables 1 and 3"), [])
 
 
 # A toy training.

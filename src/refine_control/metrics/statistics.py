@@ -169,7 +169,7 @@ def _draws(
         yield drawn_seeds, counts.reshape(size, scenes).astype(np.uint16)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _remembered_draws(*asked: int) -> tuple[tuple[NDArray[np.float64], NDArray[np.uint16]], ...]:
     """`_draws`, the same for all metrics of a table."""
     return tuple(_draws(*asked))

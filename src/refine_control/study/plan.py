@@ -8,6 +8,8 @@ sets what is equal for all rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import Field, ValidationError
@@ -84,8 +86,8 @@ class Row(Section):
 _Kind = TypeVar("_Kind", bound=Section)
 
 
-def _read(file: str, kind: type[_Kind], scale: str) -> dict[str, _Kind]:
-    path = RECIPES / scale / file
+@cache  # the files are packaged; one takes a fifth of a second to parse
+def _read(path: Path, kind: type[_Kind]) -> dict[str, _Kind]:
     try:
         return {name: kind.model_validate(values) for name, values in read_yaml(path).items()}
     except ValidationError as error:
@@ -94,7 +96,7 @@ def _read(file: str, kind: type[_Kind], scale: str) -> dict[str, _Kind]:
 
 def read_budget(name: str, steps: int | None = None, scale: Scale = "mini") -> Budget:
     """A budget of a scale's budgets.yaml, with other `steps` if given. Raises InvalidInputError for another name."""
-    budgets = _read("budgets.yaml", Budget, scale)
+    budgets = _read(RECIPES / scale / "budgets.yaml", Budget)
     if name not in budgets:
         raise InvalidInputError(f"there is no budget {name}; budgets.yaml has {', '.join(budgets)}")
     return budgets[name] if steps is None else budgets[name].model_copy(update={"steps": steps})
@@ -102,7 +104,7 @@ def read_budget(name: str, steps: int | None = None, scale: Scale = "mini") -> B
 
 def read_rows(scale: Scale = "mini") -> dict[str, Row]:
     """The rows of a scale by key, in the order of the tables."""
-    return _read("rows.yaml", Row, scale)
+    return dict(_read(RECIPES / scale / "rows.yaml", Row))
 
 
 def stage_steps(row: Row, steps: int) -> dict[str, int]:

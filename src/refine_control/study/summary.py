@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -32,12 +33,27 @@ Intervals = dict[str, Interval]
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """One model over its seeds."""
+    """One model over its seeds; means are computed where they are read."""
 
     results: Sequence[RowResult]
-    mean: Intervals
-    spread: dict[str, float]
-    """Standard deviation of the seeds' means; empty for one seed."""
+    per_sample: Sequence[str]
+    of_sets: Sequence[str]
+
+    @cached_property
+    def mean(self) -> Intervals:
+        """Of every metric."""
+        means = {m: two_level(self._stacked(m), BOOTSTRAP_SEED) for m in self.per_sample}
+        return means | {m: set_interval([r.sets[m] for r in self.results], BOOTSTRAP_SEED) for m in self.of_sets}
+
+    @cached_property
+    def spread(self) -> dict[str, float]:
+        """Standard deviation of the seeds' means, of metrics per sample; empty for one seed."""
+        several = len(self.results) > 1
+        return {m: float(self._stacked(m).mean(1).std(ddof=1)) for m in self.per_sample if several}
+
+    def _stacked(self, metric: str) -> np.ndarray:
+        """(S, N)"""
+        return np.stack([r.scores[metric] for r in self.results])
 
     @property
     def seeds(self) -> list[int]:
@@ -87,13 +103,7 @@ def summarise(
     everything = [r for each in results.values() for r in each]
     per_sample = [m for m in metrics if m not in SET_METRICS and all(m in r.scores for r in everything)]
     of_sets = [m for m in SET_METRICS if everything and all(m in r.sets for r in everything)]
-    models = {}
-    for key, each in results.items():
-        stacked = {m: np.stack([r.scores[m] for r in each]) for m in per_sample}
-        mean = {m: two_level(values, BOOTSTRAP_SEED) for m, values in stacked.items()}
-        mean |= {m: set_interval([r.sets[m] for r in each], BOOTSTRAP_SEED) for m in of_sets}
-        spread = {m: float(v.mean(1).std(ddof=1)) for m, v in stacked.items()} if len(each) > 1 else {}
-        models[key] = ModelSummary(each, mean, spread)
+    models = {key: ModelSummary(each, per_sample, of_sets) for key, each in results.items()}
     differences = {}
     for left, right in pairs:
         one, other = common_seeds(results[left], results[right])

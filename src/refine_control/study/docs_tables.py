@@ -1,0 +1,249 @@
+"""The tables of the documentation, computed from the finished rows under results/ without training anything.
+
+A table stands between two lines, `<!-- table: NAME -->` and `<!-- end -->`. `make docs` runs
+
+    python -m refine_control.study.docs_tables README.md docs/*.md
+
+and rewrites what is between them; without files it prints the names. Intervals are those of `reproduce`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from refine_control.errors import InvalidInputError
+from refine_control.metrics.statistics import Interval
+from refine_control.storage import write_atomic
+from refine_control.study.alike import alike_table, summarise_alike
+from refine_control.study.plan import (
+    ALIKE,
+    BASELINE,
+    FIGURE2,
+    TARGETS,
+    TEACHER,
+    Row,
+    anchor_row,
+    measured_rows,
+    read_budget,
+    read_rows,
+    select_rows,
+)
+from refine_control.study.row_results import RowFacts, RowResult, read_row
+from refine_control.study.row_tables import NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
+from refine_control.study.summary import GAP_METRICS, Summary, common_seeds, summarise
+from refine_control.study.tables import Table, markdown_rows
+
+RESULTS = Path("results")
+HEADLINE = (TEACHER, "balanced", "inherit", "fc_inherit", "ours", BASELINE)
+END = "<!-- end -->"
+_BLOCK = re.compile(rf"(<!-- table: (\S+) -->\n)(.*?)({END}|<!-- table: |\Z)", re.DOTALL)
+
+
+class Column(NamedTuple):
+    """A metric as documents show it."""
+
+    metric: str
+    heading: str
+    factor: float = 1
+    places: int = 2
+
+    def cell(self, interval: Interval) -> str:
+        """The interval in the column's unit."""
+        return format(interval.scaled(self.factor), f".{self.places}f")
+
+
+MEANS = (
+    Column("psnr_region", "region PSNR dB"),
+    Column("psnr", "whole PSNR dB"),
+    Column("ssim", "SSIM", places=3),
+    Column("both", "obeyed %", places=1),
+)
+DIFFERENCES = (
+    Column("psnr_region", "region PSNR dB"),
+    Column("psnr", "whole PSNR dB"),
+    Column("ssim", "SSIM x 1000", 1000, 1),
+    Column("both", "obeyed, points", places=1),
+    Column("scene_perceptual", "scene perceptual x 1000 (less)", 1000, 1),
+    Column("scene_frechet", "scene Fréchet (less)", places=1),
+)
+COST = ("layers", "ControlNet parameters", "GFLOP a step")
+SHARES = {"psnr_region": "gap closed, region %", "both": "gap closed, obeyed %"}
+
+
+class Study(NamedTuple):
+    """The rows of a table that have results, in the order of rows.yaml."""
+
+    rows: Mapping[str, Row]
+    results: Mapping[str, Sequence[RowResult]]
+
+    def name(self, key: str) -> str:
+        """Title and key of a row."""
+        return self.rows[key].title if key == TEACHER else f"{self.rows[key].title} (`{key}`)"
+
+    def facts(self, key: str) -> RowFacts:
+        """The facts of a row's first seed."""
+        return self.results[key][0].facts
+
+
+def read_study(folder: Path, rows: Mapping[str, Row]) -> Study:
+    """The rows of which a folder has a result."""
+    results: dict[str, list[RowResult]] = {}
+    for key in rows:
+        files = [path for path in folder.glob(f"{key}-*.json") if path.stem.removeprefix(f"{key}-").isdigit()]
+        read = [result for path in files if (result := read_row(path))]
+        results |= {key: sorted(read, key=lambda result: result.seed)} if read else {}
+    return Study({key: rows[key] for key in results}, results)
+
+
+def _cost(facts: RowFacts) -> list[str]:
+    return [str(facts.num_layers), f"{facts.num_params:,}", f"{facts.gflops_step:.3f}"]
+
+
+def _shares(summary: Summary, key: str) -> list[str]:
+    shown = [m for m in GAP_METRICS if m in summary.metrics]
+    if key in (TEACHER, BASELINE):
+        return ["100" if key == TEACHER else "0" for _ in shown]
+    return [share_cell(summary.gap_closed.get(key, {}).get(m)) for m in shown]
+
+
+def means_table(study: Study, metrics: Sequence[Column] = MEANS, cost: bool = False) -> Table:
+    """A row for each row of a study: seeds, with `cost` layers, parameters and operations, means, shares of the gap."""
+    summary = summarise(study.results, [column.metric for column in metrics], ())
+    shown = [column for column in metrics if column.metric in summary.metrics]
+    columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
+    columns += [SHARES[m] for m in GAP_METRICS if m in summary.metrics]
+    lines = []
+    for key, model in summary.models.items():
+        before = [*(_cost(study.facts(key)) if cost else ()), str(len(model.seeds)) if model.trained else ""]
+        means = [column.cell(model.mean[column.metric]) for column in shown]
+        lines.append([study.name(key), *before, *means, *_shares(summary, key)])
+    notes = numerics_note(summary)
+    notes += [NOT_BOUNDED_WHY.format(BASELINE)] if any(NOT_BOUNDED in line for line in lines) else []
+    return Table("", columns, lines, notes)
+
+
+def differences_table(study: Study, anchor: str) -> Table:
+    """A row for each trained row: its differences to the anchor row, bold if the interval excludes zero."""
+    pairs = [(key, anchor) for key, each in study.results.items() if key != anchor and each[0].steps]
+    summary = summarise(study.results, [column.metric for column in DIFFERENCES], pairs, shares=())
+    shown = [column for column in DIFFERENCES if column.metric in summary.metrics]
+    lines = []
+    for (key, _), minus in summary.differences.items():
+        cells = [column.cell(minus[column.metric]) for column in shown]
+        bold = [f"**{c}**" if minus[column.metric].excludes_zero else c for c, column in zip(cells, shown, strict=True)]
+        seeds = len(common_seeds(study.results[key], study.results[anchor])[0])
+        lines.append([study.name(key), str(seeds), *bold])
+    return Table("", [f"minus `{anchor}`", "seeds", *(column.heading for column in shown)], lines)
+
+
+def cost_table(study: Study) -> Table:
+    """Layers, parameters and operations of each count of layers, and their share of the teacher's, in per cent."""
+    facts = {each.num_layers: each for key in study.rows if (each := study.facts(key)).gflops_step}
+    teacher = study.facts(TEACHER)
+    lines = []
+    for layers in sorted(facts, key=lambda count: -(count or 0)):
+        params = 100 * (facts[layers].num_params or 0) / (teacher.num_params or 1)
+        gflops = 100 * (facts[layers].gflops_step or 0) / (teacher.gflops_step or 1)
+        count, number, step = _cost(facts[layers])
+        lines.append([count, number, f"{params:.0f}", step, f"{gflops:.0f}"])
+    return Table(
+        "", ["layers", "ControlNet parameters", "% of the teacher's", "GFLOP a step", "% of the teacher's"], lines
+    )
+
+
+def figure2_table(study: Study, budget: str) -> Table:
+    """Figure 2's measurement at a budget."""
+    rows = {key: row.model_copy(update={"title": study.name(key)}) for key, row in study.rows.items()}
+    return alike_table(summarise_alike(study.results), rows, read_budget(budget))
+
+
+class DocTable(NamedTuple):
+    """A table of the documentation: a folder of results, its rows and a layout."""
+
+    folder: str
+    rows: Callable[[], Mapping[str, Row]]
+    layout: Callable[[Study], Table]
+
+
+def _headline_rows() -> dict[str, Row]:
+    rows = read_rows()
+    return {key: rows[key] for key in HEADLINE}
+
+
+def _target_tables(target: str, suffix: str, folder: str) -> dict[str, DocTable]:
+    """Means and differences of a target's rows in a folder."""
+    rows, anchor = partial(select_rows, TARGETS[target]), anchor_row(TARGETS[target])
+    return {
+        target + suffix: DocTable(folder, rows, partial(means_table, cost=target == "layers")),
+        f"{target}{suffix}_differences": DocTable(folder, rows, partial(differences_table, anchor=anchor)),
+    }
+
+
+def doc_tables() -> dict[str, DocTable]:
+    """Every table by its name."""
+    layers, alike = partial(select_rows, TARGETS["layers"]), partial(measured_rows, ALIKE, TARGETS[FIGURE2])
+    headline = partial(means_table, metrics=[c for c in MEANS if c.metric in GAP_METRICS], cost=True)
+    out = {
+        "headline": DocTable("mini/tables", _headline_rows, headline),
+        "cost": DocTable("mini/tables", layers, cost_table),
+        FIGURE2: DocTable("mini/tables/alike", alike, partial(figure2_table, budget="tables")),
+        f"{FIGURE2}_long": DocTable("mini/long/alike", alike, partial(figure2_table, budget="long")),
+    }
+    for target in ("table1", "table3", "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts"):
+        out |= _target_tables(target, "", "mini/tables")
+    out |= _target_tables("table1", "_long", "mini/long")
+    return (
+        out
+        | _target_tables("table1", "_photos", "photos/photos")
+        | _target_tables("table3", "_photos", "photos/photos")
+    )
+
+
+def doc_table(name: str, results: Path = RESULTS) -> str:
+    """The markdown of a table. Raises InvalidInputError for an unknown name and where no row is finished."""
+    tables = doc_tables()
+    if name not in tables:
+        raise InvalidInputError(f"there is no table {name} for documents; the names are {', '.join(tables)}")
+    folder, rows, layout = tables[name]
+    study = read_study(results / folder, rows())
+    if not study.results:
+        raise InvalidInputError(f"{results / folder} has no finished rows of {name}; name the folder results")
+    table = layout(study)
+    return "\n\n".join([markdown_rows(table), *table.notes])
+
+
+def rewrite(text: str, results: Path = RESULTS) -> str:
+    """A document with every marked table computed again.
+
+    Raises InvalidInputError for an unknown name and for a table without its end."""
+
+    def replaced(block: re.Match[str]) -> str:
+        begin, name, _, end = block.groups()
+        if end != END:
+            raise InvalidInputError(f"the table {name} of the document has no line {END}")
+        return f"{begin}\n{doc_table(name, results)}\n\n{end}"
+
+    return _BLOCK.sub(replaced, text)
+
+
+def main(paths: Sequence[str]) -> None:
+    """Rewrites the documents; without any it prints the names of the tables."""
+    if not paths:
+        print("\n".join(doc_tables()))
+    for path in map(Path, paths):
+        try:
+            text = rewrite(path.read_text())
+        except InvalidInputError as error:
+            sys.exit(f"{path}: {error}")
+        if text != path.read_text():
+            write_atomic(path, text)
+            print(f"{path} rewritten")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
