@@ -1,12 +1,16 @@
 """Two names for one network differ by nothing, and what is written is what was measured."""
 
 import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from refine_control.cli.app import app
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics import image_pairs as metrics
@@ -17,8 +21,9 @@ from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED
+from refine_control.study import evaluate as evaluating
 from refine_control.study.compare import compare, read_test, score
-from refine_control.study.evaluate import evaluate, models_json, summarise_models, write_results
+from refine_control.study.evaluate import models_json, summarise_models, write_results
 from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
 
 PHOTOS = list(scene_photos(0, 0, 5))
@@ -168,8 +173,24 @@ def test_test_shards_are_read_and_others_refused(tmp_path):
         read_test(tmp_path)
 
 
-def test_a_student_may_not_be_called_teacher(tmp_path):
-    from refine_control.config import SamplerConfig
+def test_names_that_the_teacher_or_another_model_has_are_refused_at_once(tmp_path):
+    test = shards(tmp_path / "test", TEST, 3)
+    (tmp_path / "a").mkdir()
+    given = ["--test", str(test), "--out", str(tmp_path / "out")]
+    for words, says in [
+        (["evaluate", "--student", f"teacher={tmp_path / 'a'}", *given], "use the name teacher for the teacher"),
+        (["evaluate", "--student", f"x={tmp_path / 'a'}", "--baseline", "x=sd2", *given], "x is given twice"),
+        (["evaluate", "--student", f"x={tmp_path / 'a'}", "--baseline", "teacher=sd2", *given], "use the name teacher"),
+        (["cost", "--controlnet", f"teacher={tmp_path / 'a'}"], "use the name teacher"),
+    ]:
+        with pytest.raises(InvalidInputError, match=says):
+            CliRunner().invoke(app, words, catch_exceptions=False)
 
-    with pytest.raises(InvalidInputError, match="another name"):
-        evaluate("mini", None, {"teacher": tmp_path}, tmp_path, tmp_path / "out", SamplerConfig())
+
+def test_the_command_of_an_evaluation_is_one_for_a_shell():
+    students = {"ours": Path("my student")}
+    command = evaluating._command("mini", None, students, {}, Path("a b"), Path("out"), SAMPLER, None)
+    words = shlex.split(command)
+    assert words[2:6] == ["--model", "mini", "--student", "ours=my student"]
+    assert words[words.index("--test") + 1] == "a b"
+    assert "--teacher" not in words

@@ -1,6 +1,7 @@
 """A row's numbers are made once, known by what made them, and become tables with intervals."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.distances import SetScore
+from refine_control.study import reproduce as reproducing
 from refine_control.study import row_tables, runs
 from refine_control.study.materials import Comparison
 from refine_control.study.plan import TARGETS, anchor_row, measured_rows, read_budget, read_rows, select_rows
 from refine_control.study.reproduce import plan, reproduce
 from refine_control.study.row_results import RowFacts, RowResult, read_pictures, read_row, save_pictures, write_row
+from refine_control.study.row_tables import gap_table, numerics_note
 from refine_control.study.row_tables import row_tables as make_tables
 from refine_control.study.runs import finished, make_sampler, row_mark
 from refine_control.study.summary import rows_json, summarise_rows
@@ -22,6 +25,10 @@ ROWS = read_rows()
 TINY = {"labeled": 4, "unlabeled": 4, "test": 3, "alike": 2, "steps": 2, "batch_size": 2, "num_inference_steps": 1}
 BUDGET = read_budget("demo").model_copy(update={**TINY, "train_seeds": [0]})
 HERE = Comparison(BUDGET, Path("a"))
+
+
+def quiet(label):
+    return None
 
 
 def refuse(*args, **kwargs):
@@ -70,6 +77,78 @@ def test_a_result_goes_there_and_back(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InvalidInputError, match="delete it"):
         read_row(tmp_path / "bad.json", "mark")
+
+
+def test_a_file_of_earlier_code_is_read_and_unknown_facts_are_kept(tmp_path):
+    path = tmp_path / "ours-3.json"
+    write_row(result("ours", 3, {"psnr": np.array([1.25, 2.5])}), path)
+    document = json.loads(path.read_text())
+    assert (document["steps"], document["facts"]["steps"], document["numerics"]) == (1, 1, 2)
+    del document["steps"], document["numerics"]  # as earlier code wrote it
+    document["facts"] = {"steps": 320, "num_layers": 12, "machine": "x86_64", "colour": "red"}
+    path.write_text(json.dumps(document))
+    read = read_row(path)
+    assert read is not None
+    assert (read.steps, read.numerics, read.facts.num_layers, read.facts.other) == (320, None, 12, {"colour": "red"})
+    write_row(read, path)
+    assert json.loads(path.read_text())["facts"] == document["facts"]
+    document["facts"] = {"num_layers": 12}
+    path.write_text(json.dumps(document))
+    with pytest.raises(InvalidInputError, match="delete it"):
+        read_row(path)
+
+
+def test_the_typed_steps_decide_what_is_paired_and_facts_do_not():
+    scenes = np.arange(40.0)
+    facts = RowFacts(other={"steps": 7})
+    teacher = result("teacher", 0, {"psnr_region": scenes + 4})._replace(facts=facts)
+    found = {
+        "teacher": [teacher],
+        "fc": [result("fc", s, {"psnr_region": scenes}) for s in (1, 2)],
+        "ours": [result("ours", s, {"psnr_region": scenes + s}) for s in (2, 3)],
+    }
+    summary = summarise_rows(found, "ours")
+    assert summary.differences["fc", "ours"]["psnr_region"].mean == pytest.approx(-2)  # seed 2, which both have
+    assert summary.differences["teacher", "ours"]["psnr_region"].mean == pytest.approx(1.5)  # every seed
+    assert list(summary.gap_closed) == ["ours"]
+
+
+def test_a_table_says_which_numerics_made_its_rows():
+    values = {"psnr_region": np.arange(9.0)}
+    found = {key: [result(key, s, values) for s in (0, 1)] for key in ("fc", "ours", "inherit")}
+    found["teacher"] = [result("teacher", 0, values)._replace(numerics=None)]
+    assert numerics_note(summarise_rows(found, "fc")) == []
+    found["ours"][1] = found["ours"][1]._replace(numerics=1)
+    found["inherit"] = [each._replace(numerics=None) for each in found["inherit"]]
+    (note,) = numerics_note(summarise_rows(found, "fc"))
+    assert note.startswith("Rows by numerics version: 1 and 2: ours; 2: fc; unknown: inherit.")
+    tables = make_tables(summarise_rows(found, "fc"), ROWS, "fc", HERE, "Table 1")
+    assert note in tables[0].notes
+
+
+def test_an_unbounded_share_of_the_gap_is_named_so_with_the_reason():
+    sign, scenes = np.tile([-1.0, 1.0], 20), np.arange(40.0)
+    found = {
+        "teacher": [result("teacher", 0, {"psnr_region": scenes + sign + 0.1, "both": scenes})],
+        "fc": [result("fc", 0, {"psnr_region": scenes - sign, "both": scenes + 1})],
+        "ours": [result("ours", 0, {"psnr_region": scenes, "both": scenes})],
+    }
+    summary = summarise_rows(found, "ours")
+    assert rows_json(summary, "ours")["gap_closed"]["ours"]["psnr_region"]["low"] is None
+    table = gap_table(summary, ROWS)
+    assert table.rows == [[ROWS["ours"].title, "not bounded", ""]]
+    assert "not statistically distinguishable from Student_fc" in table.notes[1]
+    assert "mean is not above" in table.notes[2]
+
+
+def test_the_command_in_a_report_is_one_for_a_shell(tmp_path):
+    here = replace(HERE, out=Path("my runs"), photos=Path("it's here"), model="bundle")
+    request = reproducing._Request(here, [0, 1], Path("the results") / "photos", quiet, 1)
+    words = shlex.split(reproducing._command("table1", request, ["ours"], None))
+    assert words[:6] == ["refine-control", "reproduce", "table1", "--scale", "mini", "--budget"]
+    assert words[-4:] == ["--out", "my runs", "--results", "the results"]
+    assert words[words.index("--photos") + 1] == "it's here"
+    assert "--against" not in words
 
 
 def test_a_row_that_lacks_what_given_networks_measure_is_made_again(tmp_path, monkeypatch):
