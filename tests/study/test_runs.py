@@ -134,7 +134,7 @@ def test_an_unbounded_share_of_the_gap_is_named_so_with_the_reason():
         "ours": [result("ours", 0, {"psnr_region": scenes, "both": scenes})],
     }
     summary = summarise_rows(found, "ours")
-    assert rows_json(summary, "ours")["gap_closed"]["ours"]["psnr_region"]["low"] is None
+    assert json.loads(json.dumps(rows_json(summary, "ours")))["gap_closed"]["ours"]["psnr_region"]["low"] is None
     table = gap_table(summary, ROWS)
     assert table.rows == [[ROWS["ours"].title, "not bounded", ""]]
     assert "not statistically distinguishable from Student_fc" in table.notes[1]
@@ -227,16 +227,22 @@ def test_a_table_of_known_numbers():
         ]
         for key, up in make.items()
     }
-    summary = rows_json(summarise_rows(found, against="ours"), "ours")
-    assert summary["rows"]["ours"]["mean"]["psnr_region"]["mean"] == pytest.approx(scenes.mean() + 3)
-    minus = summary["rows"]["fc"]["minus"]["both"]
-    assert (minus["mean"], minus["low"], minus["high"], minus["excludes_zero"]) == pytest.approx((-3, -3, -3, True))
-    assert summary["gap_closed"]["ours"]["psnr_region"]["mean"] == pytest.approx(0.75)
-    assert "teacher" not in summary["gap_closed"]
-    assert "minus" not in summary["rows"]["ours"]
-    turned = rows_json(summarise_rows(found, against="fc"), "fc")["rows"]
-    assert turned["ours"]["minus"]["both"]["mean"] == pytest.approx(3)
-    assert "minus" not in turned["fc"]
+    summary = summarise_rows(found, against="ours")
+    assert summary.models["ours"].mean["psnr_region"].mean == pytest.approx(scenes.mean() + 3)
+    minus = summary.differences["fc", "ours"]["both"]
+    assert (*minus, minus.excludes_zero) == pytest.approx((-3, -3, -3, True))
+    assert summary.gap_closed["ours"]["psnr_region"].mean == pytest.approx(0.75)
+    assert "teacher" not in summary.gap_closed
+    assert summary.minus("ours", "ours") is None
+    turned = summarise_rows(found, against="fc")
+    assert turned.differences["ours", "fc"]["both"].mean == pytest.approx(3)
+    assert turned.minus("fc", "fc") is None
+    written = json.loads(json.dumps(rows_json(summary, "ours")))
+    assert written["rows"]["fc"]["minus"]["both"] == {"mean": -3, "low": -3, "high": -3, "excludes_zero": True}
+    assert written["rows"]["fc"]["teacher_minus"]["both"]["mean"] == 4
+    assert "minus" not in written["rows"]["ours"]
+    assert "teacher_minus" not in written["rows"]["teacher"]
+    assert written["gap_closed"]["ours"]["both"]["mean"] == 0.75
 
 
 def test_a_table_holds_its_rows_and_what_they_are_anchor_row():
@@ -278,9 +284,9 @@ def test_the_spread_is_that_of_the_seeds_means():
     scenes = np.arange(40.0)
     found = {"ours": [result("ours", s, {"psnr_region": scenes + 3 * s}) for s in range(3)]}
     found["teacher"] = [result("teacher", 0, {"psnr_region": scenes})]
-    rows = rows_json(summarise_rows(found, against="ours"), "ours")["rows"]
-    assert rows["ours"]["spread"] == {"psnr_region": pytest.approx(3.0)}
-    assert "spread" not in rows["teacher"]
+    models = summarise_rows(found, against="ours").models
+    assert models["ours"].spread == {"psnr_region": pytest.approx(3.0)}
+    assert models["teacher"].spread == {}
 
 
 def test_a_budget_says_how_everything_is_sampled():
@@ -305,12 +311,12 @@ def test_rows_are_paired_by_the_seeds_that_both_have():
         "layers_8": [result("layers_8", 2, {"psnr": base + 19})],
         "teacher": [result("teacher", 0, {"psnr": base + 12})],
     }
-    rows = rows_json(summarise_rows(found, against="ours"), "ours")["rows"]
-    assert rows["layers_8"]["minus"]["psnr"]["mean"] == pytest.approx(-1)
-    assert rows["teacher"]["minus"]["psnr"]["mean"] == pytest.approx(2)
-    assert rows["layers_8"]["minus"]["fid"]["mean"] == 0
-    turned = rows_json(summarise_rows(found, against="layers_8"), "layers_8")["rows"]
-    assert turned["ours"]["minus"]["psnr"]["mean"] == pytest.approx(1)
+    differences = summarise_rows(found, against="ours").differences
+    assert differences["layers_8", "ours"]["psnr"].mean == pytest.approx(-1)
+    assert differences["teacher", "ours"]["psnr"].mean == pytest.approx(2)
+    assert differences["layers_8", "ours"]["fid"].mean == 0
+    turned = summarise_rows(found, against="layers_8").differences
+    assert turned["ours", "layers_8"]["psnr"].mean == pytest.approx(1)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -60,6 +60,14 @@ class Reproduced(NamedTuple):
     folder: Path
 
 
+class Plan(TypedDict):
+    """What `reproduce --dry-run` shows."""
+
+    verb: str
+    budget: dict[str, object]
+    rows: dict[str, str]
+
+
 class _Request(NamedTuple):
     """What one call asks `collect` for, beside the rows."""
 
@@ -86,7 +94,7 @@ def plan(
     rows: Sequence[str],
     results: Path,
     against: str | None = None,
-) -> dict[str, object]:
+) -> Plan:
     """What `reproduce` would do: for each row and seed, `finished` or `to do`. `results` are those of the budget."""
     done = {}
     for measured in (TABLES, ALIKE):

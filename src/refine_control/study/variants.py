@@ -54,8 +54,8 @@ def build_variant(
     described = {"variant_of": sha256_file(source / MANIFEST), "variant": list(variant)}
     with only_writer(out):
         if (out / MANIFEST).is_file():
-            had = open_manifest(out)
-            if {key: had.get(key) for key in described} != described:
+            manifest = open_manifest(out)
+            if {key: manifest.get(key) for key in described} != described:
                 raise InvalidInputError(f"{out} holds other samples; choose another folder")
             return False
         count = max(1, math.ceil(round(variant.share * len(shards), 6)))
