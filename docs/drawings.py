@@ -152,9 +152,7 @@ STATIONS = [
 def data_flow() -> str:
     """The way of the data from a photograph to a table, four stations in a line."""
     width, height, gap, left, top, line_height, in_line = 196, 78, 34, 24, 52, 120, 4
-    parts = [
-        text(left, 30, "From photographs to tables: the data, the command, the folder in src/refine_control", "bold")
-    ]
+    parts = [text(left, 30, "The data, the command and the folder in src/refine_control", "bold")]
     for number, station in enumerate(STATIONS):
         line, place = divmod(number, in_line)
         x, y = left + place * (width + gap), top + line * line_height

@@ -13,6 +13,7 @@ from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 
 from refine_control.injection import expand_residuals
 from refine_control.metrics.cost import count_flops, count_parameters
+from refine_control.recipe_files import load_recipe
 
 SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -33,6 +34,8 @@ TOKENS = 333
 LATENTS = 128
 """Side of the latents of a 1024-px image."""
 GUIDED_STEPS = 28
+RATE = 300
+"""TFLOP/s that a large GPU might sustain: an assumption, not a measurement."""
 
 
 def text_inputs() -> dict[str, torch.Tensor]:
@@ -90,6 +93,8 @@ def table(training: bool = True) -> list[str]:
     optimizer = params["student"] * (4 * 4 + 2 * 2)
     frozen = 2 * (params["base"] + params["teacher"])
     again = step + flops["base"] + flops["student"]
+    stages = [load_recipe(f"sd3/balanced_stage{stage}").training for stage in (1, 2)]
+    samples = sum(stage.steps * stage.batch_size for stage in stages)
     rows = [
         ("at 1024 px, one image or sample", "parameters", "memory", "arithmetic"),
         ("---", "---:", "---:", "---:"),
@@ -106,8 +111,10 @@ def table(training: bool = True) -> list[str]:
         ("training: weights, gradients, optimizer; no activations", "", f"{(optimizer + frozen) / 1e9:.1f} GB", ""),
         ("training, stage 1, a sample", "", "", f"{step / 1e12:.0f} TFLOP"),
         ("the same with gradient checkpointing", "", "", f"{again / 1e12:.0f} TFLOP"),
+        (f"both stages, the same for {samples:,} samples", "", "", f"{samples * again / 1e18:.1f} EFLOP"),
+        (f"the same at an assumed {RATE} TFLOP/s", "", "", f"{samples * again / (RATE * 1e12) / 3600:.0f} hours"),
     ]
-    shown = rows if training else [row for row in rows if "a sample" not in row[0] and "the same" not in row[0]]
+    shown = rows if training else rows[:-4]
     return ["| " + " | ".join(row) + " |" for row in shown]
 
 
