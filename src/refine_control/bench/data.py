@@ -1,11 +1,11 @@
-"""`refine-control bench data`: what the data pipeline costs beside the bare work that nobody can avoid, as ratios.
+"""`refine-control bench data`: speed of the data pipeline relative to the unavoidable work, and its memory.
 
 - build: `data build` with given masks against a loop that decodes, crops, resizes and encodes the same photos and
   nothing else (no hashes, no shards, no checks).
-- cache: `cache` against the same encoders called on the same batches, their results thrown away.
-- batches: reading from the cache against what the training step needs.
-- memory: peak memory of a build of few and of many photos, each in a fresh process. The kernel's count for the memory
-  image of that process alone: `ru_maxrss` would begin with that of the parent, which is larger than any build.
+- cache: `cache` against the same encoders called on the same batches, with their results discarded.
+- batches: the rate at which training batches are read from the cache.
+- memory: peak memory of builds of few and of many photos, each in a fresh process. VmHWM counts that process only;
+  `ru_maxrss` would start with the memory of the parent, which is larger than any build.
 """
 
 # H W pixels
@@ -47,7 +47,7 @@ _STEP_SAMPLES = 32
 
 
 class DataBench(NamedTuple):
-    """Ratios of one run on one machine; above 1 means faster than what it is held against."""
+    """Results of one run on one machine; a ratio above 1 means faster than the bare work."""
 
     photos: int
     threads: int
@@ -59,9 +59,9 @@ class DataBench(NamedTuple):
     batches_per_second: float
     """Batches of 32 read from the cache."""
     seconds_per_photo: dict[str, float]
-    """Of builds of few and of many photos, by their number: the cost is linear where these are equal."""
+    """By number of photos: the cost is linear if these are equal."""
     peak_memory: dict[str, int]
-    """Bytes of fresh processes that build few and many photos, by their number."""
+    """Bytes of a fresh process that builds so many photos, by number of photos."""
 
 
 def write_photos(folder: Path, count: int, side: int) -> None:
@@ -78,9 +78,9 @@ def write_photos(folder: Path, count: int, side: int) -> None:
             name.with_suffix(".txt").write_text(prompt)
 
 
-def _bare(found: list[Entry], size: int) -> None:
-    """Decode, crop, resize and encode, and keep nothing."""
-    for entry in found:
+def _bare(listed: list[Entry], size: int) -> None:
+    """Decodes, crops, resizes and encodes; keeps nothing."""
+    for entry in listed:
         mask = load_mask(entry)
         x, y, side = crop_box(mask)
         with Image.open(entry.image_path) as opened:
@@ -94,7 +94,7 @@ def _bare(found: list[Entry], size: int) -> None:
 
 
 def _encoders(shards: Shards, backbone: Any) -> None:
-    """What a cache of these samples has to compute."""
+    """The computation that a cache of these samples needs."""
     for first in range(0, len(shards), BATCH):
         chunk = [shards[row] for row in range(first, min(first + BATCH, len(shards)))]
         pixels, mask = photos_as_tensors(chunk)
@@ -118,7 +118,7 @@ print(json.dumps([taken, int(status["VmHWM"].split()[0]) * 1024]))
 
 
 def _fresh_build(source: Path, out: Path) -> tuple[float, int]:
-    """Seconds and peak memory of a build in a process of its own."""
+    """Seconds and peak memory of a build in a separate process."""
     command = [sys.executable, "-c", _CHILD, str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
@@ -126,7 +126,7 @@ def _fresh_build(source: Path, out: Path) -> tuple[float, int]:
 
 
 def _numbers(many: int) -> list[int]:
-    """Of how many photos time and memory are compared."""
+    """The numbers of photos for which time and memory are measured."""
     return sorted({1000, many} | ({8000} if many > 8000 else set())) if many else []
 
 
@@ -135,23 +135,23 @@ def _spread(timings: dict[str, Timing], reference: str, ours: str) -> Spread:
 
 
 def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: int = 512) -> DataBench:
-    """Measures on `source` (a folder of photos with masks and prompts; else rendered scenes of `size` pixels).
+    """Measures on `source`, a folder of photos with masks and prompts, or on rendered scenes of `size` pixels.
 
-    Time and memory are those of 1,000, of 8,000 where `many` is more, and of `many` rendered scenes; 0 leaves that
-    out."""
+    Time and memory are measured for 1,000 and `many` rendered scenes, and for 8,000 if `many` is larger; `many` 0 omits
+    them."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if source is None:
             source = work / "photos"
             write_photos(source, photos, size)
-        found = [entry for entry in entries(source) if entry.problem is None][:photos]
+        listed = [entry for entry in entries(source) if entry.problem is None][:photos]
         numbers = iter(range(10**6))
         side = min(256, size)
 
         def ours() -> None:
             build(source, work / f"build-{next(numbers)}", size=side, limit=photos)
 
-        build_times = interleaved({"bare": lambda: _bare(found, side), "build": ours}, repeats)
+        build_times = interleaved({"bare": lambda: _bare(listed, side), "build": ours}, repeats)
         build(source, work / "shards", size=64, limit=photos, test_fraction=0.0, unlabeled_fraction=0.0)
         shards, backbone = Shards(work / "shards" / LABELED), load_backbone("mini")
 
@@ -173,10 +173,10 @@ def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: 
             seconds[str(number)] = taken / number
             shutil.rmtree(work / f"many-{number}")
         return DataBench(
-            photos=len(found),
+            photos=len(listed),
             threads=torch.get_num_threads(),
             build_of_bare=_spread(build_times, "bare", "build"),
-            build_photos_per_second=len(found) / build_times["build"].median,
+            build_photos_per_second=len(listed) / build_times["build"].median,
             cache_of_bare=_spread(cache_times, "bare", "cache"),
             batches_per_second=rate,
             seconds_per_photo=seconds,

@@ -1,10 +1,10 @@
-"""`refine-control bench features`: what the metrics that need a network cost beside that network alone, as ratios.
+"""`refine-control bench features`: speed of the metrics that use a network, relative to that network alone.
 
-- features: pictures to features as `evaluate` does it, bytes first, against the bare network on prepared tensors of
-  the same batch size, in the layout that suits it best.
-- distances: seconds of each distance of sets, and of its drawn sets, at three numbers of pictures.
+- features: from uint8 images to features as `evaluate` does it, against the bare network on prepared tensors with the
+  same batch size and the memory layout that is fastest for it.
+- distances: seconds of each distance between sets, and of a bootstrap sample, for three numbers of images.
 
-The networks have random weights, on the device that `evaluate` takes: what they cost does not depend on what they know.
+The networks have random weights, which do not affect their speed, on the device that `evaluate` uses.
 """
 
 # N pictures, H W pixels, n pictures of a batch, D width of a feature, R drawn sets
@@ -29,7 +29,7 @@ from refine_control.metrics.image_pairs import Images
 from refine_control.models.devices import best_device, device_name
 
 _SEED = 7
-_BATCH, _CLIP_BATCH = 32, 16  # those that `evaluate` takes
+_BATCH, _CLIP_BATCH = 32, 16  # as in `evaluate`
 
 DISTANCES: Mapping[str, tuple[Distance, OfDraws]] = {
     "frechet": (frechet_distance, frechet_of_draws),
@@ -39,31 +39,31 @@ DISTANCES: Mapping[str, tuple[Distance, OfDraws]] = {
 
 
 class FeatureBench(NamedTuple):
-    """Ratios of one run on one machine; above 1 means faster than what it is held against."""
+    """Results of one run on one machine; a ratio above 1 means faster than the bare network."""
 
     device: str
     threads: int
     size: int
     """Pixels of a side."""
     pictures: dict[str, int]
-    """By network; of LPIPS the pairs."""
+    """Number of images by network; for LPIPS of pairs."""
     of_bare: dict[str, Spread]
-    """Pictures a second of the whole path over those of the bare network."""
+    """Images a second of the whole path over those of the bare network."""
     pictures_per_second: dict[str, float]
     bare_pictures_per_second: dict[str, float]
     seconds_per_picture: dict[str, float]
-    """Inception, of a quarter of the pictures and of all, by their number: linear where these are equal."""
+    """Inception, for a quarter of the images and for all, by their number: linear if these are equal."""
     distance_seconds: dict[str, dict[int, float]]
-    """By distance and number of pictures on each side, D = 2048."""
+    """By distance and number of images on each side, D = 2048."""
     drawn_seconds: dict[str, dict[int, float]]
-    """The same of one drawn set, where all are drawn together."""
+    """The same for one bootstrap sample, where all are computed together."""
     distance_growth: dict[str, float]
-    """The power of N by which a distance grows from the second number of pictures to the third: 1 is linear."""
+    """The exponent with which the time grows from the second number of images to the third: 1 is linear."""
     drawn_growth: dict[str, float]
 
 
 class _Compared(NamedTuple):
-    """A path and its bare network, on the same pictures."""
+    """A metric's path and its bare network, on the same images."""
 
     ours: Callable[[Images], Any]
     network: Callable[[torch.Tensor], Any]
@@ -78,34 +78,38 @@ def _random_pictures(count: int, size: int) -> Images:
 
 
 def _networks(size: int, with_clip: bool, device: torch.device) -> dict[str, _Compared]:
-    """LPIPS looks at each picture twice: as its own reference."""
+    """By name; LPIPS compares each image with itself."""
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
-        sees = inception.placed(features.Inception(), device).eval()
-        pairs = features.Lpips().to(device).eval()
+        network = inception.placed(features.Inception(), device).eval()
+        lpips = features.Lpips().to(device).eval()
         tower = clip.untrained() if with_clip else None
-    found = {
+    compared = {
         "inception": _Compared(
-            lambda images: features.inception_features(sees, images, _BATCH), sees.pool3, inception.SIDE, _BATCH, device
+            lambda images: features.inception_features(network, images, _BATCH),
+            network.pool3,
+            inception.SIDE,
+            _BATCH,
+            device,
         ),
         "lpips": _Compared(
-            lambda images: features.lpips(pairs, images, images, _BATCH), lambda p: pairs(p, p), size, _BATCH, device
+            lambda images: features.lpips(lpips, images, images, _BATCH), lambda p: lpips(p, p), size, _BATCH, device
         ),
     }
     if tower is not None:
         torch.nn.Module.to(tower, device)  # in place; transformers' own `to` is annotated as taking no device
-        found["clip"] = _Compared(
+        compared["clip"] = _Compared(
             lambda images: features.clip_features(tower, images, _CLIP_BATCH),
             lambda pixels: tower(pixel_values=pixels).image_embeds,
             clip.LARGE_336["image_size"],
             _CLIP_BATCH,
             device,
         )
-    return found
+    return compared
 
 
 def _timings(compared: _Compared, images: Images, repeats: int) -> dict[str, Timing]:
-    """Of `ours` on all pictures and on a quarter of them, and of `bare`."""
+    """`ours` on all images, `quarter` on a quarter of them, and `bare`."""
     generator = torch.Generator().manual_seed(_SEED)
     prepared = torch.rand(len(images), 3, compared.side, compared.side, generator=generator) * 2 - 1
     on_cpu = compared.device.type == "cpu"
@@ -126,7 +130,7 @@ def _quarter(count: int) -> int:
 
 
 def _distance_times(count: int, resamples: int) -> dict[str, tuple[float, float]]:
-    """By distance: seconds of one, and of one of `resamples` drawn sets; features are random."""
+    """By distance: seconds of its value, and of one of `resamples` bootstrap samples; features are random."""
     random = np.random.default_rng(_SEED)
     left, right = (random.random((count, INCEPTION_WIDTH)) for _ in range(2))
     rows = random.integers(count, size=(resamples, count))
@@ -153,18 +157,17 @@ def bench_features(
     set_size: int = 500,
     resamples: int = 200,
 ) -> FeatureBench:
-    """Measures features of `pictures` random pictures of `size` pixels, and distances of `set_size`, twice and four
-    times as many random features.
+    """Measures the features of `pictures` random images of `size` pixels, and distances between `set_size`, twice and
+    four times as many random features.
 
-    CLIP's tower costs seconds a picture on a CPU and is left out with `clip_pictures` 0; so are the distances with
-    `set_size` 0."""
+    `clip_pictures` 0 omits CLIP, which takes seconds an image on a CPU; `set_size` 0 omits the distances."""
     timings, numbers, device = {}, {}, best_device()
     for name, compared in _networks(size, clip_pictures > 0, device).items():
         numbers[name] = clip_pictures if name == "clip" else pictures
         timings[name] = _timings(compared, _random_pictures(numbers[name], size), repeats)
     times = {count: _distance_times(count, resamples) for count in (set_size, 2 * set_size, 4 * set_size) if set_size}
     seconds, drawn = (
-        {name: {count: found[name][part] for count, found in times.items()} for name in DISTANCES if times}
+        {name: {count: both[name][part] for count, both in times.items()} for name in DISTANCES if times}
         for part in (0, 1)
     )
     fid = timings["inception"]

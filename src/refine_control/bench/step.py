@@ -1,7 +1,7 @@
-"""`refine-control bench step`: our training step of stage 1 against a plain loop over stock diffusers modules.
+"""`refine-control bench step`: the training step of stage 1 against a plain loop over stock diffusers modules.
 
-Both start from the same networks and see the same batch, noise and sigmas; their first losses and gradients are
-compared before they are timed, alternately, in one process. Peak memory is read in fresh ones.
+Both start from the same networks and use the same batch, noise and sigmas. Their first losses and gradients are
+compared, then both are timed alternately in one process. Peak memory is measured in fresh processes.
 """
 
 # B batch, h w latents, N image tokens, D width
@@ -40,39 +40,39 @@ class Spread(NamedTuple):
 
 
 class StepBench(NamedTuple):
-    """Our step against a plain eager loop. `stock` freezes what need not learn and runs the teacher without a graph,
-    as diffusers' own training script does; `stock, nothing frozen` does neither."""
+    """The training step against a plain eager loop. `stock` freezes all but the student and runs the teacher without a
+    graph, as diffusers' training script does; `stock, nothing frozen` does neither."""
 
     device: str
     threads: int
     precision: str
-    """Of `ours`; the stock loops are fp32."""
+    """The type of `ours`; the stock loops are fp32."""
     batch_size: int
     loss_difference: dict[str, float]
     """|ours - stock| / stock, before the first update."""
     gradient_difference: dict[str, float]
-    """2-norm of the difference of the student's gradients over the norm of stock's."""
+    """2-norm of the difference between the student's gradients, relative to the norm of stock's."""
     seconds: dict[str, Spread]
-    """One step."""
+    """Of one step."""
     speedup: dict[str, Spread]
-    """How many times longer `stock` takes, paired round by round."""
+    """Time of `stock` over time of the step, paired by round."""
     samples_per_second: dict[str, float]
     phases: dict[str, float]
     """Seconds of the parts of `ours`."""
     gflops: float
-    """Matrix products and attentions of one step of `stock`; 1 multiply-add = 2 FLOP."""
+    """Matrix products and attention of one step of `stock`; 1 multiply-add is 2 FLOP."""
     matmul_gflops: dict[str, float]
-    """By precision: GFLOP a second of torch's products at the shapes of a feed-forward, (B N, D) and (B N, 4 D)."""
+    """By precision: GFLOP/s of torch's matrix products with the shapes of a feed-forward, (B N, D) and (B N, 4 D)."""
     floor_seconds: dict[str, float]
-    """By precision: `gflops` over that rate; no step that multiplies at this rate takes less."""
+    """By precision: `gflops` over that rate, a lower bound of the step's time."""
     fraction_of_floor: dict[str, float]
-    """Floor over measured time, each in its own precision."""
+    """Lower bound over measured time, each in its precision."""
     peak_memory: dict[str, int]
-    """Bytes of a fresh process that loads the networks and makes three steps (GPU: allocated by torch)."""
+    """Bytes of a fresh process that loads the networks and runs three steps (GPU: allocated by torch)."""
 
 
 class OurStep:
-    """A step as `refine-control train` makes it."""
+    """The training step of `refine-control train`."""
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: str):
         training = recipe.training.model_copy(update={"precision": precision})
@@ -103,7 +103,7 @@ class OurStep:
         self.master.step(self.recipe.optimizer.learning_rate, 0, self.recipe.optimizer.max_grad_norm)
 
     def phases(self, batch: Batch, draw: Draw) -> dict[str, float]:
-        """Seconds of the parts of one step; the teacher runs twice, once to be timed alone."""
+        """Seconds of the parts of one step; the teacher runs twice, once for its own timing."""
 
         def seconds(part: Callable[[], Any]) -> float:
             return time_call(part, warmup=0, repeats=1).median
@@ -121,7 +121,7 @@ class OurStep:
 
 
 def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurStep | StockStep]]:
-    """How each step that is compared comes to be; `ours` in fp32 apart only where there is a faster type."""
+    """By name, how to create each step; `ours in fp32` only if the device has a faster type."""
     fast = fast_precision(device)
     makers: dict[str, Callable[[], OurStep | StockStep]] = {
         STOCK: partial(StockStep, recipe, device),
@@ -132,7 +132,7 @@ def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurS
 
 
 def make_batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tuple[Batch, Draw]:
-    """A random batch of the model's own shapes."""
+    """A random batch with the model's shapes."""
     count = recipe.training.device_batch_size or recipe.training.batch_size
     draw = Draw(recipe.training.seed, "bench", 0, range(count))
     config = backbone.transformer.config
@@ -155,7 +155,7 @@ def whole_step(step: OurStep | StockStep, batch: Batch, draw: Draw) -> None:
 
 
 def _first_answer(step: OurStep | StockStep, batch: Batch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients before the first update; that update follows."""
+    """Loss and gradients before the first update, which is then made."""
     loss = step.backward(batch, draw)
     grads = {name: p.grad.float().clone() for name, p in step.parameters.items() if p.grad is not None}
     step.update()
@@ -170,7 +170,7 @@ def _distance(grads: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 
 
 def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of the two products of the image stream's feed-forward."""
+    """FLOP/s of the two matrix products of the image stream's feed-forward."""
     config = backbone.transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     rows = batch_size * (config["sample_size"] // config["patch_size"]) ** 2
@@ -190,10 +190,10 @@ def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device
 
 def _peak_in_fresh_process(recipe: Recipe, name: str) -> int:
     command = [sys.executable, "-m", "refine_control.bench.step", name, str(torch.get_num_threads())]
-    run = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise MissingError(f"the process that measures the memory of {name!r} failed: {run.stderr.strip()[-300:]}")
-    return int(run.stdout.split()[-1])
+    process = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise MissingError(f"the process that measures the memory of {name!r} failed: {process.stderr.strip()[-300:]}")
+    return int(process.stdout.split()[-1])
 
 
 def _spread(timing: Timing) -> Spread:
@@ -249,7 +249,7 @@ def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
 
 
 def _main(name: str, threads: str) -> None:
-    """Reads a recipe from stdin, makes three steps of `name`, prints the peak."""
+    """Reads a recipe from stdin, runs three steps of `name`, prints the peak memory."""
     torch.set_num_threads(int(threads))
     recipe, device = Recipe.model_validate_json(sys.stdin.read()), training_device()
     step = _makers(recipe, device)[name]()

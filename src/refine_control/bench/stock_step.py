@@ -1,6 +1,6 @@
-"""What our training step is measured against: the plain eager loop that one would write over stock diffusers modules.
+"""The baseline of `bench step`: a plain eager training loop over stock diffusers modules.
 
-It uses nothing of `losses`, `flow` and `injection`, so that it checks them too.
+It does not use `losses`, `flow` and `injection`, so that it checks them too.
 """
 
 # B batch, h w latents, N image tokens, D width

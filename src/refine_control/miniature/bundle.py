@@ -1,4 +1,4 @@
-"""`refine-control mini train`: all stages, the oracle, the measured card, and the published bundle."""
+"""`refine-control mini train`: trains all stages and the classifier, measures the result, publishes the bundle."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ def run_stage(
     progress: Progress | None = None,
     before: Sequence[Any] = (),
 ) -> dict[str, torch.Tensor]:
-    """Trains one stage in `work/<name>` (or reads its result where it is done) and returns its averaged weights.
+    """Trains one stage in `work/<name>`, or reads its result if it is finished; returns its averaged weights.
 
-    `before` is what it stands on: its world, where it began, the stages before it. Writes `stage.json` (steps, samples
-    seen, seconds) and then `weights.safetensors`. Raises InvalidInputError where `work` holds another stage so named.
+    `before` lists what the stage depends on: its world, the starting bundle, the earlier stages. Writes `stage.json`
+    (steps, samples, seconds), then `weights.safetensors`. Raises InvalidInputError if `work` holds a different stage of
+    this name.
     """
     from safetensors.torch import load_file, save_file
 
     folder = work / name
-    result, told = folder / "weights.safetensors", folder / "stage.json"
+    result, record = folder / "weights.safetensors", folder / "stage.json"
     mark = hashlib.sha256(json.dumps([*before, name, stage, seed]).encode()).hexdigest()
-    if result.exists() and (not told.is_file() or json.loads(told.read_text()).get("fingerprint") != mark):
+    if result.exists() and (not record.is_file() or json.loads(record.read_text()).get("fingerprint") != mark):
         raise InvalidInputError(
-            f"{folder} was trained with other steps, seed, start or pictures; choose another --out, or delete {work}"
+            f"{folder} was trained with other steps, seed, start or images; choose another --out, or delete {work}"
         )
     if not result.exists():
         optimizer = OptimizerConfig(
@@ -80,7 +81,7 @@ def run_stage(
             processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets it
             seen = {"samples": stage.steps * stage.batch_size, "seed": seed, "processes": processes}
             seen |= {"seconds_last_sitting": seconds, "fingerprint": mark}
-            write_json(told, {**stage._asdict(), **seen})
+            write_json(record, {**stage._asdict(), **seen})
             temporary = folder / "weights.tmp"
             save_file({k: v.contiguous() for k, v in fitted.weights.items()}, temporary)
             temporary.replace(result)
@@ -90,7 +91,7 @@ def run_stage(
 
 @torch.no_grad()
 def normalise_latents(vae: Any, images: torch.Tensor) -> None:
-    """Sets the VAE's shift and scaling factors so that latents of (N,3,H,W) images have mean 0 and deviation 1."""
+    """Sets the VAE's shift and scaling factors so that latents of images (N,3,H,W) have mean 0 and deviation 1."""
     mean = torch.cat(
         [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float() for part in images.split(128)]
     )
@@ -98,7 +99,7 @@ def normalise_latents(vae: Any, images: torch.Tensor) -> None:
 
 
 def _has_control(pipeline: Any) -> bool:
-    """Is the ControlNet more than a copy of the transformer with zeros behind it?"""
+    """Whether the ControlNet has been trained, so that its zero-linears are no longer zero."""
     return any(bool(block.weight.any()) for block in pipeline.controlnet.controlnet_blocks)
 
 
@@ -113,8 +114,8 @@ def train_bundle(
 ) -> Any:
     """Trains the stages named in `stages` (all by default) and returns the pipeline in fp32.
 
-    `start` is a bundle whose weights are the starting point (`mini train --from`); stages that are not
-    trained keep its weights. Work and checkpoints live in `out/work`; the same call continues."""
+    Training starts from the weights of the bundle `start` (`mini train --from`); stages that are not trained keep
+    them. Checkpoints are in `out/work`; the same call resumes."""
     stages = STAGES if stages is None else stages
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -157,15 +158,15 @@ def train_bundle(
         objective = JointObjective(pipeline, torch.bfloat16)
         weights = run("joint", objective, batches)
         for name in ("transformer", "controlnet"):
-            own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
-            getattr(pipeline, name).float().load_state_dict(own, strict=False)
+            part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+            getattr(pipeline, name).float().load_state_dict(part, strict=False)
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.controlnet):
         part.float().requires_grad_(False).eval()
     return pipeline.to("cpu")
 
 
 def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, Any]) -> None:
-    """Publishes a complete diffusers pipeline folder in fp16, with the oracle and the card beside it."""
+    """Publishes a complete diffusers pipeline folder in fp16, with the classifier and the card."""
     import copy
 
     from safetensors.torch import save_file
@@ -181,17 +182,16 @@ def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, An
 
 
 def _trained_stages(work: Path) -> dict[str, Any]:
-    """What each stage's `stage.json` says: steps, samples, seconds."""
-    found = sorted(work.glob("*/stage.json"))
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
+    """The content of each stage's `stage.json`: steps, samples, seconds."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(work.glob("*/stage.json"))}
 
 
 def publish(
     pipeline: Any, classifier: Classifier | None, out: Path, work: Path, history: list[Any], count: int, world: World
 ) -> dict[str, Any]:
-    """Writes `out/bundle`, measures it on `count` pictures of its world, and writes the card again.
+    """Publishes `out/bundle`, measures it on `count` images of its world, and publishes it again with the full card.
 
-    `history` are the sittings of the bundle that training started from."""
+    `history` are the training sittings of the starting bundle."""
     card: dict[str, Any] = {
         **world.card,
         "max_sequence_length": 0,
@@ -224,10 +224,10 @@ def make_bundle(
     world: World | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains what `stages` names (all by default), publishes `out/bundle` and returns its card.
+    """Trains the stages in `stages` (all by default), publishes `out/bundle` and returns its card.
 
-    `start` is a bundle to go on from, its oracle included; give another `seed` then, so that it sees new scenes.
-    The same call continues what was interrupted. Raises what `fit` raises."""
+    `start` is a bundle to continue from, including its classifier; use another `seed` then, so that the scenes are new.
+    The same call resumes an interrupted training. Raises what `fit` raises."""
     work, world = out / "work", world or SceneWorld()
     with only_writer(out) if is_main_process() else nullcontext():
         pipeline = train_bundle(out, seed, start=start, stages=stages, world=world, progress=progress)

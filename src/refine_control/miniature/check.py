@@ -1,4 +1,4 @@
-"""`refine-control mini check`: the shipped weights measured again, by anyone, on scenes that no training saw."""
+"""`refine-control mini check`: measures the weights of a bundle on scenes that were not used in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from refine_control.randomness import derive_seed, permutation, uniforms
 
 
 class Skill(NamedTuple):
-    """Obedience in per cent of N scenes, and PSNR in dB."""
+    """Obedience in per cent of the scenes, and PSNR in dB."""
 
     colour: float
     shape: float
@@ -33,9 +33,9 @@ class Skill(NamedTuple):
 
 
 def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler: SamplerConfig, prompts: str) -> Skill:
-    """The teacher on unseen scenes with `local`, `empty` or `wrong` prompts (wrong: of another colour and shape).
+    """Measures the teacher on unseen scenes with `local`, `empty` or `wrong` prompts (another colour and shape).
 
-    Obedience is always to the object that was there, so with an empty or a wrong prompt it must be at chance."""
+    Obedience always refers to the object of the scene, so with an empty or wrong prompt it must be at chance."""
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
     texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
@@ -58,14 +58,14 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
 
 
 CHANCE_SCENES = 200
-"""So many at most with an empty or a wrong prompt: chance needs no third digit."""
+"""At most this many scenes with an empty or wrong prompt: chance level needs no third digit."""
 CHECK_SAMPLER = SamplerConfig(**SAMPLING)
 
 
 def photo_crops(folder: Path, seed: int, size: int = 64) -> np.ndarray:
-    """One random crop (N,64,64,3) uint8 of every JPEG under `folder` that is large enough, at full resolution.
+    """One random crop of every JPEG under `folder` that is large enough, at full resolution: (N,64,64,3) uint8.
 
-    Raises InvalidInputError when there is none."""
+    Raises InvalidInputError if there is none."""
     from PIL import Image, ImageOps
 
     crops = []
@@ -77,7 +77,9 @@ def photo_crops(folder: Path, seed: int, size: int = 64) -> np.ndarray:
             y, x = int(u * (image.shape[0] - size + 1)), int(v * (image.shape[1] - size + 1))
             crops.append(image[y : y + size, x : x + size])
     if not crops:
-        raise InvalidInputError(f"no JPEG of at least {size} x {size} pixels lies under {folder}")
+        raise InvalidInputError(
+            f"{folder} contains no JPEG of at least {size} x {size} pixels; name a folder of photographs"
+        )
     return np.stack(crops)
 
 
@@ -89,26 +91,26 @@ def check_bundle(
     precision: Precision = "fp32",
     photos: Path | None = None,
 ) -> dict[str, Any]:
-    """`mini check`: the shipped weights measured again on `count` unseen scenes: VAE, oracle, teacher.
+    """Measures VAE, classifier and teacher of a bundle on `count` unseen scenes, on the GPU if there is one.
 
-    On the GPU where there is one. With `photos` also the VAE on a crop of every JPEG in a folder."""
+    With `photos` it also measures the VAE on a crop of every JPEG in that folder."""
     backbone = load_backbone(bundle or "mini", cpu_kernels=True, device=best_device())
     for part in (backbone.transformer, backbone.pipeline.controlnet):
         part.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     classifier = load_classifier(bundle or BUNDLE)
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
-    kept = decoded(backbone, rendered.images.numpy())
-    seen = read_regions(classifier, rendered.images.numpy(), rendered.masks.numpy())
+    reconstructed = decoded(backbone, rendered.images.numpy())
+    on_clean = read_regions(classifier, rendered.images.numpy(), rendered.masks.numpy())
     noise = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    guess = read_regions(classifier, noise, rendered.masks.numpy())
+    on_noise = read_regions(classifier, noise, rendered.masks.numpy())
     out: dict[str, Any] = {
         "scenes": count,
-        "autoencoder_psnr": float(psnr(rendered.images.numpy(), kept).mean()),
+        "autoencoder_psnr": float(psnr(rendered.images.numpy(), reconstructed).mean()),
         "oracle_clean": {
-            n: 100 * float((getattr(seen, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
+            n: 100 * float((getattr(on_clean, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
         },
         "oracle_noise": {
-            n: 100 * float((getattr(guess, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
+            n: 100 * float((getattr(on_noise, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
         },
         "sampler": {**CHECK_SAMPLER.model_dump(mode="json"), "precision": precision},
     }

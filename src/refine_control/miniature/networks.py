@@ -1,8 +1,7 @@
-"""The mini model: SD3's own classes in miniature, 64 x 64 pixels, a closed vocabulary, no T5.
+"""The networks of the miniature: SD3's own classes at 64 x 64 pixels, with a closed vocabulary and no T5.
 
-VAE 64 -> 8 x 8 x 16 latents; patch size 1, so 64 image tokens of 16 numbers each in a width of 64:
-the stream has room for the noise it must carry and for what it thinks of it (patch size 2 would
-fill it with the noise alone). Two CLIP text encoders of width 32 give 18 text tokens.
+The VAE maps 64 x 64 pixels to 8 x 8 x 16 latents. The patch size is 1, so there are 64 image tokens of 16 numbers in a
+width of 64; with patch size 2 the noise alone would fill the width. Two CLIP text encoders of width 32 read 18 tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_SEQUENCE_LENGTH = 0
-"""No T5: no zero tokens are appended, in training and in use alike (docs/paper.md, trap 10)."""
+"""Without T5 no zero tokens are appended, in training and inference alike (docs/paper.md, trap 10)."""
 TEXT_WIDTH = 32
 TRANSFORMER: dict[str, Any] = {
     "sample_size": 8,
@@ -52,7 +51,7 @@ VAE: dict[str, Any] = {
 
 
 def build_vae() -> AutoencoderKL:
-    """A new AutoencoderKL with torch's current random state: pixels (B,3,64,64) <-> latents (B,16,8,8)."""
+    """A new AutoencoderKL, initialised from torch's random state: pixels (B,3,64,64) <-> latents (B,16,8,8)."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(**VAE)
@@ -66,14 +65,14 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def build_controlnet(num_layers: int) -> SD3ControlNetModel:
-    """A new 17-channel ControlNet of `num_layers` (its `controlnet_blocks` are zero at birth)."""
+    """A new 17-channel ControlNet with `num_layers` layers, whose `controlnet_blocks` are initialised with zeros."""
     from diffusers import SD3ControlNetModel
 
     return SD3ControlNetModel(**{**TRANSFORMER, "num_layers": num_layers}, extra_conditioning_channels=1)
 
 
 def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CLIPTokenizer:
-    """Writes a CLIPTokenizer of whole `words` to `folder` and loads it: 18 tokens, other words become <|unk|>."""
+    """Writes a CLIPTokenizer of `words` to `folder` and loads it: at most 18 tokens; other words become <|unk|>."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -83,7 +82,7 @@ def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CL
     bpe = Tokenizer(BPE(unk_token="<|unk|>", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
     special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
-    # trained on the words themselves until every one is a single token
+    # trained on the words until each one is a single token
     trainer = BpeTrainer(vocab_size=100_000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(words, trainer)
     model = json.loads(bpe.to_str())["model"]
@@ -102,7 +101,7 @@ def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CL
 
 
 def build_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
-    """A new two-layer CLIP text encoder; SD3 reads its penultimate hidden states and its projection."""
+    """A new two-layer CLIP text encoder; SD3 uses its penultimate hidden states and its projection."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(
@@ -122,7 +121,7 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
 
 
 def new_pipeline(folder: Path, seed: int) -> Any:
-    """A stock inpainting pipeline of new networks; the tokenizer's files go to `folder`."""
+    """A stock inpainting pipeline of new networks; the tokenizer is written to `folder`."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
 
@@ -147,7 +146,7 @@ def new_pipeline(folder: Path, seed: int) -> Any:
 
 
 def with_new_words(pipeline: Any, words: Sequence[str], folder: Path, seed: int) -> Any:
-    """The pipeline with new text encoders and a tokenizer of `words`; all other networks stay."""
+    """Replaces the text encoders and the tokenizer by new ones for `words`; keeps all other networks."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,8 @@
-"""The oracle: which colour and shape stand in the repainted region of a scene.
+"""The classifier that measures obedience: it reads colour and shape of the inpainted region of a scene.
 
-A small network reads a square crop around the mask (never the prompt, never the original). It is trained on
-clean, blurred, noisy and wrongly coloured renders by `mini train` and ships with the bundle; `mini check`
-measures it again: clean renders, pure noise, and the surroundings alone.
+A small network reads a square crop around the mask, and neither the prompt nor the original. `mini train` trains it on
+clean, blurred, noisy and tinted renders, and it ships with the bundle. `mini check` measures it on clean renders and
+on noise.
 """
 
 # N scenes, H W pixels; crops are 32 x 32
@@ -27,14 +27,14 @@ WEIGHTS = "classifier.safetensors"
 
 
 class Reading(NamedTuple):
-    """What the oracle sees: indices into COLOURS and SHAPES, each (N,)."""
+    """Predictions of the classifier: indices into COLOURS and SHAPES, each (N,)."""
 
     colour: np.ndarray
     shape: np.ndarray
 
 
 class Obedience(NamedTuple):
-    """Did the region become what the prompt says? Each (N,) bool."""
+    """Whether each region has the colour and the shape of the prompt, each (N,) bool."""
 
     colour: np.ndarray
     shape: np.ndarray
@@ -45,7 +45,7 @@ class Obedience(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Crops (N,3,32,32) in [-1, 1] -> logits of colours (N,8) and shapes (N,6); `features` (N,64) before them."""
+    """Crops (N,3,32,32) in [-1, 1] -> logits of colours (N,8) and shapes (N,6)."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         self.colour, self.shape = nn.Linear(64, len(COLOURS)), nn.Linear(64, len(SHAPES))
 
     def features(self, crops: torch.Tensor) -> torch.Tensor:
-        """(N,3,32,32) -> (N,64)."""
+        """The last hidden layer: (N,3,32,32) -> (N,64)."""
         for stage in self.stages:
             crops = stage(crops)
         return functional.silu(self.hidden(crops.flatten(1)))
@@ -76,9 +76,9 @@ class Classifier(nn.Module):
 
 
 def region_crops(pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Pixels (N,3,H,W) in [-1, 1], masks (N,H,W) bool -> (N,3,32,32): the square around each mask, bilinear.
+    """The square around each mask, bilinear: pixels (N,3,H,W) in [-1, 1], masks (N,H,W) bool -> (N,3,32,32).
 
-    Squares that leave the picture see its border repeated. Raises ValueError for an empty mask."""
+    Outside the image its border is repeated. Raises ValueError for an empty mask."""
     if not masks.flatten(1).any(1).all():
         raise ValueError("an empty mask has no region")
     height, width = masks.shape[1:]
@@ -95,12 +95,14 @@ def region_crops(pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def load_classifier(bundle: Path) -> Classifier:
-    """The shipped oracle. Raises MissingError when the bundle has none."""
+    """Loads the classifier of a bundle. Raises MissingError if the bundle has none."""
     from safetensors.torch import load_file
 
     path = bundle / WEIGHTS
     if not path.is_file():
-        raise MissingError(f"the oracle's weights are not at {path}; make them with `refine-control mini train`")
+        raise MissingError(
+            f"the classifier's weights are missing at {path}; train them with `refine-control mini train`"
+        )
     classifier = Classifier()
     classifier.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return classifier.eval().requires_grad_(False)
@@ -108,7 +110,7 @@ def load_classifier(bundle: Path) -> Classifier:
 
 @torch.no_grad()
 def read_regions(classifier: Classifier, images: np.ndarray, masks: np.ndarray, batch_size: int = 256) -> Reading:
-    """Images (N,H,W,3) uint8, masks (N,H,W) bool -> colour and shape of what stands in each region."""
+    """Reads colour and shape of each region: images (N,H,W,3) uint8, masks (N,H,W) bool."""
     colours, shapes = [], []
     for a in range(0, len(images), batch_size):
         pixels = from_images(images[a : a + batch_size])
@@ -121,6 +123,6 @@ def read_regions(classifier: Classifier, images: np.ndarray, masks: np.ndarray, 
 def obedience(
     classifier: Classifier, images: np.ndarray, masks: np.ndarray, colour: np.ndarray, shape: np.ndarray
 ) -> Obedience:
-    """Compares what stands in the regions with the wanted colours and shapes, (N,) indices each."""
-    seen = read_regions(classifier, images, masks)
-    return Obedience(seen.colour == colour, seen.shape == shape)
+    """Compares the regions with the colours and shapes of the prompts, (N,) indices each."""
+    reading = read_regions(classifier, images, masks)
+    return Obedience(reading.colour == colour, reading.shape == shape)

@@ -1,9 +1,8 @@
-"""`refine-control mini train`: the mini bundle from nothing but a seed, stage by stage, each resumable.
+"""Objectives and batches of `refine-control mini train`, which trains the miniature in stages.
 
-autoencoder -> base (transformer and both text encoders, text to image) -> teacher (23-layer inpainting
-ControlNet on the frozen base) -> joint (base and teacher together) -> a complete diffusers pipeline folder with a card
-that says what it took. Every stage runs in the one loop of this project. Scenes are rendered as they are needed and
-never repeat between stages; `worlds` has photographs in their place.
+autoencoder -> base (transformer and both text encoders, text to image) -> teacher (23-layer inpainting ControlNet on
+the frozen base) -> joint (base and teacher together). Every stage can be resumed and runs in `training.loop.fit`.
+Scenes are rendered on demand and do not repeat between stages; `worlds` has batches of photographs.
 """
 
 # B batch, H = W = 64 pixels, h = w = 8 latents
@@ -27,11 +26,11 @@ from refine_control.training.optimizer import Trainable, compute_in
 
 
 class StageLosses(NamedTuple):
-    """What a stage of the bundle logs."""
+    """The logged terms of base, teacher and joint."""
 
     loss: torch.Tensor
     inside: torch.Tensor
-    """Mean square in the hole."""
+    """Mean squared error in the hole."""
     outside: torch.Tensor
 
 
@@ -55,18 +54,18 @@ class SceneBatch(NamedTuple):
 
 
 class PictureBatches(Batches):
-    """Half scenes, half pictures with the statistics of photographs: (B,3,64,64) in [-1, 1]."""
+    """Half scenes, half images with the statistics of photographs: (B,3,64,64) in [-1, 1]."""
 
     def batch(self, draw: Draw) -> torch.Tensor:
-        """The pictures of a micro-batch; no picture is shown twice."""
+        """The images of a micro-batch; no image is shown twice."""
         start = draw.step * 100_000 + draw.slots[0]
         return scenes.photo_mixture(derive_seed(draw.seed, draw.stage), start, len(draw.slots))
 
 
 class SceneBatches(Batches):
-    """Rendered scenes, encoded by the frozen autoencoder in bursts and shown `repeats` times with new noise.
+    """Rendered scenes, encoded by the frozen autoencoder in pools and shown `repeats` times with new noise.
 
-    A slot's scenes depend on (seed, stage, slot, step) alone, so any number of processes sees the same."""
+    A slot's scenes are a function of (seed, stage, slot, step), so they do not depend on the number of processes."""
 
     def __init__(self, vae: Any, steps_in_pool: int = 32, repeats: int = 2):
         self.vae, self.steps_in_pool, self.repeats = vae, steps_in_pool, repeats
@@ -111,7 +110,7 @@ class SceneBatches(Batches):
 
 
 def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float = 0.1) -> list[str]:
-    """A prompt for each slot: empty, the target's own, or the whole scene's."""
+    """A prompt for each slot: empty, local or global."""
     picks = draw.uniforms("prompt").tolist()
     return [
         "" if u < empty else (l if u < empty + local else g)
@@ -120,7 +119,7 @@ def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float
 
 
 class AutoencoderObjective(Objective):
-    """Mean square and a little absolute error of the reconstruction, with a slight pull to the unit normal."""
+    """Squared and 0.05 x absolute error of the reconstruction, with a small divergence from the unit normal."""
 
     def __init__(self, vae: Any, dtype: torch.dtype):
         self.vae, self.parameters = vae, compute_in(vae, dtype)
@@ -130,7 +129,7 @@ class AutoencoderObjective(Objective):
         return self.parameters
 
     def losses(self, batch: torch.Tensor, draw: Draw, statistics: torch.Tensor | None = None) -> AutoencoderLosses:
-        """The reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
+        """The loss of a reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
         batch = batch.to(self.vae.device)
         posterior = self.vae.encode(batch.to(self.vae.dtype)).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -142,7 +141,7 @@ class AutoencoderObjective(Objective):
 
 
 def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: float) -> StageLosses:
-    """Mean square error with the hole weighted `inside_weight` to 1: error (B,16,h,w), mask (B,1,h,w)."""
+    """Mean squared error in which the hole counts `inside_weight` times: error (B,16,h,w), mask (B,1,h,w)."""
     square = error.float().square().mean(1, keepdim=True)
     loss = (square * (1 + (inside_weight - 1) * mask)).mean()
     return StageLosses(
@@ -151,7 +150,7 @@ def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: floa
 
 
 class BaseObjective(Objective):
-    """Text to image: the transformer and both text encoders learn the velocity together."""
+    """Text to image: the transformer and both text encoders are trained together on the velocity."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype):
         self.pipeline = pipeline
@@ -172,7 +171,7 @@ class BaseObjective(Objective):
 
 
 class TeacherObjective(Objective):
-    """The 23-layer inpainting ControlNet on the frozen base; the hole weighs `inside_weight` times the rest."""
+    """The 23-layer inpainting ControlNet on the frozen base; the hole counts `inside_weight` times."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0):
         self.pipeline, self.inside_weight = pipeline, inside_weight
@@ -186,7 +185,7 @@ class TeacherObjective(Objective):
         return self.parameters
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
-        """E ||v - v_hat||^2, prompts as in the base; the same prompt goes to both networks."""
+        """E ||v - v_hat||^2 with the base's prompts; both networks get the same prompt."""
         at = noised(batch.latents, draw)
         with torch.no_grad():
             embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
@@ -197,14 +196,14 @@ class TeacherObjective(Objective):
         return weighted_losses(predicted.float() - at.target, batch.mask, self.inside_weight)
 
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
-        """Every sample sees its control."""
+        """The residuals that are injected: those of every sample."""
         return residuals
 
 
 class JointObjective(TeacherObjective):
-    """Base and teacher together: the base learns to draw what it is told where the teacher says.
+    """Base and teacher together, so that the base learns to draw what prompt and control ask for.
 
-    A `free` share of the samples goes without control, so that the base stays a text-to-image model."""
+    A share `free` of the samples has no control, so that the base remains a text-to-image model."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0, free: float = 0.15):
         base = compute_in(pipeline.transformer.requires_grad_(True), dtype)

@@ -1,4 +1,4 @@
-"""How the obedience oracle is trained: on renders alone, degraded so that a generated picture is no surprise to it."""
+"""Training of the classifier that measures obedience, on renders degraded like generated images."""
 
 # B batch; crops are 32 x 32
 
@@ -18,7 +18,7 @@ from refine_control.training.optimizer import Trainable
 
 
 class OracleLosses(NamedTuple):
-    """Cross-entropies of the oracle."""
+    """Cross-entropies of the classifier."""
 
     loss: torch.Tensor
     colour: torch.Tensor
@@ -34,7 +34,7 @@ class Crops(NamedTuple):
 
 
 def scene_crops(seed: int, start: int, count: int) -> Crops:
-    """The regions of scenes as the oracle sees them."""
+    """The regions of scenes as the classifier reads them."""
     rendered = scenes.render(seed, start, count)
     pixels = from_images(rendered.images)
     crops = region_crops(pixels, rendered.masks)
@@ -55,7 +55,7 @@ def _blurred(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def degraded(pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Half of the crops blurred once or twice, all with noise up to 0.15 and a colour cast of 0.1 (of a range of 2)."""
+    """Blurs half of the crops once or twice; adds noise up to 0.15 and a colour cast of 0.1 to all (range 2)."""
     pick = draw.uniforms("blur")[:, None, None, None]
     once = _blurred(pixels)
     pixels = torch.where(pick < 0.3, once, torch.where(pick < 0.5, _blurred(once), pixels))
@@ -75,7 +75,7 @@ class OracleObjective(Objective):
         return Trainable.of(self.classifier.named_parameters())
 
     def losses(self, batch: Crops, draw: Draw, statistics: torch.Tensor | None = None) -> OracleLosses:
-        """The sum of both."""
+        """Their sum, and both of them."""
         colour, shape = self.classifier(degraded(batch.pixels, draw))
         a = functional.cross_entropy(colour, batch.colour)
         b = functional.cross_entropy(shape, batch.shape)

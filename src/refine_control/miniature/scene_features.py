@@ -1,7 +1,7 @@
-"""Distances for the mini world, in the eyes of its own oracle: they need no download and no photograph.
+"""Distances between features of the miniature's classifier; they need no download and no photograph.
 
-Names begin with `scene_` because none of them is FID, CMMD or LPIPS, nor comparable with them: the oracle has seen
-rendered shapes alone. It looks at the square around each mask, so that what was kept hardly counts.
+Names start with `scene_` because they are not FID, CMMD or LPIPS and cannot be compared with them: the classifier was
+trained on rendered shapes only. It reads the square around each mask, so the kept region hardly counts.
 """
 
 # N scenes, H W pixels, R drawn sets; features (N, 64)
@@ -21,13 +21,13 @@ from refine_control.pixels import from_images
 from refine_control.progress import Progress
 
 SCENE_SIGMA = 1.0
-"""Of the order of the distance between two features of length 1, at most 2. CMMD's 10 would see little but means."""
+"""Comparable to the distance between two features of length 1, at most 2. With CMMD's 10 only means would matter."""
 SCENE_SCALE = 1000.0
 
 
 @torch.no_grad()
 def scene_features(classifier: Classifier, images: Images, masks: Mask, batch_size: int = 256) -> NDArray[np.float32]:
-    """The oracle's last layer, (N, 64), for pictures (N, H, W, 3) uint8 with masks (N, H, W) bool.
+    """The classifier's last hidden layer, (N, 64), of images (N, H, W, 3) uint8 with masks (N, H, W) bool.
 
     Raises InvalidInputError for a mask that does not fit or has no inpainted pixel."""
     check_mask(masks, images)
@@ -42,12 +42,12 @@ def scene_features(classifier: Classifier, images: Images, masks: Mask, batch_si
 
 
 def scene_frechet(reference: ArrayLike, generated: ArrayLike) -> float:
-    """Frechet distance of the oracle's features, as they come. Raises as `distances.frechet_distance` does."""
+    """Fréchet distance of the classifier's features, not normalised. Raises as `distances.frechet_distance` does."""
     return frechet_distance(reference, generated)
 
 
 def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:
-    """1000 times the squared MMD of the oracle's features at length 1, Gaussian kernel of sigma 1, biased estimator.
+    """1000 x squared MMD of the normalised features, Gaussian kernel of sigma 1, biased estimator.
 
     Raises as `distances.cmmd` does."""
     left, right = check_features(reference, generated)
@@ -57,21 +57,21 @@ def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:
 def scene_mmd_of_draws(
     left: Features, right: Features, rows: Rows, progress: Progress | None = None
 ) -> NDArray[np.float64]:
-    """`scene_mmd` of each drawn pair of sets, (R,)."""
+    """`scene_mmd` of each bootstrap sample of both sets, (R,)."""
     return SCENE_SCALE * gaussian_mmd_of_draws(_unit(left), _unit(right), rows, progress, sigma=SCENE_SIGMA)
 
 
 def scene_perceptual(reference: ArrayLike, generated: ArrayLike) -> PerImage:
-    """Of each pair the squared distance of its features at length 1, (N,) in [0, 4]: 0 equal, 2 unrelated.
+    """Squared distance of the normalised features of each pair, (N,) in [0, 4]: 0 equal, 2 unrelated.
 
-    Raises as `scene_mmd` does, and InvalidInputError for different numbers of pictures."""
+    Raises as `scene_mmd` does, and InvalidInputError for different numbers of images."""
     left, right = check_features(reference, generated)
     if len(left) != len(right):
-        raise InvalidInputError(f"{len(left)} reference pictures and {len(right)} generated ones make no pairs")
+        raise InvalidInputError(f"{len(left)} reference images and {len(right)} generated ones cannot be paired")
     return np.square(_unit(left) - _unit(right)).sum(1)
 
 
 def _unit(features: Features) -> Features:
-    """Rows at length 1; a row of zeros stays one."""
+    """Rows normalised to length 1; a row of zeros stays zero."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(lengths == 0.0, 1.0, lengths)

@@ -1,9 +1,8 @@
-"""The mini world: coloured, shaded shapes on textured grounds, each picture known exactly.
+"""Rendered scenes: coloured, shaded shapes on textured backgrounds, whose content is known exactly.
 
-Scene `index` of a `seed` is a pure function of the two. Rendering is vectorised over scenes.
-A mask covers the disc that could hold any shape of the target's size, so it tells where and how
-large the target is and nothing of its shape or colour; the other objects of a scene are drawn
-independently of the target (an exact twin excepted, which is never drawn).
+Scene `index` of a `seed` is a pure function of the two. Rendering is vectorised over scenes. A mask covers the disc
+that could hold any shape of the target's size, so it shows where and how large the target is, but not its shape or
+colour. The other objects are drawn independently of the target, except that an exact twin is never drawn.
 """
 
 # N scenes, K waves of texture, O = 3 objects at most, H = W = 64 pixels
@@ -29,7 +28,7 @@ _KINDS = ("any", "same_shape", "same_colour")
 
 
 class Objects(NamedTuple):
-    """Objects of N scenes, each array (N, 3); the target's own values are `[rows, target]`."""
+    """Objects of N scenes, each array (N, 3); the target's values are `[rows, target]`."""
 
     present: np.ndarray
     colour: np.ndarray
@@ -42,7 +41,7 @@ class Objects(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """N rendered scenes and everything known of them."""
+    """N rendered scenes with prompts, masks and labels."""
 
     images: torch.Tensor
     """(N, 64, 64, 3) uint8."""
@@ -58,11 +57,11 @@ class Scenes(NamedTuple):
     """(N,) index into SHAPES of the target."""
     objects: Objects
     target: np.ndarray
-    """(N,) which object is the target."""
+    """(N,) number of the object that is the target."""
 
     @property
     def alike(self) -> np.ndarray:
-        """(N,) True where another object shares the target's shape or its colour."""
+        """(N,) whether another object has the target's shape or colour."""
         o, rows = self.objects, np.arange(len(self.target))[:, None]
         other = o.present & (np.arange(MAX_OBJECTS) != self.target[:, None])
         same = (o.shape == o.shape[rows, self.target[:, None]]) | (o.colour == o.colour[rows, self.target[:, None]])
@@ -70,7 +69,7 @@ class Scenes(NamedTuple):
 
 
 def _draw_objects(draws: np.ndarray, kind: str) -> tuple[Objects, np.ndarray]:
-    """Uniforms (N, 2 + 3 * 10) -> objects and the target's number; slots are the picture's quarters."""
+    """Uniforms (N, 2 + 3 * 10) -> objects and the target's number; slots are the quarters of the image."""
     n = len(draws)
     rows = np.arange(n)
     count = (1 if kind == "any" else 2) + (draws[:, 0] * (3 if kind == "any" else 2)).astype(np.int64)
@@ -172,7 +171,7 @@ def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: 
     u, v = dx * cos + dy * sin, dy * cos - dx * sin
     bounds = np.searchsorted(shapes, np.arange(len(SHAPES) + 1))
     distance = torch.cat([_distance(s, u[a:b], v[a:b]) for s, (a, b) in enumerate(pairwise(bounds)) if b > a])
-    # the soft edge of a sharp corner reaches far beyond it: it ends at the disc, which every mask covers
+    # the soft edge of a sharp corner extends far beyond it; cut it at the disc, which every mask covers
     distance = torch.maximum(distance, (dx.square() + dy.square()).sqrt_() - 1)
     alpha = (0.5 - distance * take["radius"]).clamp_(0, 1)[:, None]
     shade = (dx * take["light"].cos() + dy * take["light"].sin()).mul_(0.14).add_(0.96)
@@ -232,7 +231,7 @@ def _render(seed: int, indices: np.ndarray, kind: str) -> Scenes:
 def render(seed: int, start: int, count: int, kind: str = "any") -> Scenes:
     """Scenes `start .. start + count - 1` of `seed`.
 
-    `kind`: `any`; or `same_shape` / `same_colour`, where at least one other object is alike (Figure 2).
+    `kind` is `any`, or `same_shape` or `same_colour`: at least one other object shares it with the target (Figure 2).
     Raises ValueError for another kind or a negative count."""
     if kind not in _KINDS or count < 0:
         raise ValueError(f"kind is one of {_KINDS} and count >= 0, not {kind!r}, {count}")
@@ -241,11 +240,10 @@ def render(seed: int, start: int, count: int, kind: str = "any") -> Scenes:
 
 
 def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
-    """(count, 3, 64, 64) in [-1, 1] for the autoencoder: even numbers are scenes, odd ones look like photographs.
+    """(count, 3, 64, 64) in [-1, 1] for the autoencoder: even numbers are scenes, odd ones resemble photographs.
 
-    Picture `start + i` is a function of (seed, start + i) alone.
-    The latter are dead leaves (Lee, Mumford, Huang 2001) over 1/f fields with strong luminance and weaker
-    chroma, so that an autoencoder that never saw a photograph can keep one."""
+    Image `start + i` is a function of (seed, start + i). The odd ones are dead leaves (Lee, Mumford, Huang 2001) over
+    1/f fields with strong luminance and weaker chroma, so that the autoencoder can encode photographs it never saw."""
     numbers = np.arange(start, start + count)
     odd = numbers % 2 == 1
     half = int(odd.sum())
@@ -272,8 +270,8 @@ def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:
         disc = ((across / wide).square() + (along / tall).square()).sqrt() - 1
         distance = torch.where(u[:, 5, :, None] < 0.5, box, disc * torch.minimum(wide, tall))
         alpha = ((0.5 - distance).clamp(0, 1) * (leaf < leaves)[:, None, None])[:, None]
-        own = 1.8 * (u[:, 6:9, 0] - 0.5)
-        paint = 0.5 * tone[:, :, None, None] + own[:, :, None, None]
+        leaf_tone = 1.8 * (u[:, 6:9, 0] - 0.5)
+        paint = 0.5 * tone[:, :, None, None] + leaf_tone[:, :, None, None]
         shade = (0.3 * u[:, 9, 0])[:, None, None, None] * fields.roll((leaf * 7 + 5, leaf * 3), (2, 3))[:, :1]
         picture = torch.lerp(picture, paint + shade, alpha)
     out = torch.empty(count, 3, SIZE, SIZE)

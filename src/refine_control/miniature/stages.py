@@ -1,4 +1,4 @@
-"""The recipe of the mini bundle: one row for each network, and how the command line changes it."""
+"""Hyperparameters of the miniature's training stages, and their overrides on the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refine_control.errors import InvalidInputError
 
 
 class Stage(NamedTuple):
-    """How one network of the bundle is trained."""
+    """Hyperparameters of one stage."""
 
     steps: int
     batch_size: int
@@ -23,19 +23,19 @@ STAGES = {
     "teacher": Stage(1750, 64, 1.2e-3, 0.998),
     "joint": Stage(6000, 64, 8e-4, 0.998),
 }
-"""Defaults of `mini train`, in their order: hours on two cores, minutes on a GPU."""
+"""Defaults of `mini train`, in the order of training: hours on two cores."""
 ORACLE = Stage(800, 64, 2e-3, 0.99)
-"""The classifier that reads colour and shape; trained last, whatever else is."""
+"""The classifier that measures obedience, which is trained last."""
 
 
 def named_stages(named: Sequence[str]) -> dict[str, Stage]:
-    """`["teacher=9000"]` -> that stage with 9000 steps; nothing named: all stages.
+    """The stages of a list such as `["teacher=9000"]`, with their steps; all stages for an empty list.
 
-    Raises InvalidInputError for an unknown stage or a number that is none."""
+    Raises InvalidInputError for an unknown stage or an invalid number of steps."""
     chosen = {}
     for text in named:
         name, equals, steps = text.partition("=")
         if name not in STAGES or (equals and not (steps.isdigit() and int(steps) > 0)):
-            raise InvalidInputError(f"--stage {text}: write one of {', '.join(STAGES)}, or NAME=STEPS")
+            raise InvalidInputError(f"--stage {text}: expected one of {', '.join(STAGES)}, or NAME=STEPS")
         chosen[name] = STAGES[name]._replace(steps=int(steps)) if equals else STAGES[name]
     return {name: chosen[name] for name in STAGES if name in chosen} if chosen else dict(STAGES)

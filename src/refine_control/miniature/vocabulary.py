@@ -1,10 +1,10 @@
-"""The closed vocabulary of the mini world: what a scene can hold and how prompts name it."""
+"""The closed vocabulary of the scenes: colours, shapes, backgrounds and the prompts that name them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# name -> sRGB; far enough apart that shading (0.75 to 1.15 times) does not turn one into another
+# name -> sRGB; far enough apart that shading (0.75 to 1.15 times) does not confuse them
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),
     "orange": (248, 140, 24),
@@ -23,9 +23,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "tan": (196, 172, 132),
 }
 WORDS: tuple[str, ...] = (",", "a", "an", "and", "on", "background", *COLOURS, *SHAPES, *BACKGROUNDS)
-"""Every word a prompt of the mini world may hold."""
+"""Every word of the scenes' prompts."""
 MAX_TOKENS = 18
-"""Longest prompt with its two end marks: three objects on a background are 14 words and a comma."""
+"""The longest prompt with start and end token: three objects on a background are 14 words and a comma."""
 
 
 def local_prompt(colour: int, shape: int) -> str:

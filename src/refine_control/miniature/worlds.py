@@ -1,6 +1,6 @@
-"""What a miniature is trained on: rendered scenes, or small real photographs. The stages are the same.
+"""Training data of the miniature: rendered scenes or small real photographs, with the same stages.
 
-A world gives the pipeline to begin with, the pictures of every stage, and what the result is measured by.
+A world provides the initial pipeline, the images of every stage, and the evaluation of the result.
 """
 
 # N photographs, B batch, H = W = 64 pixels, h = w = 8 latents
@@ -37,17 +37,17 @@ from refine_control.training.run import fast_precision
 
 
 class World(Protocol):
-    """What `bundle.train_bundle` asks."""
+    """What `bundle.train_bundle` needs."""
 
     card: dict[str, Any]
-    """What the bundle's card says of it."""
+    """Its entry in the bundle's card."""
     mark: str
-    """What its pictures are known by."""
+    """Identifies its images in fingerprints."""
     has_oracle: bool
-    """Does a classifier belong to its bundles?"""
+    """Whether its bundles have a classifier."""
 
     def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
-        """Where training of `stages` begins: the networks of `start`, or new ones."""
+        """The initial pipeline of a training of `stages`: the networks of `start`, or new ones."""
         ...
 
     def pictures(self) -> Any:
@@ -59,20 +59,20 @@ class World(Protocol):
         ...
 
     def some(self, seed: int, count: int) -> torch.Tensor:
-        """(count,3,64,64) in [-1, 1], by which latents are normalised."""
+        """(count,3,64,64) in [-1, 1], used to normalise latents."""
         ...
 
     def oracle(self, start: Path | None) -> Classifier | None:
-        """The classifier of `start`; None where there is none yet, or never."""
+        """The classifier of `start`; None if there is none."""
         ...
 
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
-        """What a finished bundle can do, on `count` pictures that it never saw."""
+        """Measures a finished bundle on `count` images that were not used in training."""
         ...
 
 
 class SceneWorld:
-    """The shipped miniature's."""
+    """Rendered scenes, for the shipped miniature."""
 
     mark = "scenes"
     has_oracle = True
@@ -84,25 +84,25 @@ class SceneWorld:
     }
 
     def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
-        """As it is, or new."""
+        """The pipeline of `start`, or a new one."""
         del stages
         return load_pipeline(start) if start else new_pipeline(work, seed)
 
     def pictures(self) -> PictureBatches:
-        """Scenes, and pictures with the statistics of photographs."""
+        """Scenes, and images with the statistics of photographs."""
         return PictureBatches()
 
     def batches(self, vae: Any) -> SceneBatches:
-        """Rendered as they are needed."""
+        """Scenes rendered on demand."""
         return SceneBatches(vae)
 
     def some(self, seed: int, count: int) -> torch.Tensor:
-        """Scenes of a seed of their own."""
+        """Scenes of a separate seed."""
         rendered = scenes.render(derive_seed(seed, "normalise"), 0, count).images
         return from_images(rendered)
 
     def oracle(self, start: Path | None) -> Classifier | None:
-        """Who measures stays the same from sitting to sitting, so that their figures compare."""
+        """The classifier of `start`, so that the numbers of all sittings can be compared."""
         return load_classifier(start) if start else None
 
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
@@ -111,9 +111,9 @@ class SceneWorld:
 
 
 class PhotoWorld:
-    """Small photographs with categories; begins from the shipped miniature unless told otherwise.
+    """Small photographs with categories; starts from the shipped miniature by default.
 
-    Its weights are of photographs under terms of their own: never to be published with the package."""
+    The photographs' terms apply to its weights, which must not be published with the package."""
 
     has_oracle = False
 
@@ -127,45 +127,45 @@ class PhotoWorld:
         }
 
     def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
-        """New text encoders for the categories' words where it begins from scenes; else as it is.
+        """The pipeline of `start`, or the shipped one with new text encoders for the categories' words.
 
-        Raises InvalidInputError where nobody would learn the new words, and for a `start` that does not know them."""
-        wanted = category_words(self.folder)
+        Raises InvalidInputError if `start` does not know these words, or if no stage would train them."""
+        words = category_words(self.folder)
         pipeline = load_pipeline(start or BUNDLE)
         if start:
-            unknown = sorted(set(wanted) - {w.removesuffix("</w>") for w in pipeline.tokenizer.get_vocab()})
+            unknown = sorted(set(words) - {w.removesuffix("</w>") for w in pipeline.tokenizer.get_vocab()})
             if unknown:
                 raise InvalidInputError(
-                    f"{start} does not know {len(unknown)} words of {self.folder}, such as {unknown[0]!r}; leave "
-                    "--from away, so that the stage base learns them, or begin from a bundle of these photographs"
+                    f"{start} does not know {len(unknown)} words of {self.folder}, such as {unknown[0]!r}; omit "
+                    "--from, so that the stage base trains them, or start from a bundle of these photographs"
                 )
             return pipeline
         if "base" not in stages:
             raise InvalidInputError(
-                f"the words of {self.folder} are new to the shipped model, and only the stage base teaches words; name "
-                "it too"
+                f"the shipped model does not know the words of {self.folder}, and only the stage base trains words; "
+                "add --stage base"
             )
-        return with_new_words(pipeline, wanted, work, seed)
+        return with_new_words(pipeline, words, work, seed)
 
     def pictures(self) -> PhotoPictures:
         """The teacher's photographs."""
         return PhotoPictures(self.photos)
 
     def batches(self, vae: Any) -> PhotoBatches:
-        """Encoded once."""
+        """The teacher's photographs, encoded once."""
         return PhotoBatches(vae, self.photos)
 
     def some(self, seed: int, count: int) -> torch.Tensor:
-        """The first in a random order."""
+        """A random subset of the teacher's photographs."""
         rows = permutation(derive_seed(seed, "normalise"), len(self.photos.keys))[:count]
         return from_images(self.photos.images[rows])
 
     def oracle(self, start: Path | None) -> None:
-        """Nobody reads 200 categories off 64 pixels as surely as an oracle must."""
+        """Photo bundles have no classifier: categories are not recognisable at 64 px."""
         del start
 
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
-        """Autoencoder and teacher on photographs of the test: PSNR in dB; by an empty and by a wrong prompt too."""
+        """PSNR in dB on test photographs of the autoencoder, and of the teacher with right, empty and wrong prompts."""
         return photo_skill(bundle, read_small_photos(self.folder, "test", limit=count), CHECK_SAMPLER)
 
 
@@ -173,8 +173,8 @@ def photo_skill(bundle: Path, photos: SmallPhotos, sampler: SamplerConfig) -> di
     """Mean PSNR in dB of the autoencoder, and of the teacher in the region and on the whole picture."""
     backbone = load_backbone(bundle, cpu_kernels=True)
     controlnet, count = backbone.pipeline.controlnet, len(photos.keys)
-    found = float(psnr(photos.images, decoded(backbone, photos.images)).mean())
-    out: dict[str, Any] = {"photographs": count, "autoencoder_psnr": found}
+    reconstruction = float(psnr(photos.images, decoded(backbone, photos.images)).mean())
+    out: dict[str, Any] = {"photographs": count, "autoencoder_psnr": reconstruction}
     wrong = [*photos.prompts[count // 2 :], *photos.prompts[: count // 2]]
     for name, prompts in (("category", photos.prompts), ("empty", [""] * count), ("wrong", wrong)):
         painted = inpaint(backbone, controlnet, photos.images, photos.masks, prompts, sampler)
@@ -184,9 +184,9 @@ def photo_skill(bundle: Path, photos: SmallPhotos, sampler: SamplerConfig) -> di
 
 
 class _Order:
-    """Which photograph a slot shows: each slot walks through all of them, in an order of its own for every epoch.
+    """Assigns photographs to slots: each slot iterates over all of them, shuffled anew in every epoch.
 
-    A function of (seed, stage, slot, step), so any number of processes and any micro-batch sees the same."""
+    A function of (seed, stage, slot, step), so it does not depend on processes or micro-batches."""
 
     def __init__(self, count: int):
         self.count = count
@@ -224,7 +224,7 @@ class _Encoded(NamedTuple):
 
 
 class PhotoBatches(Batches):
-    """Photographs and their mirror images, encoded once by the frozen autoencoder when the first batch is asked for."""
+    """Photographs and their mirror images, encoded by the frozen autoencoder when the first batch is requested."""
 
     def __init__(self, vae: Any, photos: SmallPhotos):
         self.vae, self.photos, self.order = vae, photos, _Order(len(photos.keys))
@@ -246,7 +246,7 @@ class PhotoBatches(Batches):
         return _Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def batch(self, draw: Draw) -> SceneBatch:
-        """One photograph for each slot; its prompt stands for the local and for the global one."""
+        """One photograph for each slot; its prompt is used as local and as global prompt."""
         if self.encoded is None:
             self.encoded = self._encode()
         rows = self.order.rows(draw)
