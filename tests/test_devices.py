@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from refine_control.cache.reader import Cache, write_cache
+from refine_control.cache.building import write_cache
+from refine_control.cache.reader import Cache
 from refine_control.cli import data as cli_data
 from refine_control.config import Recipe, SamplerConfig
 from refine_control.metrics.features import Inception, Lpips, inception_features

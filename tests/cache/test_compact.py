@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refine_control.cache.compact import BLOCK, layout_of, pack, relative_error, unpack
+from refine_control.cache.compact import BLOCK, find_layout, pack, relative_error, unpack
 
 
 def sd3_like(prompts: int, t5_tokens: int = 6) -> torch.Tensor:
@@ -17,20 +17,20 @@ def sd3_like(prompts: int, t5_tokens: int = 6) -> torch.Tensor:
 
 
 def test_zeros_are_not_stored():
-    layout = layout_of(sd3_like(3))
+    layout = find_layout(sd3_like(3))
     assert layout.runs == ((5, 2 * BLOCK), (6, 4 * BLOCK))
     packed = pack(sd3_like(3), layout)
     assert packed.codes.shape == (3, 5 * 2 * BLOCK + 6 * 4 * BLOCK)
     assert packed.scales.shape == (3, 5 * 2 + 6 * 4)
     assert not unpack(packed, layout)[:, :5, 2 * BLOCK :].any()
-    with pytest.raises(ValueError, match="not zero"):
+    with pytest.raises(ValueError, match="non-zero"):
         pack(torch.ones(1, 11, 4 * BLOCK), layout)
 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 4))
 def test_no_number_is_off_by_more_than_half_a_step_of_its_block(size, prompts):
     embeds = size * sd3_like(prompts)
-    layout = layout_of(embeds)
+    layout = find_layout(embeds)
     off = (unpack(pack(embeds, layout), layout) - embeds).abs().unflatten(-1, (-1, BLOCK))
     step = embeds.unflatten(-1, (-1, BLOCK)).abs().amax(-1, keepdim=True) / 127
     assert (off <= 0.502 * step + 1e-7).all()
@@ -38,7 +38,7 @@ def test_no_number_is_off_by_more_than_half_a_step_of_its_block(size, prompts):
 
 def test_one_huge_column_spoils_its_own_block_alone():
     embeds = sd3_like(4)
-    kept = unpack(pack(embeds, layout_of(embeds)), layout_of(embeds))
+    kept = unpack(pack(embeds, find_layout(embeds)), find_layout(embeds))
     calm = relative_error(kept[:, 5:, BLOCK:], embeds[:, 5:, BLOCK:])
     assert calm < 0.01
     assert relative_error(kept, kept) == 0
@@ -47,8 +47,8 @@ def test_one_huge_column_spoils_its_own_block_alone():
 @pytest.mark.parametrize("width", [1, 32, 64, 192])
 def test_any_width_goes_there_and_back(width):
     embeds = torch.randn(2, 3, width)
-    layout = layout_of(embeds)
+    layout = find_layout(embeds)
     assert width % layout.block == 0
     assert relative_error(unpack(pack(embeds, layout), layout), embeds) < 0.01
     nothing = torch.zeros(2, 3, width)
-    assert torch.equal(unpack(pack(nothing, layout_of(nothing)), layout_of(nothing)), nothing)
+    assert torch.equal(unpack(pack(nothing, find_layout(nothing)), find_layout(nothing)), nothing)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from refine_control import flow
-from refine_control.cache.reader import Cache, write_cache
+from refine_control.cache.building import write_cache
+from refine_control.cache.reader import Cache
 from refine_control.config import LossWeights, OptimizerConfig, SigmaConfig, TrainingConfig
 from refine_control.errors import InvalidInputError
 from refine_control.losses import group_targets, kept_targets, layer_losses, mask_weight, output_loss, task_loss

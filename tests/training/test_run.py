@@ -11,7 +11,8 @@ import torch
 from diffusers import SD3ControlNetModel
 from safetensors.torch import load_file, save_file
 
-from refine_control.cache.reader import Cache, write_cache
+from refine_control.cache.building import write_cache
+from refine_control.cache.reader import Cache
 from refine_control.config import Recipe
 from refine_control.errors import InvalidInputError
 from refine_control.miniature.scene_shards import scene_photos

@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 
 from refine_control.bench.step import Spread
-from refine_control.cache.reader import Cache, build_cache
-from refine_control.cache.writer import BATCH, photos_as_tensors
+from refine_control.cache.building import build_cache, photos_as_tensors
+from refine_control.cache.reader import Cache
+from refine_control.cache.writer import BATCH
 from refine_control.conditions.inpainting import masked_pixels
 from refine_control.metrics.cost import Timing, interleaved, ratio
 from refine_control.miniature import scenes

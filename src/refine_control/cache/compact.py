@@ -1,4 +1,4 @@
-"""Prompt embeddings in 8 bits: whole numbers from -127 to 127 and one fp16 scale for each block of columns.
+"""Prompt embeddings in 8 bits: integers from -127 to 127 and one fp16 scale for each block of columns.
 
 At SD3 size an embedding is 333 tokens of 4096 numbers, 2.7 MB in bf16, five times a photo's latents. CLIP's 77 tokens
 are zero beyond their 2048 columns, which is not stored at all; T5 holds a few very large columns, which would spoil a
@@ -19,13 +19,13 @@ BLOCK = 128
 
 
 class Layout(NamedTuple):
-    """Which numbers of (T, D) are stored: runs of tokens and their stored widths, multiples of `block`."""
+    """Which values of (T, D) are stored: runs of tokens and their stored widths, multiples of `block`."""
 
     tokens: int
     width: int
     block: int
     runs: tuple[tuple[int, int], ...]
-    """((number of tokens, stored width), ...), in order; what lies beyond the width is zero."""
+    """((number of tokens, stored width), ...), in order; values beyond the width are zero."""
 
 
 class Packed(NamedTuple):
@@ -35,8 +35,8 @@ class Packed(NamedTuple):
     scales: torch.Tensor
 
 
-def layout_of(embeds: torch.Tensor) -> Layout:
-    """The layout that holds everything of `embeds` (P,T,D) that is not zero."""
+def find_layout(embeds: torch.Tensor) -> Layout:
+    """The smallest layout that stores every non-zero value of `embeds` (P,T,D)."""
     _, tokens, width = embeds.shape
     block = math.gcd(width, BLOCK)
     used = (embeds != 0).any(0).unflatten(-1, (-1, block)).any(-1)  # (T, D / block)
@@ -46,9 +46,9 @@ def layout_of(embeds: torch.Tensor) -> Layout:
 
 
 def pack(embeds: torch.Tensor, layout: Layout) -> Packed:
-    """(P,T,D) -> codes and scales. Raises ValueError where a number that is not zero lies outside the layout."""
+    """(P,T,D) -> codes and scales. Raises ValueError for a non-zero value outside the layout."""
     if _overflows(embeds, layout):
-        raise ValueError("these embeddings are not zero where the layout says so")
+        raise ValueError("these embeddings have non-zero values outside the layout")
     parts, scales = [], []
     for part, width in zip(embeds.float().split([n for n, _ in layout.runs], 1), _widths(layout), strict=True):
         blocks = part[..., :width].unflatten(-1, (-1, layout.block))
@@ -75,7 +75,7 @@ def unpack(packed: Packed, layout: Layout) -> torch.Tensor:
 
 
 def _overflows(embeds: torch.Tensor, layout: Layout) -> bool:
-    """Is anything of (P,T,D) not zero outside the layout?"""
+    """Whether (P,T,D) has a non-zero value outside the layout."""
     parts = embeds.split([n for n, _ in layout.runs], 1)
     return any(bool(part[..., width:].any()) for part, width in zip(parts, _widths(layout), strict=True))
 

@@ -288,7 +288,7 @@ def cache(
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     import torch
 
-    from refine_control.cache.reader import build_cache, completion_sampler
+    from refine_control.cache.building import build_cache, completion_sampler
     from refine_control.models.devices import best_device
     from refine_control.models.loading import load_backbone, load_controlnet
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from refine_control.cache.reader import build_cache, completion_sampler
+from refine_control.cache.building import build_cache, completion_sampler
 from refine_control.errors import InvalidInputError
 from refine_control.miniature.scene_shards import build_scenes
 from refine_control.miniature.small_photos import build_small_photos, small_photos_mark

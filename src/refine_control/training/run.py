@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from refine_control.cache.reader import Cache, model_mark, refuse_sizes, teacher_mark
+from refine_control.cache.building import refuse_sizes
+from refine_control.cache.marks import model_mark, teacher_mark
+from refine_control.cache.reader import Cache
 from refine_control.config import DataConfig, Precision, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from refine_control.cache import writer as cache_writer
-from refine_control.cache.reader import Cache, build_cache, model_mark, write_cache
-from refine_control.cache.writer import encode_posterior, photos_as_tensors
+from refine_control.cache.building import build_cache, encode_posterior, photos_as_tensors, write_cache
+from refine_control.cache.marks import model_mark
+from refine_control.cache.reader import Cache
 from refine_control.conditions.inpainting import masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError
@@ -119,7 +120,7 @@ def test_damage_is_refused(shards, tmp_path, tiny_backbone, name):
 def test_what_is_no_cache_is_refused(shards, tmp_path):
     with pytest.raises(InvalidInputError, match="is no cache"):
         Cache(tmp_path / "nothing")
-    with pytest.raises(InvalidInputError, match="is no cache"):
+    with pytest.raises(InvalidInputError, match=r"is the shards of one role, .* `refine-control cache"):
         Cache(shards)
 
 
@@ -152,8 +153,8 @@ def test_completions_fill_the_holes_once(shards, tmp_path, tiny_backbone):
 def test_a_folder_of_something_else_is_not_replaced(shards, tmp_path, tiny_backbone):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.txt").write_text("dear")
-    for out in (tmp_path / "mine", shards):
-        with pytest.raises(InvalidInputError, match="no cache"):
+    for out, fault in ((tmp_path / "mine", "no cache"), (shards, "choose a new folder")):
+        with pytest.raises(InvalidInputError, match=fault):
             build_cache(shards, out, tiny_backbone)
     assert (tmp_path / "mine" / "photo.txt").read_text() == "dear"
     with pytest.raises(InvalidInputError, match="holds no shards"):

@@ -1,0 +1,287 @@
+"""Encoding samples into a cache, in three phases: pictures, prompts, completions by the teacher.
+
+A cache knows what made it; a cache of another model, or of shards that have changed since, is made again.
+"""
+
+# N samples, P distinct prompts, B of a batch, h w latents, T text tokens
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from refine_control.cache.compact import Layout, Packed, find_layout, pack, relative_error, unpack
+from refine_control.cache.marks import model_mark, teacher_mark
+from refine_control.cache.stored import SAMPLES, Posterior, PromptStorage, Stored, numbered_prompts, row_groups
+from refine_control.cache.writer import CacheWriter, to_numpy
+from refine_control.conditions.inpainting import mask_at_latents, masked_pixels
+from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
+from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind
+from refine_control.models.backbone import Backbone, by_parts
+from refine_control.models.devices import pictures_at_once
+from refine_control.models.fit import geometry
+from refine_control.models.prompt_memory import PromptMemory
+from refine_control.photos.buckets import Size, grouped, sizes_of
+from refine_control.photos.shards import Shards
+from refine_control.pipeline.painting import complete_latents
+from refine_control.pixels import from_images
+from refine_control.progress import Progress
+from refine_control.randomness import slot_normals
+from refine_control.records import ROLES, UNLABELED, Photo
+from refine_control.storage import MANIFEST, check_output_folder, only_writer, read_manifest, sha256_file, sweep_beside
+
+logger = logging.getLogger(__name__)
+
+
+def completion_sampler(steps: int = 8, guidance: float = 1.0) -> SamplerConfig:
+    """The sampler of the teacher's completions of D_ssl: unscaled residuals, as in training, no guidance by default.
+
+    28 guided steps would cost as much as nineteen epochs of the stage that reads them."""
+    return SamplerConfig(num_inference_steps=steps, guidance_scale=guidance, conditioning_scale=1.0)
+
+
+def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -> None:
+    """Raises InvalidInputError for latents (h, w) that the transformer or a ControlNet has no positions for."""
+    factor = backbone.pipeline.vae_scale_factor
+    for h, w in sizes:
+        for network in (backbone.transformer, backbone.pipeline.controlnet, *controlnets):
+            geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
+
+
+def _warn_small(sizes: Iterable[Size], backbone: Backbone) -> None:
+    """Warns about samples, latents (h, w), of less than half of the side that the model was trained with."""
+    longest = max(map(max, sizes)) * backbone.pipeline.vae_scale_factor
+    if 2 * longest < backbone.side:
+        logger.warning(
+            "samples of %d pixels for a model of %d: build them with --size %d", longest, backbone.side, backbone.side
+        )
+
+
+def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint.
+
+    Raises InvalidInputError for photos of several sizes."""
+    sizes = grouped(photo.mask.shape for photo in photos)
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise InvalidInputError(f"samples of several sizes ({listed}) are no batch; take those of one size")
+    images = from_images(np.stack([p.image for p in photos]))
+    return images, torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
+
+
+def write_cache(
+    photos: Sequence[Photo],
+    out: Path,
+    backbone: Backbone,
+    role: str,
+    *,
+    source: dict[str, Any],
+    progress: Progress | None = None,
+    **stored: Any,
+) -> None:
+    """Encodes photos into `out`, replacing an older cache only when all is done; continues a killed run.
+
+    `stored` are fields of `Stored`. The role `unlabeled` stores no latents of the picture, only of the picture
+    without its hole. Raises ValueError for an unknown role, InvalidInputError for an empty source and for sizes that
+    the model has no positions for."""
+    if role not in ROLES:
+        raise ValueError(f"role is one of {ROLES}, not {role!r}")
+    if not len(photos):
+        raise InvalidInputError(f"nothing to cache for the role {role}; the source holds no sample")
+    options, factor = Stored(**stored), backbone.pipeline.vae_scale_factor
+    by_size = grouped((height // factor, width // factor) for height, width in sizes_of(photos))
+    refuse_sizes(by_size, backbone)
+    _warn_small(by_size, backbone)
+    groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
+    described: dict[str, Any] = {
+        "kind": "cache",
+        "role": role,
+        "count": len(photos),
+        "model": model_mark(backbone),
+        "source": source,
+        **options.described(),
+    }
+    if options.completions is not None:
+        described["teacher"] = teacher_mark(backbone)
+    if len(groups) > 1:
+        described["sizes"] = [[*size, len(rows)] for size, rows in groups.items()]
+    order = array("q", chain.from_iterable(by_size.values()))
+    writer = CacheWriter(out, described, groups, progress)
+    write_pictures(writer, lambda row: photos[order[row]], backbone, role, options)
+    prompt_facts = write_prompts(writer, backbone, options)
+    if options.completions is not None:
+        write_completions(writer, backbone, options)
+    writer.finish(**prompt_facts)
+
+
+def _text_reader(
+    writer: CacheWriter, backbone: Backbone, stored: Stored
+) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+    """A function: numbers of prompts -> prompt_embeds and pooled_prompt_embeds, as stored or else encoded."""
+    if stored.prompts == "none":
+        memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
+        return lambda numbers: memory([prompts[number] for number in numbers])
+
+    def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = writer.read("pooled_prompt_embeds", numbers)
+        if (layout := writer.state.prompt_layout) is None:
+            return writer.read("prompt_embeds", numbers), pooled
+        packed = Packed(*(writer.read(name, numbers) for name in ("prompt_codes", "prompt_scales")))
+        return unpack(packed, Layout(*layout)), pooled
+
+    return read
+
+
+def write_completions(writer: CacheWriter, backbone: Backbone, stored: Stored) -> None:
+    """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
+    sampler, teacher = stored.completions or SamplerConfig(), backbone.pipeline.controlnet
+    read_text, factor = _text_reader(writer, backbone, stored), backbone.pipeline.vae_scale_factor
+    total = sum(map(len, writer.groups.values()))
+    index = writer.read("prompt_index", range(total)).long().numpy()
+
+    def painted(rows: range) -> torch.Tensor:
+        latents, mask = (writer.read_sized(n, rows) for n in ("masked_latents", "masks"))
+        numbers = index[rows.start : rows.stop]
+        text, empty = read_text(numbers), read_text(np.zeros_like(numbers))
+        noise = slot_normals(latents.shape[1:], list(rows), sampler.seed, "completion")
+        return complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
+
+    def batch(rows: range) -> None:
+        height, width = (factor * side for side in writer.latent_size(rows))
+        count = pictures_at_once(backbone.device, height, width, len(rows))
+        for first in range(0, len(rows), count):
+            part = rows[first : first + count]
+            writer.put_sized("completions", part, to_numpy(painted(part), stored.dtype))
+
+    writer.phase("completions", writer.groups.values(), batch)
+
+
+def check_folders(source: Path, out: Path) -> None:
+    """Raises InvalidInputError where `source` holds no shards of one role, or `out` something that is no cache.
+
+    Reads no weights and no shards, so that a wrong path is refused at once."""
+    refuse_other_kind(source, ONE_ROLE)
+    if not (source / MANIFEST).is_file():
+        raise InvalidInputError(f"{source} holds no shards; give the folder of one role, as `data build` writes it")
+    check_output_folder(out)
+    refuse_output_kind(out, Kind.CACHE)
+    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise InvalidInputError(f"{out} holds something that is no cache; choose another folder")
+
+
+def build_cache(
+    source: Path,
+    out: Path,
+    backbone: Backbone,
+    dtype: torch.dtype = torch.float32,
+    prompts: PromptStorage = "full",
+    completions: SamplerConfig | None = None,
+    progress: Progress | None = None,
+    posterior: Posterior = "mean",
+) -> bool:
+    """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model.
+
+    Raises as `check_folders` and `write_cache`."""
+    check_folders(source, out)
+    shards = Shards(source)
+    described = {"shards": sha256_file(source / MANIFEST)}
+    stored = Stored(dtype, prompts, completions, posterior)
+    with only_writer(out.with_name(f".{out.name}.writer")):
+        sweep_beside(out)
+        previous = read_manifest(out, verify=False) if (out / MANIFEST).is_file() else {}
+        expected = {"source": described, "posterior": posterior, **stored.described()}
+        expected |= {"teacher": teacher_mark(backbone)} if completions is not None else {}
+        same = {key: {"posterior": "mean", **previous}.get(key) for key in expected} == expected
+        if previous and same and previous.get("model") == model_mark(backbone):
+            return False
+        role = shards.manifest["role"]
+        write_cache(shards, out, backbone, role, source=described, progress=progress, **stored._asdict())
+    return True
+
+
+@torch.no_grad()
+def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,3,H,W) in [-1, 1] -> mean and standard deviation of the latents (B,16,h,w), shifted and scaled.
+
+    The mean is that of `Backbone.encode_images`, bit for bit."""
+
+    def both(pixels: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        factor = vae.config["scaling_factor"]
+        return torch.cat([(posterior.mean - vae.config["shift_factor"]) * factor, posterior.std * factor], 1)
+
+    mean, std = by_parts(vae, both, pixel_values).chunk(2, 1)
+    return mean, std
+
+
+def write_pictures(
+    writer: CacheWriter, photo: Callable[[int], Photo], backbone: Backbone, role: str, stored: Stored
+) -> None:
+    """Writes `masked_latents`, `masks` and, unless the role is unlabelled, `latents`; `photo(row)` is a sample.
+
+    With the posterior mean_std `masked_latents_std` and `latents_std` as well."""
+
+    def put_latents(name: str, rows: range, pixels: torch.Tensor) -> torch.Tensor:
+        if stored.posterior == "mean":
+            latents = backbone.encode_images(pixels)
+        else:
+            latents, std = encode_posterior(backbone.vae, pixels)
+            writer.put_sized(f"{name}_std", rows, to_numpy(std, stored.dtype))
+        writer.put_sized(name, rows, to_numpy(latents, stored.dtype))
+        return latents
+
+    def batch(rows: range) -> None:
+        chunk = [photo(row) for row in rows]
+        pixels, mask = photos_as_tensors(chunk)
+        latents = put_latents("masked_latents", rows, masked_pixels(pixels, mask))
+        writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
+        if role != UNLABELED:
+            put_latents("latents", rows, pixels)
+        for each in chunk:
+            writer.note(each.key, each.prompt)
+
+    writer.phase(role, writer.groups.values(), batch)
+
+
+def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> dict[str, Any]:
+    """Writes `prompt_index` and, unless `stored.prompts` is none, `prompt_embeds` and `pooled_prompt_embeds`.
+
+    Returns the fields of the manifest that reading them needs."""
+    _, prompts, numbers = numbered_prompts(writer.folder / SAMPLES)
+    writer.put("prompt_index", 0, len(numbers), np.asarray(numbers, np.int32))
+    if stored.prompts == "none":
+        return {}
+    backbone.warn_unread(prompts)
+    state = writer.state
+
+    def batch(rows: range) -> None:
+        embeds, pooled = (t.cpu() for t in backbone.encode_prompts([prompts[row] for row in rows]))
+        if stored.prompts == "int8":
+            state.prompt_layout = state.prompt_layout or list(find_layout(embeds))
+            layout = Layout(*state.prompt_layout)
+            packed = pack(embeds, layout)
+            writer.put("prompt_codes", rows.start, len(prompts), packed.codes.numpy())
+            writer.put("prompt_scales", rows.start, len(prompts), packed.scales.numpy())
+            state.prompt_errors.append(
+                [relative_error(kept, embeds) for kept in (unpack(packed, layout), embeds.bfloat16())]
+            )
+        else:
+            writer.put("prompt_embeds", rows.start, len(prompts), to_numpy(embeds, stored.dtype))
+        writer.put("pooled_prompt_embeds", rows.start, len(prompts), to_numpy(pooled, stored.dtype))
+
+    writer.phase("prompts", [range(len(prompts))], batch)
+    if stored.prompts != "int8":
+        return {}
+    mean = np.mean(state.prompt_errors, 0)
+    return {
+        "prompt_layout": state.prompt_layout,
+        "prompt_relative_error": {"int8": float(mean[0]), "bfloat16": float(mean[1])},
+    }

@@ -1,0 +1,68 @@
+"""What a cache stores, and where: its options, the order of its rows, and the names of its files.
+
+Samples of several sizes (`buckets`) are stored size by size: the rows of one size follow one another, and what has h
+and w is an array for each size: `latents-6x10.npy` holds the latents (16, 6, 10) of the rows of its size, in their
+order. Each distinct prompt is stored once; prompt 0 is the empty one.
+"""
+
+# N samples, P distinct prompts, h w latents
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from refine_control.config import SamplerConfig
+from refine_control.photos.buckets import Size
+
+SAMPLES = "samples.jsonl"
+PromptStorage = Literal["full", "int8", "none"]
+Posterior = Literal["mean", "mean_std"]
+
+
+class Stored(NamedTuple):
+    """The options of a cache: caches of the same shards and model differ in nothing else."""
+
+    dtype: torch.dtype = torch.float32
+    prompts: PromptStorage = "full"
+    """Embeddings in `dtype`, in 8 bits (`compact`), or none, to be encoded in training."""
+    completions: SamplerConfig | None = None
+    """Sampling of the completions: the model's own ControlNet (the teacher) paints every hole once. None: no
+    completions."""
+    posterior: Posterior = "mean"
+    """mean_std: the standard deviation of the VAE's posterior, too, from which training draws its latents."""
+
+    def described(self) -> dict[str, Any]:
+        """The fields of the manifest. `posterior` is left out where it is the mean: older caches do not have it."""
+        painted = self.completions.model_dump(mode="json") if self.completions else None
+        fields = {"dtype": str(self.dtype).removeprefix("torch."), "prompts": self.prompts, "completions": painted}
+        return fields if self.posterior == "mean" else {**fields, "posterior": self.posterior}
+
+
+def row_groups(sizes: Mapping[Size, int]) -> dict[Size, range]:
+    """The rows of each size, from the number of samples of each in the order of the rows."""
+    groups, first = {}, 0
+    for size, count in sizes.items():
+        groups[size] = range(first, first + count)
+        first += count
+    return groups
+
+
+def stored_name(name: str, size: Size) -> str:
+    """The array of `name` for one of several sizes (h, w)."""
+    return f"{name}-{size[0]}x{size[1]}"
+
+
+def numbered_prompts(samples: Path) -> tuple[list[str], list[str], list[int]]:
+    """`samples.jsonl` -> keys, distinct prompts (prompt 0 is the empty one), and the prompt number of each sample."""
+    keys, numbers, prompts = [], [], {"": 0}
+    with samples.open("rb") as lines:
+        for line in lines:
+            sample = json.loads(line)
+            keys.append(sample["key"])
+            numbers.append(prompts.setdefault(sample["prompt"], len(prompts)))
+    return keys, list(prompts), numbers
