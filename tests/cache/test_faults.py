@@ -66,6 +66,7 @@ def test_a_kill_while_the_state_is_written_changes_no_byte_of_the_cache(tmp_path
     whole = make(tmp_path / "whole")
 
     def killed(path, value):
+        storage.write_json(path, value)
         path.with_name(f".{path.name}.7{storage.TEMPORARY}").write_text("{")
         raise KeyboardInterrupt
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.storage import TEMPORARY, publish_folder, read_manifest
+from refine_control.storage import publish_folder, read_manifest, remove_folder, require_space, storage_errors, sweep
 
 _NAME = re.compile(r"^step_(\d{8})$")
 
@@ -51,10 +50,30 @@ def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], 
     with publish_folder(final, step=step, fingerprint=fingerprint) as folder:
         save_file(contiguous, folder / "state.safetensors")
     read_manifest(final)
-    for old in (*_folders(run_dir), *final.parent.glob(f".*{TEMPORARY}")):
-        if old != final:
-            shutil.rmtree(old)
+    remove_others(run_dir, step)
     return final
+
+
+def remove_others(run_dir: Path, step: int) -> None:
+    """Deletes all checkpoints but that of `step`, and what killed writers left. Raises StorageError."""
+    for folder in _folders(run_dir):
+        if folder.name != f"step_{step:08d}":
+            with storage_errors(folder):
+                remove_folder(folder)
+    if (run_dir / "checkpoints").is_dir():
+        sweep(run_dir / "checkpoints")
+
+
+def require_checkpoint_space(
+    run_dir: Path, tensors: dict[str, torch.Tensor], weights: int, resumed: bool, several: bool
+) -> None:
+    """Raises StorageError where checkpoints of `tensors`, and then a result of `weights` numbers in fp32, do not fit.
+
+    A new checkpoint is written beside the old one. `several`: more than one will be saved; `resumed`: one is there."""
+    checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    result = 4 * weights
+    needed = checkpoint if resumed else max(2 * checkpoint if several else 0, checkpoint + result)
+    require_space(run_dir, needed, "saving checkpoints and the result")
 
 
 def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
@@ -66,7 +85,7 @@ def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
     damage: DamagedError | None = None
     for folder in _folders(run_dir):
         try:
-            manifest = read_manifest(folder)
+            manifest = read_manifest(folder, required=("fingerprint", "step"))
         except FileNotFoundError:
             damage = DamagedError(f"{folder} has no manifest; delete it and run again")
             continue

@@ -22,8 +22,13 @@ from refine_control.errors import DamagedError, InterruptedCleanlyError, Invalid
 from refine_control.progress import Progress
 from refine_control.randomness import slot_normals, slot_uniforms
 from refine_control.signals import held
-from refine_control.storage import write_atomic
-from refine_control.training.checkpoint import load_checkpoint, save_checkpoint
+from refine_control.storage import read_json_lines, write_atomic
+from refine_control.training.checkpoint import (
+    load_checkpoint,
+    remove_others,
+    require_checkpoint_space,
+    save_checkpoint,
+)
 from refine_control.training.optimizer import MasterWeights, Trainable
 
 
@@ -99,8 +104,8 @@ class _Log:
 
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            write_atomic(self.path, "".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+            kept = [line for line in read_json_lines(self.path) if line.get("step", math.inf) <= step]
+            write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
@@ -250,6 +255,13 @@ def fit(
     start = checked = resumed.step if resumed else 0
     if resumed:
         master.load(resumed.tensors, start)
+    accelerator.wait_for_everyone()  # all have read the checkpoint
+    if accelerator.is_main_process:
+        remove_others(run_dir, start)
+        if start < training.steps:
+            several = 0 < training.save_every < training.steps
+            weights = sum(tensor.numel() for tensor in master.ema_state().values())
+            require_checkpoint_space(run_dir, master.tensors(), weights, resumed is not None, several)
     log = _Log(run_dir, start) if accelerator.is_main_process else None
     began = time.monotonic()
 

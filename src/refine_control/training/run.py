@@ -225,7 +225,9 @@ def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path], recipe: Recipe) -
 
     Raises InvalidInputError where the folder has another run's student or checkpoint."""
     for folder in (run_dir / STUDENT, *(other / STUDENT for other in elsewhere)):
-        if (folder / MANIFEST).is_file() and read_manifest(folder, verify=False)["fingerprint"] == mark:
+        if (folder / MANIFEST).is_file() and read_manifest(folder, verify=False, required=("fingerprint", "steps"))[
+            "fingerprint"
+        ] == mark:
             return Trained(folder, read_manifest(folder)["steps"], 0.0)
     if (run_dir / STUDENT / MANIFEST).is_file():
         changed = _what_changed(_recipe_in(run_dir), recipe)
