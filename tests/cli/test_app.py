@@ -404,7 +404,7 @@ def test_the_doctor_names_a_broken_torchvision(monkeypatch, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "operator torchvision::nms does not exist" in captured.out
     assert "pip uninstall torchvision" in captured.out
-    assert captured.err.startswith("refine-control: needed and missing or broken: torchvision")
+    assert captured.err.startswith("refine-control: required and missing or broken: torchvision")
 
 
 def test_the_doctor_names_a_missing_package(monkeypatch):

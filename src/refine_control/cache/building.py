@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind
 from refine_control.models.backbone import Backbone, by_parts
-from refine_control.models.devices import pictures_at_once
+from refine_control.models.devices import best_device, pictures_at_once
 from refine_control.models.fit import geometry
+from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
 from refine_control.photos.shards import Shards
@@ -38,6 +39,7 @@ from refine_control.randomness import slot_normals
 from refine_control.records import ROLES, UNLABELED, Photo
 from refine_control.storage import MANIFEST, check_output_folder, only_writer, read_manifest, sha256_file, sweep_beside
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 
 
@@ -175,6 +177,30 @@ def check_folders(source: Path, out: Path) -> None:
     refuse_output_kind(out, Kind.CACHE)
     if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise InvalidInputError(f"{out} holds something that is no cache; choose another folder")
+
+
+def cache_folder(
+    source: Path,
+    out: Path,
+    model: str,
+    *,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    prompts: PromptStorage = "full",
+    teacher: str | None = None,
+    complete: int = 0,
+    guidance: float = 1.0,
+    posterior: Posterior = "mean",
+    progress: Progress | None = None,
+) -> bool:
+    """`build_cache` with the model of this name, and completions of `complete` steps by `teacher` or its own.
+
+    Paths are checked before the model is loaded. Raises what `build_cache` and the loaders raise."""
+    check_folders(source, out)
+    sampler = completion_sampler(complete, guidance) if complete else None
+    painting = sampler is not None
+    controlnet = load_controlnet(teacher) if teacher else None
+    backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
+    return build_cache(source, out, backbone, _DTYPES[dtype], prompts, sampler, progress, posterior)
 
 
 def build_cache(

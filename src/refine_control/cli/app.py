@@ -1,4 +1,4 @@
-"""The command line: thin verbs whose heavy imports are inside, so that `--help` answers at once."""
+"""The command line: thin verbs that import heavy libraries when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from refine_control.cli.options import (
     SmallPhotos,
     Steps,
     make_app,
+    output_file,
+    output_folder,
     sampling,
 )
 from refine_control.cli.output import progress_bar, show
@@ -30,7 +32,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
 
-app = make_app(help="Make big ControlNets small, and prove what was lost.")
+app = make_app(help="Distil large ControlNets into small ones and measure the loss of quality.")
 mini_app = make_app(help="The miniature SD3 that ships with the package.")
 app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
@@ -40,32 +42,36 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 @interruptible()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the report lands.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(callback=output_folder("EVALUATION"), help="Folder of the report.")] = Path(
+        "runs/demo"
+    ),
     seed: Seed = 0,
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "demo",
-    steps: Annotated[int | None, typer.Option(min=2, help="Training steps, to make it shorter or longer.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Number of training steps; default: the budget's.")] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Make the mini ControlNet half as big, measure what was lost, write a report: minutes on a CPU, offline."""
+    """Distil the mini ControlNet into half its size, evaluate it and write a report: minutes on a CPU, offline."""
     if dry_run:
         return show({"verb": "demo", "out": out, "seed": seed, "budget": budget, "steps": steps}, as_json)
     from refine_control.study.demo import run_demo
 
-    made = run_demo(out, seed=seed, budget=budget, steps=steps, bar=progress_bar)
-    show(made.summary if as_json else made.text, as_json)
+    report = run_demo(out, seed=seed, budget=budget, steps=steps, bar=progress_bar)
+    show(report.summary if as_json else report.text, as_json)
 
 
 @app.command()
 @interruptible()
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; runs/<name> by default.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(callback=output_folder("RUN"), help="Folder of the run; default: runs/<name>.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train by RECIPE; the same command again continues, or does nothing when it is done."""
+    """Train a student by RECIPE. The same command continues an interrupted run and leaves a finished one as it is."""
     from refine_control.config import resolved_yaml
     from refine_control.recipe_files import load_recipe
 
@@ -74,19 +80,25 @@ def train(
         return show(resolved, as_json) if as_json else print(resolved_yaml(resolved), end="")
     from refine_control.training.run import train as run
 
-    show(run(resolved, run_dir or Path("runs") / resolved.name, progress_bar("train")), as_json)
+    folder = run_dir or output_folder("RUN")(Path("runs") / resolved.name)
+    show(run(resolved, folder, progress_bar("train")), as_json)
 
 
 @app.command()
+@interruptible("nothing is written")
 def inpaint(
     image: Annotated[Path, InFile],
     mask: Annotated[Path, InFile],
-    prompt: Annotated[str, typer.Option(help="What shall stand under the mask.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    prompt: Annotated[str, typer.Option(help="Prompt for the masked region.")],
+    out: Annotated[Path, typer.Option(callback=output_file, help="PNG to write.")],
     model: Model = "mini",
-    controlnet: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
-    size: Annotated[int | None, typer.Option(min=16, help="Side in pixels; the model's own by default.")] = None,
-    composite: Annotated[bool, typer.Option("--composite", help="Put the kept pixels back.")] = False,
+    controlnet: Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=16, help="Side of the image in pixels; default: the model's own.")
+    ] = None,
+    composite: Annotated[
+        bool, typer.Option("--composite", help="Restore the original pixels outside the mask.")
+    ] = False,
     steps: Steps = None,
     guidance: Guidance = None,
     scale: Scale = None,
@@ -94,7 +106,7 @@ def inpaint(
     seed: Seed = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Repaint the white of the mask in one image."""
+    """Inpaint the white region of a mask in one image."""
     sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection)
     options: dict[str, Any] = {"model": model, "controlnet": controlnet, "size": size, "composite": composite}
     if dry_run:
@@ -108,17 +120,23 @@ def inpaint(
 @mini_app.command("train")
 @interruptible()
 def mini_train(
-    source: Annotated[Path | None, typer.Option("--from", exists=True, file_okay=False, help="Start here.")] = None,
-    out: Annotated[Path, typer.Option(help="The bundle lands in OUT/bundle.")] = Path("runs/mini"),
+    source: Annotated[
+        Path | None, typer.Option("--from", exists=True, file_okay=False, help="Bundle to start from.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(callback=output_folder("TRAINED_MODEL"), help="Output folder; the bundle is OUT/bundle.")
+    ] = Path("runs/mini"),
     seed: Seed = 0,
-    stage: Annotated[list[str] | None, typer.Option(help="NAME or NAME=STEPS; all stages by default.")] = None,
-    world: Annotated[Literal["scenes", "photos"], typer.Option(help="What it is trained on.")] = "scenes",
+    stage: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=STEPS; may be repeated; default: all stages.")
+    ] = None,
+    world: Annotated[Literal["scenes", "photos"], typer.Option(help="Training images.")] = "scenes",
     photos: SmallPhotos = None,
-    check: Annotated[int, typer.Option(min=0, help="Pictures to measure the result on; 0: none.")] = 1000,
+    check: Annotated[int, typer.Option(min=0, help="Number of images to evaluate the result on; 0: none.")] = 1000,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Make the mini bundle again from nothing, or go on from a bundle, and say what it took and what it can do."""
+    """Train the mini bundle from scratch or from another bundle, and report cost and quality."""
     from refine_control.miniature.stages import named_stages
 
     stages = named_stages(stage or [])
@@ -136,17 +154,20 @@ def mini_train(
 
 
 @mini_app.command("check")
+@interruptible("nothing is written")
 def mini_check(
-    n: Annotated[int, typer.Option("--n", min=2, help="Scenes to repaint.")] = 200,
+    n: Annotated[int, typer.Option("--n", min=2, help="Number of scenes to inpaint.")] = 200,
     bundle: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="The shipped one by default.")
+        Path | None, typer.Option(exists=True, file_okay=False, help="Bundle to check; default: the shipped one.")
     ] = None,
-    photos: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="JPEGs to try the VAE on.")] = None,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the teacher.")] = "fp32",
+    photos: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of JPEGs to test the VAE on.")
+    ] = None,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the teacher.")] = "fp32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Does the mini teacher obey its prompt, and is it at chance with an empty or a wrong one?"""
+    """Measure whether the mini teacher follows its prompt, and is at chance level with an empty or a wrong one."""
     from refine_control.miniature.check import check_bundle
 
     show(check_bundle(n, seed=seed, bundle=bundle, precision=precision, photos=photos), as_json)
@@ -154,24 +175,26 @@ def mini_check(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """What this machine has and lacks; exit code 69 if something needed is missing."""
+    """List what this machine has and lacks; exit code 69 if something required is missing."""
     from refine_control.cli.doctor import diagnose
 
     checks = diagnose()
     show(checks if as_json else "\n".join(f"{c.state:8}{c.name:18}{c.detail}" for c in checks), as_json)
     if missing := [check.name for check in checks if check.state == "missing"]:
-        raise MissingError(f"needed and missing or broken: {', '.join(missing)}; the lines above say how to mend it")
+        raise MissingError(
+            f"required and missing or broken: {', '.join(missing)}; the lines above say how to repair it"
+        )
 
 
-for verb in (cache, evaluate, interruptible()(reproduce), cost):
+for verb in (cache, evaluate, reproduce, cost):
     app.command()(verb)
 
 
 def main() -> int:
-    """Runs the command line; an error that a person can mend is one message on stderr and its exit code."""
-    # transformers advises at import to install torchvision, which would break it beside a CPU torch.
+    """Runs the command line. An error that a user can correct is a message on stderr and an exit code."""
+    # transformers advises at import to install torchvision, which would break it beside a CPU build of torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # diffusers warns at every change of type and every cut prompt; what matters is said by our own verbs.
+    # diffusers warns at every change of type and every cut prompt; the verbs warn about what matters.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     set_up()
     try:
@@ -179,9 +202,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        from refine_control.cli.doctor import mendable
+        from refine_control.cli.doctor import user_error
 
-        refusal = mendable(error)
+        refusal = user_error(error)
         if refusal is None:
             raise
         print(f"refine-control: {refusal}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The verbs of the data: photographs or scenes into shards, shards into caches."""
+"""The verbs of `data` and `cache`: photographs or scenes into shards, shards into caches."""
 
 from __future__ import annotations
 
@@ -7,29 +7,41 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from refine_control.cli.options import DryRun, InFolder, Json, Model, Seed, make_app
+from refine_control.cli.options import (
+    DryRun,
+    InFolder,
+    Json,
+    Model,
+    Seed,
+    make_app,
+    output_file,
+    output_folder,
+)
 from refine_control.cli.output import progress_bar, show
 from refine_control.errors import DamagedError
+from refine_control.signals import interruptible
 
-data_app = make_app(help="Photos or scenes, masks and prompts into shards; their inspection.")
+data_app = make_app(help="Build and inspect shards of photos or scenes with masks and prompts.")
 
 
-Images = Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Photos of a COCO .json.")]
+Images = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the photos of a COCO .json.")
+]
 Masks = Annotated[
     Literal["given", "sam", "felzenszwalb"],
-    typer.Option(help="given by the source; proposed by SAM; or by a segmentation that needs no weights."),
+    typer.Option(help="given by the source; proposed by SAM; or by a segmentation without weights."),
 ]
 Prompts = Annotated[
     Literal["given", "qwen", "server"],
-    typer.Option(help="given by the source; by Qwen2.5-VL here; or by the model behind --server."),
+    typer.Option(help="given by the source; written by Qwen2.5-VL; or by the model behind --server."),
 ]
 Segmenter = Annotated[str, typer.Option(help="Hub id or folder of a SAM model.")]
-Describer = Annotated[str, typer.Option(help="Hub id or folder of Qwen2.5-VL, or the server's name for its model.")]
-Server = Annotated[str, typer.Option(help="Address of an OpenAI-compatible server, such as vLLM's.")]
-EngineName = Annotated[Literal["local", "ray"], typer.Option(help="Processes of this machine, or a Ray cluster.")]
-Workers = Annotated[int, typer.Option(min=1, max=1024, help="Processes, or actors of Ray.")]
-Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each actor of Ray.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
+Describer = Annotated[str, typer.Option(help="Hub id or folder of Qwen2.5-VL, or the name of the server's model.")]
+Server = Annotated[str, typer.Option(help="Address of an OpenAI-compatible server such as vLLM.")]
+EngineName = Annotated[Literal["local", "ray"], typer.Option(help="Processes on this machine, or a Ray cluster.")]
+Workers = Annotated[int, typer.Option(min=1, max=1024, help="Number of processes or Ray actors.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first entries, this many.")]
 SAM, QWEN, SERVER = "facebook/sam2.1-hiera-large", "Qwen/Qwen2.5-VL-7B-Instruct", "http://127.0.0.1:8000"
 
 
@@ -40,24 +52,28 @@ def _engine(name: str, workers: int, gpus: float) -> Any:
 
 
 @data_app.command("annotate")
+@interruptible()
 def data_annotate(
     source: Annotated[Path, typer.Argument(exists=True)],
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=output_folder("ANNOTATIONS"))],
     masks: Masks = "given",
     segmenter: Segmenter = SAM,
     prompts: Prompts = "given",
     describer: Describer = QWEN,
     server: Server = SERVER,
     api_key_variable: Annotated[
-        str | None, typer.Option(help="Environment variable that holds the server's key.")
+        str | None, typer.Option(help="Environment variable with the server's API key.")
     ] = None,
-    global_prompts: Annotated[bool, typer.Option("--global-prompts", help="Describe whole photos too.")] = False,
-    min_area: Annotated[float, typer.Option(min=0, max=1, help="Smallest share of the photo for a region.")] = 0.05,
-    max_area: Annotated[float, typer.Option(min=0, max=1, help="Largest share.")] = 0.4,
-    per_photo: Annotated[int, typer.Option(min=1, help="Regions of a photo at most.")] = 2,
-    dilate: Annotated[int, typer.Option(min=0, help="Pixels by which proposed regions are grown.")] = 0,
+    global_prompts: Annotated[bool, typer.Option("--global-prompts", help="Describe whole photos as well.")] = False,
+    min_area: Annotated[
+        float, typer.Option(min=0, max=1, help="Smallest area of a region as a share of the photo.")
+    ] = 0.05,
+    max_area: Annotated[float, typer.Option(min=0, max=1, help="Largest area of a region.")] = 0.4,
+    per_photo: Annotated[int, typer.Option(min=1, help="Largest number of regions of a photo.")] = 2,
+    dilate: Annotated[int, typer.Option(min=0, help="Pixels by which proposed regions are dilated.")] = 0,
     shape: Annotated[
-        Literal["none", "box", "brush"], typer.Option(help="Cover proposed regions by what hides their outline.")
+        Literal["none", "box", "brush"],
+        typer.Option(help="Cover proposed regions with a shape that hides their outline."),
     ] = "none",
     images: Images = None,
     engine: EngineName = "local",
@@ -88,27 +104,26 @@ def data_annotate(
 
 
 @data_app.command("build")
+@interruptible()
 def data_build(
     source: Annotated[Path, typer.Argument(exists=True)],
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=output_folder("BUILD"))],
     masks: Masks = "given",
     segmenter: Segmenter = SAM,
     prompts: Prompts = "given",
     describer: Describer = QWEN,
     server: Server = SERVER,
     size: Annotated[
-        int, typer.Option(help="Side of the square samples in pixels; 64 is the mini model's, 1024 SD3's.")
+        int, typer.Option(help="Side of the square samples in pixels; 64 for the mini model, 1024 for SD3.")
     ] = 64,
     buckets: Annotated[
-        bool, typer.Option("--buckets", help="Keep the photo's shape: sizes of about --size^2 pixels, 1:2 to 2:1.")
+        bool, typer.Option("--buckets", help="Keep the aspect ratio, 1:2 to 2:1, at about --size^2 pixels.")
     ] = False,
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of photos kept for the test.")] = 0.2,
-    unlabeled_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the others that become D_ssl.")
-    ] = 0.5,
+    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the photos in the test set.")] = 0.2,
+    unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the other photos in D_ssl.")] = 0.5,
     seed: Seed = 0,
     image_format: Annotated[
-        Literal["webp", "png", "jpg"], typer.Option("--format", help="webp is lossless here.")
+        Literal["webp", "png", "jpg"], typer.Option("--format", help="Image format; webp is lossless.")
     ] = "webp",
     images: Images = None,
     engine: EngineName = "local",
@@ -118,9 +133,9 @@ def data_build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Photos, masks and prompts of SOURCE into shards under OUT; what is refused is told in rejects.jsonl.
+    """Build shards under OUT from photos, masks and prompts of SOURCE; rejects.jsonl lists what is refused, and why.
 
-    Masks or prompts that are not given are first found by `data annotate` into OUT-annotations."""
+    Masks or prompts that are not given are first made by `data annotate` in OUT-annotations."""
     options: dict[str, Any] = {"size": size, "test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
     options |= {"seed": seed, "image_format": image_format, "limit": limit, "buckets": buckets}
     if dry_run:
@@ -132,8 +147,8 @@ def data_build(
         from refine_control.annotation.annotate import annotate
         from refine_control.annotation.annotator import Annotation
 
-        found: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
-        chosen = Annotation(**found, server=server, seed=seed, limit=limit)
+        asked: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
+        chosen = Annotation(**asked, server=server, seed=seed, limit=limit)
         annotated, how = out.with_name(f"{out.name}-annotations"), _engine(engine, workers, gpus)
         annotate(source, annotated, chosen, images=images, engine=how, progress=progress_bar("annotate"))
         source, images, options["limit"] = annotated, None, None
@@ -144,19 +159,22 @@ def data_build(
 @data_app.command("review")
 def data_review(
     folder: Annotated[Path, InFolder],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8765,
-    host: Annotated[str, typer.Option(help="Loopback only, unless --allow-remote.")] = "127.0.0.1",
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Let other machines in.")] = False,
-    reviewer: Annotated[str | None, typer.Option(help="Who decides; the page asks otherwise.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="Address; only loopback without --allow-remote.")] = "127.0.0.1",
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Allow other machines.")] = False,
+    reviewer: Annotated[str | None, typer.Option(help="Name of the reviewer; default: the page asks.")] = None,
     to_label_studio: Annotated[
-        Path | None, typer.Option(help="Write Label Studio's tasks to this folder instead.")
+        Path | None,
+        typer.Option(
+            callback=output_folder("TASKS", "ANNOTATIONS"), help="Write tasks for Label Studio to this folder instead."
+        ),
     ] = None,
     from_label_studio: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Take over the decisions of Label Studio's export.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Import the decisions of a Label Studio export.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Serve a page where people accept, mend or reject the prompts of FOLDER/manifest.jsonl: decisions.jsonl."""
+    """Serve a page to accept, edit or reject the prompts of FOLDER/manifest.jsonl; writes decisions.jsonl."""
     if dry_run:
         return show({"verb": "data review", "folder": folder, "host": host, "port": port}, as_json=False)
     if to_label_studio or from_label_studio:
@@ -173,19 +191,20 @@ def data_review(
 
 
 @data_app.command("reword")
+@interruptible("nothing is written")
 def data_reword(
     source: Annotated[Path, typer.Argument(exists=True)],
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=output_folder("ANNOTATIONS"))],
     kind: Annotated[
         Literal["template", "shuffled", "global"],
-        typer.Option("--as", help="`a CATEGORY`; those of other photos; or of whole photos."),
+        typer.Option("--as", help="`a CATEGORY`; prompts of other photos; or of whole photos."),
     ],
     images: Images = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """The regions of SOURCE with prompts of another quality: OUT/manifest.jsonl, to measure what prompts are worth."""
+    """Write OUT/manifest.jsonl: the regions of SOURCE with prompts of another quality, for ablations."""
     if dry_run:
         return show({"verb": "data reword", "source": source, "out": out, "as": kind, "seed": seed}, as_json)
     from refine_control.annotation.reword import reword
@@ -194,13 +213,14 @@ def data_reword(
 
 
 @data_app.command("download")
+@interruptible()
 def data_download(
     urls: Annotated[Path, typer.Argument(exists=True)],
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=output_folder("DOWNLOAD"))],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch a list of URLS (Unsplash-Lite's TSV, LAION's parquet, or one a line) as WebDataset by img2dataset."""
+    """Download a list of URLS (Unsplash-Lite's TSV, LAION's parquet, or one a line) as WebDataset by img2dataset."""
     from refine_control.photos.download import command_for, download
 
     if dry_run:
@@ -209,8 +229,9 @@ def data_download(
 
 
 @data_app.command("verify")
+@interruptible("nothing is written")
 def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> None:
-    """Read every byte of the shards in FOLDER; exit code 65 if any is not as it was written."""
+    """Read every byte of the shards in FOLDER; exit code 65 if any has changed since it was written."""
     from refine_control.photos.shards import verify
 
     problems = verify(folder)
@@ -222,13 +243,14 @@ def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> Non
 
 
 @data_app.command("inspect")
+@interruptible("nothing is written")
 def data_inspect(
     folder: Annotated[Path, InFolder],
-    sheet: Annotated[Path | None, typer.Option(help="PNG to draw samples into.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Page to browse, one file.")] = None,
+    sheet: Annotated[Path | None, typer.Option(callback=output_file, help="PNG to write, with samples.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=output_file, help="HTML page to write, one file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Counts of the shards in FOLDER and, with --sheet or --html, what the samples look like."""
+    """Print counts of the shards in FOLDER; --sheet and --html show samples."""
     from refine_control.photos.inspect import contact_sheet, inspect
 
     show(inspect(folder), as_json)
@@ -241,16 +263,17 @@ def data_inspect(
 
 
 @data_app.command("scenes")
+@interruptible()
 def data_scenes(
-    out: Path,
-    labeled: Annotated[int, typer.Option(min=0, help="Scenes with everything.")] = 1000,
-    unlabeled: Annotated[int, typer.Option(min=0, help="Scenes without the pixels of their holes.")] = 4000,
-    test: Annotated[int, typer.Option(min=0, help="Scenes for evaluation.")] = 200,
+    out: Annotated[Path, typer.Argument(callback=output_folder("BUILD"))],
+    labeled: Annotated[int, typer.Option(min=0, help="Number of complete scenes.")] = 1000,
+    unlabeled: Annotated[int, typer.Option(min=0, help="Number of scenes without the masked pixels.")] = 4000,
+    test: Annotated[int, typer.Option(min=0, help="Number of test scenes.")] = 200,
     seed: Seed = 0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Render scenes of the mini world as shards of the three roles under OUT."""
+    """Render synthetic scenes as shards of the three roles under OUT."""
     counts: dict[str, Any] = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "seed": seed}
     if dry_run:
         return show({"verb": "data scenes", "out": out, **counts}, as_json)
@@ -259,43 +282,40 @@ def data_scenes(
     show(build_scenes(out, progress=progress_bar("scenes"), **counts), as_json)
 
 
+@interruptible()
 def cache(
     shards: Annotated[Path, InFolder],
-    out: Path,
+    out: Annotated[Path, typer.Argument(callback=output_folder("CACHE"))],
     model: Model = "mini",
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number type of what is stored.")] = "fp32",
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number type of stored arrays.")] = "fp32",
     prompts: Annotated[
         Literal["full", "int8", "none"],
-        typer.Option(help="Embeddings in --dtype, in 8 bits with scales, or none: train by data.prompts=encode."),
+        typer.Option(
+            help="Embeddings in --dtype; in 8 bits with scales; or none, for training with data.prompts=encode."
+        ),
     ] = "full",
     teacher: Annotated[
         str | None,
-        typer.Option(help="ControlNet that --complete paints with, a folder or hub id; by default the model's."),
+        typer.Option(help="ControlNet for --complete, a folder or hub id; default: the model's own."),
     ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],
-        typer.Option(help="Of the VAE: the mean; mean_std keeps the deviation too, and training draws its x0."),
+        typer.Option(help="Posterior of the VAE: mean, or mean_std, from which training draws its latents."),
     ] = "mean",
-    complete: Annotated[int, typer.Option(min=0, max=1000, help="Steps of the teacher's completions; 0: none.")] = 0,
-    guidance: Annotated[float, typer.Option(min=0, max=100, help="Guidance of the completions; 1: none.")] = 1.0,
+    complete: Annotated[
+        int, typer.Option(min=0, max=1000, help="Denoising steps of the teacher's completions; 0: no completions.")
+    ] = 0,
+    guidance: Annotated[
+        float, typer.Option(min=0, max=100, help="Guidance scale of the completions; 1 disables guidance.")
+    ] = 1.0,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Encode SHARDS once: latents and prompt embeddings under OUT (and, with --complete, the teacher's pictures)."""
+    """Encode SHARDS into the cache OUT: latents, prompt embeddings and, with --complete, the teacher's completions."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
     options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
-    import torch
+    from refine_control.cache.building import cache_folder
 
-    from refine_control.cache.building import build_cache, completion_sampler
-    from refine_control.models.devices import best_device
-    from refine_control.models.loading import load_backbone, load_controlnet
-
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    sampler = completion_sampler(complete, guidance) if complete else None
-    painting = sampler is not None
-    controlnet = load_controlnet(teacher) if teacher else None
-    backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
-    made = build_cache(shards, out, backbone, stored, prompts, sampler, progress_bar("cache"), posterior)
-    show({"cache": out, "made": made}, as_json)
+    show({"cache": out, "made": cache_folder(shards, out, progress=progress_bar("cache"), **options)}, as_json)

@@ -1,11 +1,10 @@
-"""What this machine has and lacks: Python, the core packages, extras, GPU, offline settings; and how to mend it.
+"""What this machine has and lacks: Python, the core packages, extras, GPU, offline settings; and how to repair it.
 
-Only the standard library is imported at the top: a broken package must not break its own diagnosis.
+No other package is imported at the top: a broken package must not break its own diagnosis.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +14,7 @@ import shutil
 from typing import NamedTuple
 
 from refine_control.errors import MissingError, RefineControlError, StorageError
+from refine_control.storage import storage_failure
 from refine_control.threads import set_up
 
 # fmt: off
@@ -36,7 +36,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 class Check(NamedTuple):
-    """One finding. `state` is ok, missing (needed, and to be mended) or note (fine without)."""
+    """One finding. `state` is ok, missing (required, to be repaired) or note (optional)."""
 
     name: str
     state: str
@@ -44,7 +44,7 @@ class Check(NamedTuple):
 
 
 def diagnose() -> list[Check]:
-    """Every check, the needed ones first."""
+    """Every check, required ones first."""
     return [_python(), _packages(), _torchvision(), _models_import(), _gpu(), _threads(), *_extras(), _offline()]
 
 
@@ -54,15 +54,15 @@ def extra_of(module: str) -> str | None:
     return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
 
 
-def mendable(error: Exception) -> RefineControlError | None:
-    """What a person can mend in an error of ours, of Python or of torch; None when it is a bug of ours."""
+def user_error(error: Exception) -> RefineControlError | None:
+    """The error that a user can correct, for an exception of this project, Python or a library; None for a bug."""
     if isinstance(error, RefineControlError):
         return error
     full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and full):
         return StorageError("out of memory; choose a smaller batch (--set training.device_batch_size=...) or size")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return StorageError(f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space")
+    if (failure := storage_failure(error)) is not None:
+        return failure
     if isinstance(error, ModuleNotFoundError) and error.name and (extra := extra_of(error.name)):
         return MissingError(f"{error.name} is not installed; run pip install 'refine-control[{extra}]'")
     return None
@@ -96,7 +96,7 @@ def _importing(*names: str) -> str | None:
             imported = importlib.import_module(module)
             if attribute:
                 getattr(imported, attribute)
-        except Exception as error:  # whatever a broken binary package throws is the finding
+        except Exception as error:  # a broken binary package may raise anything
             return f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     return None
 

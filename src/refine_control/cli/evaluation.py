@@ -1,4 +1,4 @@
-"""The verbs that measure: `evaluate`, `reproduce`, `cost` and `bench`."""
+"""The verbs `evaluate`, `reproduce`, `cost` and `bench`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,25 @@ from refine_control.cli.options import (
     SmallPhotos,
     Steps,
     make_app,
+    output_folder,
     sampling,
 )
 from refine_control.cli.output import named_folders, named_sources, progress_bar, show
+from refine_control.signals import interruptible
 
-bench_app = make_app(help="Measure this machine.")
+bench_app = make_app(help="Benchmarks of this machine.")
 
 
+@interruptible("nothing is written")
 def evaluate(
-    student: Annotated[list[str], typer.Option(help="NAME=FOLDER, as often as needed.")],
-    test: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Shards of held-out samples.")],
-    out: Annotated[Path, typer.Option(help="Where tables and report land.")],
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    student: Annotated[list[str], typer.Option(help="NAME=FOLDER; may be repeated.")],
+    test: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Shards of test samples.")],
+    out: Annotated[
+        Path, typer.Option(callback=output_folder("EVALUATION", "RUN"), help="Folder of tables and report.")
+    ],
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER, or dreamshaper8, sd2, flux; as often as needed.")
+        list[str] | None, typer.Option(help="NAME=FOLDER, or dreamshaper8, sd2, flux; may be repeated.")
     ] = None,
     model: Model = "mini",
     steps: Steps = None,
@@ -40,12 +45,12 @@ def evaluate(
     scale: Scale = None,
     injection: Injection = "exact",
     seed: Seed = 0,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the denoisers.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the denoisers.")] = "fp32",
     weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Teacher and students on the same test samples: metrics with intervals, cost, tables, pictures."""
+    """Compare teacher and students on the same test samples: metrics with intervals, cost, tables, images."""
     students = named_folders(student, "--student")
     baselines = named_sources(baseline or [], "--baseline", students)
     sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
@@ -55,10 +60,11 @@ def evaluate(
     from refine_control.study.evaluate import evaluate as run
 
     bar = progress_bar("evaluate")
-    made = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
-    show(made.summary if as_json else made.text, as_json)
+    report = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
+    show(report.summary if as_json else report.text, as_json)
 
 
+@interruptible("finished rows are kept")
 def reproduce(
     target: Annotated[
         Literal[
@@ -80,45 +86,53 @@ def reproduce(
         typer.Argument(help="A table or figure of the paper, an ablation, or all: Tables 1 and 3 and Figure 2."),
     ],
     scale: Annotated[
-        Literal["mini", "sd3"], typer.Option(help="Whose recipes and rows: of the mini model, or of SD3.")
+        Literal["mini", "sd3"], typer.Option(help="Recipes and rows of the mini model or of SD3.")
     ] = "mini",
     budget: Annotated[
         str | None,
-        typer.Option(help="A row of the scale's budgets.yaml: tables, photos, folder, long, demo; paper, short."),
+        typer.Option(
+            help="A row of the scale's budgets.yaml: tables, photos, folder, long, demo; paper, short for sd3."
+        ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Training seeds 0 to N - 1; by default the budget's.")
+        int | None, typer.Option(min=1, help="Number N of training seeds, 0 to N - 1; default: the budget's.")
     ] = None,
     row: Annotated[
         list[str] | None,
         typer.Option(
-            help="This row alone, as often as needed; beside it the teacher, the row of --against and, "
-            "where anything is trained, fc."
+            help="Only this row, the teacher, the row of --against and, where anything is trained, fc; may be repeated."
         ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="The row that the others are held against; by default the scale's or study's.")
+        str | None, typer.Option(help="Row that the others are compared with; default: that of the scale or study.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where runs, tables and report land; runs/reproduce/mini/tables and so on.")
+        Path | None,
+        typer.Option(
+            callback=output_folder("REPRODUCTION"),
+            help="Folder of runs, tables and report; default: such as runs/reproduce/mini/tables.",
+        ),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Finished rows, read and written; results/mini, results/sd3 and so on.")
+        Path | None,
+        typer.Option(
+            callback=output_folder(), help="Folder of finished rows, read and written; default: such as results/mini."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Another model: the bundle of photographs, a folder or a hub id.")
+        str | None, typer.Option(help="Another model: a bundle trained on photographs, a folder or a hub id.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Another teacher: a folder or a hub id.")] = None,
     photos: SmallPhotos = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of `data build` in place of rendered scenes; sd3 needs one.")
+        Path | None, typer.Option(help="Output of `data build` in place of rendered scenes; required for sd3.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Rows made at a time, each with its share of the cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Rows computed in parallel, which share the cores.")] = 1,
     weights: MetricWeights = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Train and measure what is missing of a table or figure, and write it with intervals."""
+    """Train and evaluate the missing rows of a table or figure, and write it with intervals."""
     from refine_control.study.materials import Comparison, results_name
     from refine_control.study.plan import read_budget
     from refine_control.study.reproduce import plan
@@ -135,48 +149,51 @@ def reproduce(
     if dry_run:
         return show(plan(target, comparison, chosen, rows, folder, against), as_json)
     how: dict[str, Any] = {"results": folder, "bar": progress_bar, "workers": workers}
-    made = run(target, comparison, seeds=chosen, rows=rows, against=against, **how)
-    show(made.summary if as_json else f"{made.text}\n\nin {made.folder}", as_json)
+    report = run(target, comparison, seeds=chosen, rows=rows, against=against, **how)
+    show(report.summary if as_json else f"{report.text}\n\nin {report.folder}", as_json)
 
 
+@interruptible("nothing is written")
 def cost(
-    controlnet: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, as often as needed.")] = None,
+    controlnet: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER; may be repeated.")] = None,
     model: Model = "mini",
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; the model's own by default.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, operations and time of a denoising step with each ControlNet, the teacher first."""
+    """Print parameters, operations and time of a denoising step with each ControlNet, the teacher first."""
     from refine_control.study.model_cost import compare
 
     show(compare(model, named_folders(controlnet or [], "--controlnet"), teacher), as_json)
 
 
 @bench_app.command("data")
+@interruptible("nothing is written")
 def bench_data(
     source: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Photos; rendered ones by default.")
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of photos; default: rendered ones.")
     ] = None,
-    photos: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
+    photos: Annotated[int, typer.Option(min=2, help="Number of photos.")] = 200,
     many: Annotated[
-        int, typer.Option(min=0, help="Photos of the memory measurement beside 1,000 and 8,000; 0: none.")
+        int, typer.Option(min=0, help="Number of photos of the memory measurement besides 1,000 and 8,000; 0: none.")
     ] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Time the build, the cache and its batches against the bare work that nobody can avoid."""
+    """Time build, cache and batches against the unavoidable work alone."""
     from refine_control.bench.data import bench_data as run
 
     show(run(source, photos, many, repeats)._asdict(), as_json)
 
 
 @bench_app.command("step")
+@interruptible("nothing is written")
 def bench_step(
     recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/ours_stage1",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 5,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed steps.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Time, memory and operations of one training step."""
+    """Print time, memory and operations of one training step."""
     from refine_control.bench.step import bench_step as run
     from refine_control.recipe_files import load_recipe
 
@@ -184,27 +201,33 @@ def bench_step(
 
 
 @bench_app.command("features")
+@interruptible("nothing is written")
 def bench_features(
-    pictures: Annotated[int, typer.Option(min=1, help="How many, of random noise.")] = 64,
-    size: Annotated[int, typer.Option(min=31, help="Pixels of a side.")] = 256,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
-    clip_pictures: Annotated[int, typer.Option(min=0, help="Pictures for CLIP, seconds each on a CPU; 0: none.")] = 0,
-    set_size: Annotated[int, typer.Option(min=0, help="Distances at this N, 2 N and 4 N (2 or more); 0: none.")] = 500,
-    resamples: Annotated[int, typer.Option(min=2, help="Drawn sets.")] = 200,
+    pictures: Annotated[int, typer.Option(min=1, help="Number of images of random noise.")] = 64,
+    size: Annotated[int, typer.Option(min=31, help="Side of an image in pixels.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
+    clip_pictures: Annotated[
+        int, typer.Option(min=0, help="Number of images for CLIP, seconds each on a CPU; 0: none.")
+    ] = 0,
+    set_size: Annotated[
+        int, typer.Option(min=0, help="Set size N: distances at N, 2 N and 4 N (2 or more); 0: none.")
+    ] = 500,
+    resamples: Annotated[int, typer.Option(min=2, help="Number of resampled sets.")] = 200,
     as_json: Json = False,
 ) -> None:
-    """Time the networks of FID, LPIPS and CMMD against the bare networks, and the distances of sets as N grows."""
+    """Time the networks of FID, LPIPS and CMMD against the networks alone, and set distances as N grows."""
     from refine_control.bench.features import bench_features as run
 
-    made = run(pictures, size, repeats, clip_pictures=clip_pictures, set_size=set_size, resamples=resamples)
-    show(made._asdict(), as_json)
+    report = run(pictures, size, repeats, clip_pictures=clip_pictures, set_size=set_size, resamples=resamples)
+    show(report._asdict(), as_json)
 
 
 @bench_app.command("threads")
+@interruptible("nothing is written")
 def bench_threads(
     recipe: Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")] = "mini/balanced_stage1",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 1,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time of each of the eight measurements.")] = 15,
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the command line shows: results, progress, and the names it gives to folders."""
+"""Output of the command line: results and progress; and NAME=FOLDER options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refine_control.errors import InvalidInputError
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can say it: records become mappings, paths and arrays plain values, infinity the text inf."""
+    """`value` in JSON types: records become mappings, paths and arrays plain values, infinity the text inf."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if hasattr(value, "_asdict"):
@@ -84,8 +84,8 @@ _LINE_EVERY = 60.0
 
 
 def progress_bar(label: str) -> Callable[..., None]:
-    """A callback (done, total, note) that shows rate and time left: a bar on a terminal once two seconds have passed,
-    elsewhere (a log, a batch job) a line a minute."""
+    """A callback (done, total, note) that shows rate and time left: a bar on a terminal after two seconds, one line a
+    minute elsewhere (a log, a batch job)."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
@@ -105,18 +105,18 @@ def progress_bar(label: str) -> Callable[..., None]:
 def _progress_lines(label: str) -> Callable[..., None]:
     from tqdm import tqdm
 
-    first, began, before, told = 0, time.monotonic(), 0, time.monotonic()
+    first, began, before, printed = 0, time.monotonic(), 0, time.monotonic()
 
     def advance(done: int, total: int, note: str = "") -> None:
-        nonlocal first, began, before, told
+        nonlocal first, began, before, printed
         now = time.monotonic()
         if done < before:  # the next stage begins
             first, began = 0, now
-        elif before == 0 and done > 1:  # continued: what was there already took no time
+        elif before == 0 and done > 1:  # continued: earlier work took no time in this run
             first, began = done, now
         before = done
-        if now - told >= _LINE_EVERY and done > first:
-            told, each = now, (now - began) / (done - first)
+        if now - printed >= _LINE_EVERY and done > first:
+            printed, each = now, (now - began) / (done - first)
             left = tqdm.format_interval((total - done) * each)
             print(
                 f"{label}: {done}/{total}, {each:.3g} s each, {left} left. {note}".rstrip(), file=sys.stderr, flush=True

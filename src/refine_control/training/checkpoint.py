@@ -32,7 +32,7 @@ def refuse_other_run(run_dir: Path, fingerprint: str, why: Callable[[], str]) ->
     """Raises InvalidInputError, with `why()`, where the newest checkpoint of `run_dir` is of another fingerprint."""
     for folder in _folders(run_dir)[:1]:
         try:
-            other = read_manifest(folder, verify=False)["fingerprint"]
+            other = read_manifest(folder, verify=False, required=["fingerprint"])["fingerprint"]
         except (FileNotFoundError, DamagedError):  # `load_checkpoint` says what can be done
             return
         if other != fingerprint:
