@@ -16,6 +16,7 @@ from PIL import Image
 
 from refine_control.annotation.masks import box_of
 from refine_control.errors import InvalidInputError
+from refine_control.folders import ROWS_TO_REVIEW, refuse_other_kind
 from refine_control.photos.decisions import id_of
 from refine_control.photos.load import load_mask, load_whole
 from refine_control.photos.sources import MANIFEST_NAME, entries
@@ -61,6 +62,7 @@ def read_rows(folder: Path) -> list[Row]:
 
     Lines that name no photo or repeat an earlier one are left out. Raises InvalidInputError where no row is left, and
     where two different rows have one id: a decision would be about both."""
+    refuse_other_kind(folder, ROWS_TO_REVIEW)
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise InvalidInputError(f"{folder} holds no {MANIFEST_NAME}; make one with `data annotate`")

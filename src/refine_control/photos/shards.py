@@ -92,6 +92,7 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     refuse_other_kind(folder, SHARDS_OR_BUILD)
     path = folder / MANIFEST
     if not path.is_file():
+        refuse_other_kind(folder, ONE_ROLE)  # the roles of a build that has no manifest
         raise InvalidInputError(f"{folder} holds no finished shards (no {MANIFEST}); make them with `data build`")
     text = path.read_bytes()
     try:

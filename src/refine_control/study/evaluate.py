@@ -15,6 +15,7 @@ import torch
 from refine_control import __version__
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
+from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.card import BUNDLE
@@ -201,6 +202,8 @@ def evaluate(
         raise InvalidInputError(
             "a student cannot be called teacher, the name of the teacher's row; give it another name"
         )
+    for folder in students.values():
+        refuse_other_kind(folder, A_CONTROLNET)
     photos, sizes = read_test(test), read_geometry(model)
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)

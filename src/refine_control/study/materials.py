@@ -15,6 +15,7 @@ import torch
 
 from refine_control.cache.building import build_cache, completion_sampler
 from refine_control.errors import InvalidInputError
+from refine_control.folders import ALL_ROLES, refuse_other_kind
 from refine_control.miniature.scene_shards import build_scenes
 from refine_control.miniature.small_photos import build_small_photos, small_photos_mark
 from refine_control.models.backbone import Backbone
@@ -59,6 +60,8 @@ class Comparison:
             raise InvalidInputError("--photos and --data are two kinds of data; give one")
         if self.photos and not self.model:
             raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`")
+        if self.data:
+            refuse_other_kind(self.data, ALL_ROLES)
         for role in (LABELED, UNLABELED, TEST):
             if self.data and not (self.data / role / MANIFEST).is_file():
                 raise InvalidInputError(

@@ -18,6 +18,7 @@ from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.reader import Cache
 from refine_control.config import DataConfig, Precision, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.folders import A_CACHE, A_CONTROLNET, refuse_other_kind
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
@@ -269,6 +270,10 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         raise InvalidInputError(
             "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
         )
+    for role in recipe.objective.roles:  # before models are loaded
+        refuse_other_kind(getattr(recipe.data, role) or "", A_CACHE)
+    if recipe.init_from:
+        refuse_other_kind(student_folder(recipe.init_from), A_CONTROLNET)
     main = is_main_process()
     with torch_threads(recipe.training.threads), only_writer(run_dir) if main else nullcontext():
         device = training_device()
