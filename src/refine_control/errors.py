@@ -1,14 +1,14 @@
-"""Errors for people: what is wrong, where, and what to do; each kind knows its exit code.
+"""Errors that a user can correct: what is wrong, where, and what to do; each class has an exit code.
 
-Raise one of these for anything a user can cause or mend. The command line prints the sentence
-and leaves with the code; a traceback is left to bugs of ours.
+The command line prints the message and ends with the code. A traceback always means a bug. Launchers such as torchrun
+have exit codes of their own: they end with 1 whatever the code of their processes.
 """
 
 from __future__ import annotations
 
 
 class RefineControlError(Exception):
-    """Something a person can mend. The message is one or two sentences: what, where, what to do."""
+    """An error that a user can correct. The message is one or two sentences: what, where, what to do."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class DamagedError(RefineControlError):
 
 
 class MissingError(RefineControlError):
-    """Something that can be had is not there: an extra, weights, a gated repository, a GPU."""
+    """Something that can be obtained is missing: an extra, weights, a gated repository, a GPU."""
 
     exit_code = 69
 
