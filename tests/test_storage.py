@@ -202,17 +202,20 @@ def names_in(folder):
 
 def test_the_writer_of_a_folder_removes_what_killed_writers_left(tmp_path):
     leave(tmp_path, ".student.7.tmp/", "inner/.step_2.old.tmp/", "inner/.p.png.4194303.tmp", "kept", ".mine.tmp", ".7")
-    leave(tmp_path, "another/.a.7.tmp", "another/.lock")
+    leave(tmp_path, "another/.a.7.tmp", "another/.lock", ".lock")
     with only_writer(tmp_path):
         assert names_in(tmp_path) == [".7", ".mine.tmp", "another", "another/.a.7.tmp", "inner", "kept"]
 
 
-def test_nobody_else_removes_them(tmp_path):
+def test_nobody_else_removes_them_nor_files_in_a_folder_of_another_origin(tmp_path):
+    leave(tmp_path / "home", ".a.7.tmp")
+    with only_writer(tmp_path / "home"):
+        assert names_in(tmp_path / "home") == [".a.7.tmp"]
     with only_writer(tmp_path):
-        leave(tmp_path, ".a.7.tmp")
+        leave(tmp_path, ".b.7.tmp")
         with pytest.raises(InUseError), only_writer(tmp_path):
             pass
-        assert names_in(tmp_path) == [".a.7.tmp"]
+        assert ".b.7.tmp" in names_in(tmp_path)
 
 
 def test_an_output_file_replaces_what_a_killed_writer_left_of_it(tmp_path):
@@ -244,6 +247,7 @@ def test_a_kill_while_a_folder_is_deleted_leaves_nothing_under_its_name(tmp_path
         remove_folder(tmp_path / "step_1")
     monkeypatch.undo()
     assert names_in(tmp_path)[0] == ".step_1.old.tmp"
+    leave(tmp_path, ".lock")
     with only_writer(tmp_path):
         assert names_in(tmp_path) == []
 

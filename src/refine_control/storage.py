@@ -267,12 +267,13 @@ def read_manifest(folder: Path, verify: bool = True, required: Iterable[str] = (
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process alone, and removes what killed writers left in it.
+    """Holds `folder` for this process alone, and removes what killed writers left in it if it was held before.
 
     Raises InUseError (exit code 73) when another process holds it, and as `check_output_folder`."""
     check_output_folder(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        held_before = (folder / LOCK).exists()
         lock = (folder / LOCK).open("a")
     try:
         with storage_errors(folder):
@@ -282,7 +283,8 @@ def only_writer(folder: Path) -> Iterator[None]:
                 raise InUseError(
                     f"another process is writing to {folder}; wait for it or choose another folder"
                 ) from error
-            sweep(folder)
+            if held_before:  # in other folders nothing is a leftover of ours
+                sweep(folder)
         yield
     finally:
         lock.close()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from refine_control.cache.reader import Cache, write_cache
+from refine_control.cache.building import write_cache
+from refine_control.cache.reader import Cache
 from refine_control.config import LossWeights, TrainingConfig
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.records import LABELED, UNLABELED

@@ -80,7 +80,8 @@ def train(
         return show(resolved, as_json) if as_json else print(resolved_yaml(resolved), end="")
     from refine_control.training.run import train as run
 
-    folder = run_dir or output_folder("RUN")(Path("runs") / resolved.name)
+    folder = run_dir or Path("runs") / resolved.name
+    output_folder("RUN")(folder)
     show(run(resolved, folder, progress_bar("train")), as_json)
 
 

@@ -118,7 +118,6 @@ def build(
             _check_folder(out, expected)  # again: nobody else can change it now
             done = (out / MANIFEST).is_file()
             if not done:
-                _remove_leftovers(out)
                 if not (out / PARAMETERS).is_file():
                     write_json(out / PARAMETERS, {**expected, "made_by": MADE_BY})
                 _build_roles(job, out, found, in_order, progress)
@@ -151,13 +150,6 @@ def _check_folder(out: Path, expected: dict[str, Any]) -> None:
         raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
     if differing:
         raise InvalidInputError(f"{out} was built differently: {', '.join(differing)}; delete it or name a new folder")
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Temporary files of a run that was killed."""
-    with storage_errors(out):
-        for path in out.rglob(f".*{TEMPORARY}"):
-            path.unlink()
 
 
 def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progress: Progress | None) -> None:

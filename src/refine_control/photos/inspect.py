@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from refine_control.errors import InvalidInputError
 from refine_control.photos.shards import Shards, open_manifest
 from refine_control.records import ROLES, Photo
-from refine_control.storage import storage_errors, write_atomic
+from refine_control.storage import write_output
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _TILE = 128
@@ -91,9 +91,7 @@ def contact_sheet(folder: Path, path: Path, count: int = 64) -> None:
         sheet.paste(tile, (number % columns * width, number // columns * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    with storage_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(path), buffer.getvalue())
+    write_output(Path(path), buffer.getvalue())
 
 
 def _tile(photo: Photo) -> Image.Image:

@@ -19,7 +19,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.photos.inspect import inspect, outline
 from refine_control.photos.shards import Shards, open_manifest
 from refine_control.records import ROLES, Photo
-from refine_control.storage import storage_errors, write_atomic
+from refine_control.storage import write_output
 
 _REJECTS = "rejects.jsonl"
 _TILE = 224
@@ -117,9 +117,7 @@ def write_page(folder: Path, out_html: Path, count: int = 200) -> None:
         "refusals": _refusals(folder / _REJECTS) if built else [],
         "refusals_shown": _REJECTS_SHOWN,
     }
-    with storage_errors(Path(out_html)):
-        Path(out_html).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(out_html), _render(page))
+    write_output(Path(out_html), _render(page))
 
 
 def _render(page: dict[str, Any]) -> str:

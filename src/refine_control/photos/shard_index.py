@@ -30,9 +30,6 @@ class IndexWriter:
         self.folder = folder
         self._temporary = folder / f".{INDEX}.{os.getpid()}{TEMPORARY}"
         self._file: BinaryIO | None = None
-        with storage_errors(folder):
-            for left in folder.glob(f".{INDEX}.*{TEMPORARY}"):  # by a writer that was killed
-                left.unlink()
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Appends a line for each record. Raises StorageError when the disk refuses."""

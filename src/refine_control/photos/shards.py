@@ -128,8 +128,6 @@ class ShardWriter:
         self._size: tuple[int, int] | None = None
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f".shard-*{TEMPORARY}"):  # by a writer that was killed
-                left.unlink()
         self._index = IndexWriter(folder)
 
     def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:

@@ -59,7 +59,6 @@ def entries(
 
 def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
     """Chooses by what lies there; errors of the choice are raised here, before the first entry."""
-    refuse_other_kind(source, PHOTOGRAPHS)
     if images is not None and source.suffix.lower() != ".json":
         raise InvalidInputError(f"a folder of images is for COCO's .json files; {source} says where its photos are")
     if source.is_dir():

@@ -47,7 +47,7 @@ def inpaint_file(
     from refine_control.models.loading import load_backbone, load_controlnet, read_geometry
     from refine_control.photos.load import load
     from refine_control.records import Entry, Rejected
-    from refine_control.storage import write_atomic
+    from refine_control.storage import write_output
 
     for path in (image, mask):
         if not path.is_file():
@@ -74,6 +74,5 @@ def inpaint_file(
         painted = np.where(photo.mask[..., None], painted, photo.image)
     buffer = io.BytesIO()
     Image.fromarray(painted).save(buffer, **_FORMATS[out.suffix.lower()])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, buffer.getvalue())
+    write_output(out, buffer.getvalue())
     return out
