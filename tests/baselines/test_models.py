@@ -466,3 +466,15 @@ def test_what_is_measured_is_one_step(sd, flux):
     controlled, whole = denoising_step(flux)
     assert [r.shape for r in controlled()[0]] == [(1, 4, 32)] * 2
     assert whole().shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize("folder", ["sd_folder", "flux_folder"])
+def test_a_prompt_that_a_baseline_cuts_is_warned_of(folder, request, caplog):
+    baseline = load_baseline(request.getfixturevalue(folder), size=SIDE, device="cpu")
+    images, masks = pictures()
+    sampler = SAMPLER.model_copy(update={"num_inference_steps": 1})
+    with caplog.at_level("WARNING", logger="refine_control"):
+        paint(baseline, images[:1], masks[:1], ["red " * 17 + "ring"], sampler)
+    [warning] = [r.getMessage() for r in caplog.records if r.name.startswith("refine_control")]
+    assert "18 tokens" in warning
+    assert "'red ring'" in warning

@@ -56,8 +56,8 @@ def test_the_mask_is_inverted_in_one_place_alone():
                     names |= {n.attr for n in ast.walk(node.right) if isinstance(n, ast.Attribute)}
                     if any("mask" in name or name == "small" for name in names):
                         found.add(f"{module}.{function.name}")
-    weights = {"losses.mask_weight", "training.mini.weighted_losses", "training.stock_step.loss"}
-    assert found == {"models.controlnet.control_cond", *weights}
+    weights = {"losses.mask_weight", "miniature.objectives.weighted_losses", "bench.stock_step.loss"}
+    assert found == {"conditions.inpainting.control_cond", *weights}
 
 
 def test_control_cond_is_what_the_stock_pipeline_prepares(tiny_backbone):

@@ -1,4 +1,4 @@
-"""Between what a PSNR must lie to mean anything: a hole filled with one colour, and the autoencoder's own loss."""
+"""Lower and upper bounds of PSNR on photographs: a hole filled with one colour, and the autoencoder alone."""
 
 # N photos, H W pixels
 
@@ -22,7 +22,7 @@ Bounds = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def decoded(backbone: Backbone, images: Images) -> Images:
-    """(N, H, W, 3) uint8 through the autoencoder and back: what is left when nothing has to be painted."""
+    """(N, H, W, 3) uint8 encoded and decoded: what the autoencoder keeps of a picture."""
     out = []
     for first in range(0, len(images), _BATCH):
         pixels = from_images(images[first : first + _BATCH])
@@ -40,22 +40,22 @@ def filled(images: Images, masks: Mask) -> Images:
 
 
 def psnr_bounds(backbone: Backbone, photos: Sequence[Photo]) -> Bounds:
-    """Of photos of any sizes."""
-    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    """Means over photos, which may differ in size."""
+    values: dict[tuple[str, str], list[np.ndarray]] = {}
     for numbers in grouped(p.mask.shape for p in photos).values():
         images, masks = (np.stack([getattr(photos[n], part) for n in numbers]) for part in ("image", "mask"))
-        for name, made in (("floor", filled(images, masks)), ("ceiling", decoded(backbone, images))):
-            found.setdefault((name, "psnr_region"), []).append(psnr(images, made, masks))
-            found.setdefault((name, "psnr"), []).append(psnr(images, made))
+        for name, images_of_bound in (("floor", filled(images, masks)), ("ceiling", decoded(backbone, images))):
+            values.setdefault((name, "psnr_region"), []).append(psnr(images, images_of_bound, masks))
+            values.setdefault((name, "psnr"), []).append(psnr(images, images_of_bound))
     out: Bounds = {"floor": {}, "ceiling": {}}
-    for (name, metric), values in found.items():
-        out[name][metric] = float(np.concatenate(values).mean())
+    for (name, metric), parts in values.items():
+        out[name][metric] = float(np.concatenate(parts).mean())
     return out
 
 
-def bounds_note(found: Bounds) -> str:
+def bounds_note(bounds: Bounds) -> str:
     """The sentence under a table."""
-    floor, ceiling = found["floor"], found["ceiling"]
+    floor, ceiling = bounds["floor"], bounds["ceiling"]
     return (
         f"Of PSNR in the region and on the whole picture: filling the hole with the mean of what is kept gives "
         f"{floor['psnr_region']:.2f} and {floor['psnr']:.2f} dB (the kept pixels untouched), the autoencoder alone "

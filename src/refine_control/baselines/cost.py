@@ -1,4 +1,4 @@
-"""What a baseline of Table 2 costs to run: counted, timed, and weighed in a fresh process, as `model_cost` does."""
+"""Parameters, operations, time and peak memory of a baseline of Table 2, as `model_cost` measures them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BaselineCost(NamedTuple):
 def baseline_cost(baseline: Baseline, *, controlnet: str | None = None, repeats: int = 20) -> BaselineCost:
     """Costs of a loaded baseline; its memory by loading it again in a fresh process, 0 where that fails.
 
-    `controlnet` is what `load_baseline` was told."""
+    `controlnet` is the argument that `load_baseline` had."""
     controlled, whole = denoising_step(baseline)
     network = baseline.controlnet
     model = ModelCost(
@@ -46,19 +46,19 @@ def baseline_cost(baseline: Baseline, *, controlnet: str | None = None, repeats:
 def _peak_in_fresh_process(baseline: Baseline, controlnet: str | None) -> int:
     """Bytes at the peak of a process that loads the baseline on the same device and repaints one picture."""
     precision = "bf16" if "bfloat16" in str(baseline.denoiser.dtype) else "fp32"
-    told = {"name": baseline.name, "size": baseline.size, "controlnet": controlnet, "precision": precision}
-    told["device"] = str(baseline.denoiser.device)
-    command = [sys.executable, "-m", "refine_control.baselines.cost", json.dumps(told)]
+    arguments = {"name": baseline.name, "size": baseline.size, "controlnet": controlnet, "precision": precision}
+    arguments["device"] = str(baseline.denoiser.device)
+    command = [sys.executable, "-m", "refine_control.baselines.cost", json.dumps(arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(result.stdout.split()[-1]) if result.returncode == 0 else 0
 
 
-def _main(told: str) -> None:
+def _main(arguments: str) -> None:
     """Loads, repaints one picture in two steps, prints the peak."""
     import torch
 
     torch.set_num_threads(1)
-    given = json.loads(told)
+    given = json.loads(arguments)
     baseline, side = load_baseline(given.pop("name"), **given), given["size"]
     image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
     mask[:, side // 4 : side // 2, side // 4 : side // 2] = True

@@ -131,8 +131,8 @@ class Condition(NamedTuple):
     """h w of the latents."""
 
 
-def _told(network: Any, tokens: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    """What transformer and ControlNet are told alike; the guidance scale only to a network that embeds it."""
+def _shared_arguments(network: Any, tokens: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> dict[str, Any]:
+    """The arguments that transformer and ControlNet share; the guidance scale only to a network that embeds it."""
     dtype, device, batch = network.dtype, tokens.device, len(tokens)
     guidance = torch.full((batch,), condition.guidance_scale, device=device)
     return {
@@ -154,7 +154,7 @@ def control_residuals(
     return cast(Any, controlnet)(
         controlnet_cond=condition.control.to(controlnet.dtype),
         conditioning_scale=condition.conditioning_scale,
-        **_told(controlnet, tokens, sigma, condition),
+        **_shared_arguments(controlnet, tokens, sigma, condition),
     )
 
 
@@ -164,8 +164,8 @@ def predict_velocity(pipeline: Any, tokens: torch.Tensor, sigma: torch.Tensor, c
     Residual j of the ControlNet's L feeds the transformer's blocks i with i // ceil(blocks / L) = j: stock diffusers
     does as the published code."""
     double, single = control_residuals(pipeline.controlnet, tokens, sigma, condition)
-    told = _told(pipeline.transformer, tokens, sigma, condition)
-    return pipeline.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **told)[
+    shared = _shared_arguments(pipeline.transformer, tokens, sigma, condition)
+    return pipeline.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **shared)[
         0
     ].float()
 

@@ -1,6 +1,6 @@
-"""Table 2's other inpainting models, run by their own stock classes: DreamShaper 8, SD2 and FLUX.1 inpainting.
+"""Table 2's other inpainting models, run by their stock classes: DreamShaper 8, SD2 and FLUX.1 inpainting.
 
-Here is what they are and how they are loaded; `baseline_painting` runs them.
+Here is what they are and how they are loaded; `baselines.painting` runs them.
 """
 
 from __future__ import annotations
@@ -151,20 +151,20 @@ def load_baseline(
     transformer, ControlNet and text encoders are held in; `device` the GPU where there is one.
     Raises MissingError for weights that are not there, InvalidInputError for a folder of something else."""
     card, folder = KNOWN.get(str(name)), _folder(name)
-    kind = _kind_of(folder)
+    kind = _read_kind(folder)
     if kind == "stable_diffusion":
         pipeline = _load_stable_diffusion(folder)
-        own = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
+        usual = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
     else:
         pipeline = _load_flux(folder, controlnet or (card.controlnet if card else None), precision)
-        own = KNOWN["flux"].size
+        usual = KNOWN["flux"].size
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    card = card or _card_of(folder, kind)
-    baseline = Baseline(str(name), card, pipeline, size or own, true_guidance_scale)
+    card = card or _describe_folder(folder, kind)
+    baseline = Baseline(str(name), card, pipeline, size or usual, true_guidance_scale)
     if baseline.size < baseline.multiple or baseline.size % baseline.multiple:
         raise InvalidInputError(
             f"the size {baseline.size} does not suit {name}; give a multiple of {baseline.multiple} pixels"
@@ -186,11 +186,11 @@ def cannot_be_had(name: str | Path) -> str | None:
 
 def _folder(name: str | Path) -> Path:
     card = KNOWN.get(str(name))
-    wanted = f"one of {', '.join(KNOWN)}, a folder in diffusers layout with model_index.json, or a hub id"
-    return folder_of(card.hub_id if card else name, _FILES, wanted)
+    accepted = f"one of {', '.join(KNOWN)}, a folder in diffusers layout with model_index.json, or a hub id"
+    return folder_of(card.hub_id if card else name, _FILES, accepted)
 
 
-def _kind_of(folder: Path) -> Kind:
+def _read_kind(folder: Path) -> Kind:
     class_name = read_json(folder / "model_index.json", "name a pipeline folder in diffusers layout").get("_class_name")
     if class_name not in _KINDS:
         raise InvalidInputError(
@@ -199,11 +199,11 @@ def _kind_of(folder: Path) -> Kind:
     return _KINDS[class_name]
 
 
-def _card_of(folder: Path, kind: Kind) -> Card:
-    """What can be said of a folder: the usual steps and scales of its kind."""
+def _describe_folder(folder: Path, kind: Kind) -> Card:
+    """The card of a folder that is not KNOWN, with the usual steps and scales of its kind."""
     like = KNOWN["sd2" if kind == "stable_diffusion" else "flux"]
-    own = {"title": folder.name, "hub_id": str(folder), "license": "as the folder says", "controlnet": None}
-    return like._replace(paper={}, **own)
+    described = {"title": folder.name, "hub_id": str(folder), "license": "as the folder says", "controlnet": None}
+    return like._replace(paper={}, **described)
 
 
 def _load_pipeline(pipeline: Any, folder: Path, **parts: Any) -> Any:
@@ -257,5 +257,5 @@ def _controlnet_folder(name: str | Path) -> Path:
 def recommended(baseline: Baseline, sampler: SamplerConfig) -> SamplerConfig:
     """The sampler with the steps and scales that suit the baseline; seed and precision stay."""
     card = baseline.card
-    own = {name: getattr(card, name) for name in ("num_inference_steps", "guidance_scale", "conditioning_scale")}
-    return sampler.model_copy(update=own)
+    chosen = {name: getattr(card, name) for name in ("num_inference_steps", "guidance_scale", "conditioning_scale")}
+    return sampler.model_copy(update=chosen)

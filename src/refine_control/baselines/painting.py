@@ -7,6 +7,7 @@ At the resolution that it was trained for, from noise that is a function of (see
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,12 @@ from refine_control.baselines import flux as flux_inpainting
 from refine_control.baselines.models import Baseline
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
+from refine_control.models.words import cut_warnings
 from refine_control.pixels import from_images, to_images
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed, slot_normals
+
+logger = logging.getLogger(__name__)
 
 
 def working_size(baseline: Baseline, height: int, width: int) -> tuple[int, int]:
@@ -98,6 +102,7 @@ def paint(
         raise InvalidInputError(
             f"{baseline.name} was loaded in {held} and sampler.precision is {sampler.precision}; load it in that"
         )
+    _warn_cut(baseline, prompts)
     repaint = _repaint_stable_diffusion if baseline.card.kind == "stable_diffusion" else _repaint_flux
     (high, wide), device = working_size(baseline, *masks.shape[1:]), baseline.denoiser.device
     out = []
@@ -110,6 +115,17 @@ def paint(
         if progress:
             progress(b, len(images), "inpaint")
     return np.concatenate(out)
+
+
+def _warn_cut(baseline: Baseline, prompts: Sequence[str]) -> None:
+    """Logs which text the baseline's text encoders cut off."""
+    pipeline = baseline.pipeline
+    encoders = [(f"{baseline.name}'s text_encoder", pipeline.tokenizer, pipeline.tokenizer.model_max_length)]
+    if baseline.card.kind == "flux":
+        limit = flux_inpainting.MAX_SEQUENCE_LENGTH
+        encoders.append((f"{baseline.name}'s text_encoder_2", pipeline.tokenizer_2, limit))
+    for warning in cut_warnings(encoders, list(dict.fromkeys(prompts))):
+        logger.warning(warning)
 
 
 def _noise(baseline: Baseline, pixels: torch.Tensor, seed: int, slots: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 BUNDLE = Path(__file__).parent / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
 CARD = "refine_control.json"
-"""A bundle's own word of itself, beside the files that diffusers reads."""
+"""The file in which a bundle describes itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
 """What a bundle paints well with; a trial of guidance is in docs/results.md."""
 

@@ -90,7 +90,7 @@ def _check_options(path: Path, config: Mapping[str, Any], component: Any) -> Non
     """Options have the types of the constructor and are finite, sizes positive, and what no shape shows is stated."""
     if absent := [name for name in _UNSEEN.get(component.__name__, ()) if config.get(name) is None]:
         raise InvalidInputError(f"{path} has no {absent[0]}; use the config that belongs to these weights")
-    # transformers checks its own options by type
+    # transformers checks the types of its options itself
     parameters = {} if hasattr(component, "config_class") else inspect.signature(component.__init__).parameters
     for name, value in config.items():
         if name in parameters and not _accepts(parameters[name], value):
@@ -144,7 +144,7 @@ def _read_headers(files: Iterable[Path]) -> dict[str, Header]:
                     headers[name] = Header(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
         except InvalidInputError:
             raise
-        except Exception as error:  # safetensors raises its own Rust error type for a cut or foreign file
+        except Exception as error:  # safetensors raises a Rust error type for a cut or foreign file
             raise InvalidInputError(
                 f"{file} is cut or not a safetensors file ({_one_line(error)}); copy the weights again"
             ) from error
@@ -185,11 +185,11 @@ def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str
         ),
     ):
         if names:
-            said = complaint.format(len(names), names[0])
-            if "type" in said or "shape" in said:
-                said += f" ({headers[names[0]].dtype} {list(headers[names[0]].shape)})"
+            details = complaint.format(len(names), names[0])
+            if "type" in details or "shape" in details:
+                details += f" ({headers[names[0]].dtype} {list(headers[names[0]].shape)})"
             raise InvalidInputError(
-                f"the weights in {folder} disagree with its config.json: {said}; use the config that belongs to "
+                f"the weights in {folder} disagree with its config.json: {details}; use the config that belongs to "
                 "these weights"
             )
     return {name: headers[name] for name in both if name in expected}
@@ -240,7 +240,7 @@ def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float3
     try:
         with torch.device("meta"):
             network = _build(component, config)
-    except Exception as error:  # whatever the constructor stumbles over, the config is at fault
+    except Exception as error:  # any failure of the constructor is the config's fault
         raise InvalidInputError(
             f"{path} does not describe a {component.__name__} ({_one_line(error)}); use the config that belongs to "
             "these weights"

@@ -105,8 +105,8 @@ def from_transformer(
     controlnet = SD3ControlNetModel(**config)
     for part in ("pos_embed", "time_text_embed", "context_embedder"):
         getattr(controlnet, part).load_state_dict(getattr(transformer, part).state_dict())
-    for own, block in zip(controlnet.transformer_blocks, transformer.transformer_blocks, strict=False):
-        own.load_state_dict(block.state_dict())
+    for copied, block in zip(controlnet.transformer_blocks, transformer.transformer_blocks, strict=False):
+        copied.load_state_dict(block.state_dict())
     return controlnet
 
 

@@ -1,6 +1,6 @@
 """What fits what: the components of a model to each other, and the sizes of pictures to a model, by their configs.
 
-All of it is arithmetic on configurations, so that it can be said before any weight is read.
+Everything here is arithmetic on configurations, done before weights are read.
 """
 
 # H W pixels

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder of one's own, or the hub's cache of an id, fetched once and then read offline."""
+"""Where a model's files are: a local folder, or the hub's cache of an id, downloaded once and then read offline."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from refine_control.errors import InvalidInputError, MissingError
 _ENDS = 1 << 16
 
 
-def folder_of(name: str | Path, files: Sequence[str], wanted: str) -> Path:
-    """The folder of a model named by a path or by a hub id, of which the `files` (patterns) are fetched.
+def folder_of(name: str | Path, files: Sequence[str], accepted: str) -> Path:
+    """The folder of a model named by a path or by a hub id, of which the `files` (patterns) are downloaded
+    unless they are in the hub's cache.
 
-    `wanted` says in a sentence what may be named. Raises InvalidInputError for a folder that is not there, MissingError
-    when a hub id is neither cached nor reachable."""
+    `accepted` says what may be named, for the message. Raises InvalidInputError for a folder that is not there,
+    MissingError when a hub id is neither cached nor reachable."""
     path = Path(name)
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith((".", "~")):
-        raise InvalidInputError(f"no model folder at {name}; name {wanted}")
+        raise InvalidInputError(f"no model folder at {name}; name {accepted}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(files)))
-    except Exception as error:  # the hub's errors have no common ancestor; every one of them means "not to be had"
+    except Exception as error:  # the hub's errors have no common ancestor
         raise MissingError(
             f"{name} is no local folder, and the hub did not give it ({type(error).__name__}); check the name, "
             f"accept its licence if it is gated, or fetch it with `hf download {name}` and name the folder"
@@ -33,7 +34,7 @@ def folder_of(name: str | Path, files: Sequence[str], wanted: str) -> Path:
 
 
 def revision(folder: Path) -> str:
-    """12 signs: the commit of a hub snapshot, else a hash of the config and of both ends of each file of weights."""
+    """12 characters: the commit of a hub snapshot, else a hash of the config and both ends of each weight file."""
     if folder.parent.name == "snapshots":
         return folder.name[:12]
     digest = hashlib.sha256((folder / "config.json").read_bytes())

@@ -1,7 +1,7 @@
-"""Strict loading of models in diffusers layout: what is on disk is what you get, or a sentence says why not.
+"""Loading of models in diffusers layout: what is on disk is what you get, or an error says why not.
 
-A model is named `mini`, by a folder, or by a hub id. Weights are safetensors only. diffusers itself accepts
-a folder whose config and weights disagree in layer count, without a word (docs/paper.md, trap 5).
+A model is named `mini`, by a folder, or by a hub id. Weights are safetensors only. `models.components` loads
+each component strictly, `models.fit` says whether they fit each other.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
 SD3_MAX_SEQUENCE_LENGTH = 256
+_CONTROLNET_DEFAULTS = {"extra_conditioning_channels": 1}
 
 
 def resolve(model: str | Path) -> Path:
@@ -59,18 +60,18 @@ def verify_folder(folder: Path) -> None:
             return
 
 
-def load_controlnet(folder: str | Path, extra_channels: int = 1) -> SD3ControlNetModel:
+def load_controlnet(folder: str | Path) -> SD3ControlNetModel:
     """An fp32 ControlNet on the CPU from a folder or hub id, loaded strictly.
 
-    `extra_channels` stands in for a config without `extra_conditioning_channels` (the published teacher's;
-    docs/paper.md, trap 6). Raises MissingError for files that are not there, InvalidInputError when config and weights
-    disagree or a weight is not finite, DamagedError where a file is not the one that was saved."""
+    A config without `extra_conditioning_channels` (the published teacher's; docs/paper.md, trap 6) gets 1.
+    Raises MissingError for files that are not there, InvalidInputError when config and weights disagree or a weight is
+    not finite, DamagedError where a file is not the one that was saved."""
     path = resolve(folder)
     refuse_other_kind(path, A_CONTROLNET)
     if not (path / CONFIG).is_file():
         raise InvalidInputError(f"{path} has no {CONFIG}; give a ControlNet folder in diffusers layout")
     verify_folder(path)
-    return load_network(SD3ControlNetModel, path, extra_conditioning_channels=extra_channels)
+    return load_network(SD3ControlNetModel, path, **_CONTROLNET_DEFAULTS)
 
 
 def weights_mark(name: str | Path) -> str:
@@ -86,19 +87,19 @@ def weights_mark(name: str | Path) -> str:
         files = read_manifest(folder, verify=False)["files"]
         weights = {path: file["sha256"] for path, file in files.items() if path.endswith(marks)}
     else:
-        found = sorted(path for path in folder.rglob("*") if path.name.endswith(marks) and path.is_file())
-        weights = {path.relative_to(folder).as_posix(): _pieces_hash(path) for path in found}
+        paths = sorted(path for path in folder.rglob("*") if path.name.endswith(marks) and path.is_file())
+        weights = {path.relative_to(folder).as_posix(): _pieces_hash(path) for path in paths}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 
 def _pieces_hash(path: Path) -> str:
-    piece, size, told = 1 << 20, path.stat().st_size, hashlib.sha256()
-    told.update(str(size).encode())
+    piece, size, digest = 1 << 20, path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
     with path.open("rb") as file:
         for start in (0, (size - piece) // 2, size - piece):
             file.seek(max(0, start))
-            told.update(file.read(piece))
-    return told.hexdigest()
+            digest.update(file.read(piece))
+    return digest.hexdigest()
 
 
 def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: int, **described: Any) -> None:
@@ -183,7 +184,7 @@ def load_pipeline(
             raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; {advice}")
         components[name] = part.load(part.classes[named], path / name) if named else None
     components["controlnet"] = controlnet or load_network(
-        SD3ControlNetModel, path / "controlnet", extra_conditioning_channels=1
+        SD3ControlNetModel, path / "controlnet", **_CONTROLNET_DEFAULTS
     )
     check_neighbours(components, path)
     return StableDiffusion3ControlNetInpaintingPipeline(**components)

@@ -1,4 +1,4 @@
-"""Prompt embeddings made when they are asked for, the recent ones remembered."""
+"""Prompt embeddings encoded on demand, the most recent ones cached."""
 
 # B prompts, T tokens, D width
 

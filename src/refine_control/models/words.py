@@ -23,9 +23,9 @@ def unknown_words(prompts: Sequence[str], vocabulary: Collection[str]) -> tuple[
 
 def only_known(prompt: str, vocabulary: Collection[str]) -> str:
     """The prompt unchanged where every word is known, else its known words in order."""
-    spoken = words(prompt)
-    known = [word for word in spoken if word in vocabulary]
-    return prompt if len(known) == len(spoken) else " ".join(known)
+    every = words(prompt)
+    known = [word for word in every if word in vocabulary]
+    return prompt if len(known) == len(every) else " ".join(known)
 
 
 def unknown_words_warning(prompts: Sequence[str], vocabulary: Collection[str]) -> str | None:

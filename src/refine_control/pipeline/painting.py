@@ -107,8 +107,8 @@ def run_pipeline(
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
     dtype = pipeline.transformer.dtype
     text: dict[str, torch.Tensor] = {}  # by itself the pipeline would encode where the transformer is
-    for kind, said in {"": prompt, "negative_": ""}.items():
-        embeds, pooled = backbone.encode_prompts([said])
+    for kind, words in {"": prompt, "negative_": ""}.items():
+        embeds, pooled = backbone.encode_prompts([words])
         text |= {f"{kind}prompt_embeds": embeds.to(dtype), f"{kind}pooled_prompt_embeds": pooled.to(dtype)}
     result = cast(Any, pipeline)(
         **text,
@@ -201,14 +201,14 @@ def complete_latents(
 
     masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint; `text` and `empty` are (prompt_embeds,
     pooled_prompt_embeds) of B samples, `empty` None where there is no guidance -> latents (B,16,h,w), by Euler steps
-    on the scheduler's own sigmas. What is given may lie on any device; the result is on the backbone's."""
+    on the scheduler's own sigmas. The arguments may be on any device; the result is on the backbone's."""
     device = backbone.device
     scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
     scheduler.set_timesteps(sampler.num_inference_steps, device=device)
     cond = control_cond(masked_latents.to(device), mask.to(device))
     latents, guided = noise.to(device), sampler.guidance_scale > 1
     assert empty is not None or not guided
-    said, unsaid = ([part.to(device) for part in pair or ()] for pair in (text, empty))
+    conditional, unconditional = ([part.to(device) for part in pair or ()] for pair in (text, empty))
 
     def answer(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         sigmas = sigma.expand(len(at))
@@ -219,9 +219,9 @@ def complete_latents(
         return v.float()
 
     for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
-        v = answer(latents, sigma, *said)
+        v = answer(latents, sigma, *conditional)
         if guided:
-            v_empty = answer(latents, sigma, *unsaid)
+            v_empty = answer(latents, sigma, *unconditional)
             v = v_empty + sampler.guidance_scale * (v - v_empty)
         latents = flow.euler_step(latents, v, sigma[None], following[None])
     return latents
