@@ -129,11 +129,6 @@ class Entry:
         return self.root / self.image
 
     @property
-    def mask_path(self) -> Path | None:
-        """Where the source says the mask is; None without one."""
-        return None if self.mask is None else self.root / self.mask
-
-    @property
     def photo(self) -> str:
         """Which photograph this is, whatever the mask: the source's own photo id, or the path."""
         number = self.meta.get("source_image_id")

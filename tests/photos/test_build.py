@@ -117,6 +117,21 @@ def test_the_split_is_by_photo_whatever_the_rows_call_it(source, tmp_path):
         assert sum(summary.samples.values()) == 5 * PHOTOS
 
 
+def test_one_mask_for_several_photographs_of_a_list_is_told(source, tmp_path, caplog):
+    build(source, tmp_path / "plain", **CHOSEN)
+    assert "mask" not in caplog.text
+    rows = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
+    shutil.copy(source / "1.png", source / "copy.png")
+    rows.append({"image": "copy.png", "mask": "./1-0.mask.png", "local_prompt": "a copy, as one photograph"})
+    (source / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(source, tmp_path / "copy", **CHOSEN)
+    assert "mask" not in caplog.text
+    rows.append({"image": "2.png", "mask": "1-0.mask.png", "local_prompt": "x"})
+    (source / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(source, tmp_path / "shared", **CHOSEN)
+    assert "first for 1.png and 2.png" in caplog.text
+
+
 def test_shares_are_hit_to_the_nearest_photo():
     for count in (0, 1, 2, 7, 29, 100, 371):
         for test_fraction, unlabeled_fraction in ((0.2, 0.5), (0.0, 0.0), (1.0, 0.5), (0.1, 1.0), (0.37, 0.11)):

@@ -189,6 +189,15 @@ def test_what_is_left_over_is_listed_with_its_reason(tmp_path):
     assert (again.entries, again.rejects) == (summary.entries, summary.rejects)
 
 
+def test_readers_that_take_no_list_of_what_is_left_out_warn_once(tmp_path, caplog):
+    source = folder_of(tmp_path / "in", ["a.jpg", "b.txt", "c.doc"])
+    for _ in range(2):
+        assert len(list(entries(source))) == 1
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "2 files" in line
+    assert "b.txt" in line
+
+
 def test_files_that_are_left_out_move_no_shard_and_use_up_no_limit(tmp_path):
     files = [f"{n}{end}" for n in range(6) for end in (".png", ".mask.png", ".txt")]
     build(folder_of(tmp_path / "plain", files), tmp_path / "a", size=16, samples_per_shard=2)

@@ -527,12 +527,18 @@ def test_a_download_that_fails_says_what_to_do(tool, tmp_path, monkeypatch):
         download(tool, tmp_path / "out")
     monkeypatch.delenv("TOOL_FAILS")
     monkeypatch.setenv("NO_NETWORK", "1")
-    with pytest.raises(MissingError, match=r"of 2 addresses.*network"):
+    with pytest.raises(MissingError, match=r"of the 2 addresses.*network"):
         download(tool, tmp_path / "out")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(MissingError, match="pip install img2dataset"):
         download(tool, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def parquet(*columns: str) -> bytes:
+    """As much of a parquet file as says its columns: `path_in_schema` of each, the footer's length and the mark."""
+    footer = b"".join(b"\x35\0\x19\x18" + bytes([len(name)]) + name.encode() + b"\x15\2" for name in columns)
+    return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
 def test_which_lists_of_addresses_are_known(tmp_path):
@@ -542,9 +548,17 @@ def test_which_lists_of_addresses_are_known(tmp_path):
     assert read_layout(tmp_path / "a.csv") == ("csv", "url", "caption", [])
     for name in ("part.parquet", "folder/part-0.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"PAR1")
+        (tmp_path / name).write_bytes(parquet("URL", "TEXT", "license"))
     for urls in (tmp_path / "part.parquet", tmp_path / "folder"):
         assert read_layout(urls) == ("parquet", "URL", "TEXT", [])
+    (tmp_path / "lower.parquet").write_bytes(parquet("id", "url", "caption"))
+    assert read_layout(tmp_path / "lower.parquet") == ("parquet", "url", "caption", [])
+    (tmp_path / "other.parquet").write_bytes(parquet("link", "text"))
+    with pytest.raises(InvalidInputError, match=r"no column of addresses.*found link, text"):
+        read_layout(tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes(parquet("URL", "TEXT")[:-1])
+    with pytest.raises(InvalidInputError, match="cut"):
+        read_layout(tmp_path / "cut.parquet")
     (tmp_path / "b.tsv").write_text("name\tplace\n")
     (tmp_path / "c.doc").write_text("")
     for name, words in (("b.tsv", "found name, place"), ("c.doc", "no list"), ("gone.txt", "does not exist")):

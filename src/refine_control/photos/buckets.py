@@ -58,10 +58,10 @@ def nearest(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 def grouped(sizes: Iterable[Size]) -> dict[Size, array[int]]:
     """The numbers of the samples of each size, in their order; the sizes sorted."""
-    found: dict[Size, array[int]] = {}
+    by_size: dict[Size, array[int]] = {}
     for number, size in enumerate(sizes):
-        found.setdefault(size, array("q")).append(number)
-    return dict(sorted(found.items()))
+        by_size.setdefault(size, array("q")).append(number)
+    return dict(sorted(by_size.items()))
 
 
 def sizes_of(photos: Sequence[Photo]) -> Iterator[Size]:

@@ -62,7 +62,7 @@ class _Job(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build made: entries = all samples + all rejects, those of left-out files included."""
+    """The result of a build: entries = all samples + all rejects, those of left-out files included."""
 
     out: Path
     entries: int
@@ -74,7 +74,7 @@ class BuildSummary:
     """By reason code."""
     seconds: float
     did_nothing: bool = False
-    """True where an earlier run had already made all of it."""
+    """True where an earlier run finished all of it."""
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {self.samples[role]} ({self.photos[role]} photos)" for role in self.samples)
@@ -105,14 +105,14 @@ def build(
     job = _Job(Path(source), images, chosen)
     out = Path(out)
     with worker_processes(workers) as in_order:
-        found = survey(job.source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
-        if not found.photos:
-            others = f", only others such as {found.left_out[0].image}" if found.left_out else ""
+        surveyed = survey(job.source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
+        if not surveyed.photos:
+            others = f", only others such as {surveyed.left_out[0].image}" if surveyed.left_out else ""
             raise InvalidInputError(
                 f"no photo was found in {source}{others}; want a manifest.jsonl, tars, or name.jpg files"
             )
-        entries_in_all = len(found.photos) + len(found.left_out)
-        expected = {**chosen.as_dict(), "format": FORMAT, "source_sha256": found.sha256, "entries": entries_in_all}
+        entries_in_all = len(surveyed.photos) + len(surveyed.left_out)
+        expected = {**chosen.as_dict(), "format": FORMAT, "source_sha256": surveyed.sha256, "entries": entries_in_all}
         _check_folder(out, expected)
         with only_writer(out):
             _check_folder(out, expected)  # again: nobody else can change it now
@@ -120,7 +120,7 @@ def build(
             if not done:
                 if not (out / PARAMETERS).is_file():
                     write_json(out / PARAMETERS, {**expected, "made_by": MADE_BY})
-                _build_roles(job, out, found, in_order, progress)
+                _build_roles(job, out, surveyed, in_order, progress)
             with storage_errors(out):
                 shutil.rmtree(out / _PARTS, ignore_errors=True)
             return _summary(out, time.monotonic() - started, done)
@@ -152,23 +152,23 @@ def _check_folder(out: Path, expected: dict[str, Any]) -> None:
         raise InvalidInputError(f"{out} was built differently: {', '.join(differing)}; delete it or name a new folder")
 
 
-def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progress: Progress | None) -> None:
+def _build_roles(job: _Job, out: Path, surveyed: Survey, in_order: InOrder, progress: Progress | None) -> None:
     """Every role's shards, then the rejects, then the manifest of the whole."""
     report = progress or (lambda done, total: None)
-    chosen, total, count = job.chosen, len(found.photos), itertools.count(1)
+    chosen, total, count = job.chosen, len(surveyed.photos), itertools.count(1)
     rejects: list[dict[str, Any]] = []
-    described = {"parameters": chosen.as_dict(), "source_sha256": found.sha256}
-    roles = split(found.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
+    described = {"parameters": chosen.as_dict(), "source_sha256": surveyed.sha256}
+    roles = split(surveyed.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
     for role in ROLES:
         kind = BucketWriter if chosen.buckets else ShardWriter
         writer = kind(out / role, role, chosen.samples_per_shard, chosen.image_format)
-        runs = _batched(_entries_of(role, job, found, roles), chosen.samples_per_shard)
+        runs = _batched(_role_entries(role, job, surveyed, roles), chosen.samples_per_shard)
         for number, run in enumerate(runs):
             part = out / _PARTS / f"{role}-{number:05d}.json"
             kept = _kept(part, out / role)
             if kept is None:
                 refused = []
-                for _ in _add(writer, run, found.photos, chosen, in_order, refused):
+                for _ in _add(writer, run, surveyed.photos, chosen, in_order, refused):
                     report(next(count), total)
                 kept = {"rejects": refused, "records": writer.cut()}
                 kept["shard_sha256"] = _shard_sha256(out / role, kept["records"])
@@ -186,10 +186,10 @@ def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progres
     all_rejected = len(rejects) == total
     rejects += [
         _reject_line(entry, _Refusal(entry.problem[0].value, entry.problem[1]))
-        for entry in found.left_out
+        for entry in surveyed.left_out
         if entry.problem is not None
     ]
-    total += len(found.left_out)
+    total += len(surveyed.left_out)
     write_atomic(out / REJECTS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejects))
     reasons = dict(Counter(line["reason"] for line in rejects))
     if all_rejected:
@@ -199,10 +199,10 @@ def _build_roles(job: _Job, out: Path, found: Survey, in_order: InOrder, progres
     write_manifest(out, facts, [PARAMETERS, REJECTS, *(f"{role}/{MANIFEST}" for role in ROLES)])
 
 
-def _entries_of(role: str, job: _Job, found: Survey, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
+def _role_entries(role: str, job: _Job, surveyed: Survey, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
     """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
     for row, entry in enumerate(itertools.islice(entries(job.source, job.images), job.chosen.limit)):
-        if row < len(found.photos) and roles.get(found.photos[row], LABELED) == role:
+        if row < len(surveyed.photos) and roles.get(surveyed.photos[row], LABELED) == role:
             yield row, entry
 
 

@@ -69,8 +69,8 @@ def decide(id: str, action: str, reviewer: str, prompt: str | None = None) -> De
 
 def id_of(entry: Entry) -> str:
     """The id by which a row is decided upon: its own, or its key where the source gave none."""
-    own = entry.meta.get("id")
-    return str(own) if isinstance(own, str | int) and str(own).strip() else entry.key
+    name = entry.meta.get("id")
+    return str(name) if isinstance(name, str | int) and str(name).strip() else entry.key
 
 
 def _moment(time: str) -> datetime:
@@ -192,17 +192,11 @@ def read_decisions(path: Path) -> dict[str, Decision]:
 def by_reviewer(path: Path) -> dict[str, dict[str, Decision]]:
     """Each reviewer's own decisions: `[reviewer][id]`. Raises as `DecisionLog.refresh`."""
     log = DecisionLog(path)
-    found: dict[str, dict[str, Decision]] = defaultdict(dict)
+    decisions: dict[str, dict[str, Decision]] = defaultdict(dict)
     for id in log.ids():
         for reviewer, decision in log.of(id).items():
-            found[reviewer][id] = decision
-    return dict(found)
-
-
-def disagreements(path: Path) -> set[str]:
-    """The ids on which reviewers differ. Raises as `DecisionLog.refresh`."""
-    log = DecisionLog(path)
-    return {id for id in log.ids() if log.disagree(id)}
+            decisions[reviewer][id] = decision
+    return dict(decisions)
 
 
 def append_decision(path: Path, decision: Decision) -> None:

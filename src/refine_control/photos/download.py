@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -55,22 +57,44 @@ def read_layout(urls: Path) -> UrlList:
     """Which columns of a list are what. Raises InvalidInputError where it is no list of addresses."""
     if not urls.exists():
         raise InvalidInputError(f"{urls} does not exist; name a list of addresses: .tsv, .csv, .parquet or .txt")
-    if urls.suffix == ".parquet" or (urls.is_dir() and any(urls.glob("*.parquet"))):
-        return UrlList("parquet", "URL", "TEXT", [])  # as LAION names them
-    kind = next((each for each in ("tsv", "csv") if urls.suffix.startswith(f".{each}")), None)
-    if urls.is_file() and urls.suffix == ".txt":
+    suffix = urls.suffix.lower()
+    tables = sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls] if suffix == ".parquet" else []
+    kind = "parquet" if tables else next((each for each in ("tsv", "csv") if suffix.startswith(f".{each}")), None)
+    if urls.is_file() and suffix == ".txt":
         return UrlList("txt", None, None, [])
-    if kind is None or not urls.is_file():
+    if kind is None or not (tables or urls.is_file()):
         raise InvalidInputError(f"{urls} is no list of addresses; want .tsv, .csv, .parquet (or a folder) or .txt")
-    with urls.open("rb") as lines:
-        line = lines.readline(1 << 20).decode("utf-8-sig", "replace")
-    columns = [name.strip().strip('"') for name in line.split("\t" if kind == "tsv" else ",")]
+    columns = _parquet_columns(tables[0]) if tables else _first_line(urls, "\t" if kind == "tsv" else ",")
     url = next((name for name in _URL_COLUMNS if name in columns), None)
     if url is None:
-        wanted = ", ".join(_URL_COLUMNS)
-        raise InvalidInputError(f"{urls} has no column of addresses; want one of {wanted}, found {', '.join(columns)}")
+        fault = f"has no column of addresses; want one of {', '.join(_URL_COLUMNS)}, found {', '.join(columns)}"
+        raise InvalidInputError(f"{urls} {fault}")
     caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
-    return UrlList(kind, url, caption, [name for name in _KEPT_COLUMNS if name in columns])
+    kept = [] if tables else [name for name in _KEPT_COLUMNS if name in columns]
+    return UrlList(kind, url, caption, kept)
+
+
+def _first_line(table: Path, separator: str) -> list[str]:
+    with table.open("rb") as lines:
+        line = lines.readline(1 << 20).decode("utf-8-sig", "replace")
+    return [name.strip().strip('"') for name in line.split(separator)]
+
+
+def _parquet_columns(table: Path) -> list[str]:
+    """The names of a parquet file's columns, by the footer, which is in Thrift's compact form.
+
+    Raises InvalidInputError where the file has no footer."""
+    with table.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        length, mark = int.from_bytes(file.read(4), "little"), file.read(4)
+        if mark != b"PAR1" or length > end - 12:
+            raise InvalidInputError(f"{table} is cut or no parquet file; get it again")
+        file.seek(end - 8 - length)
+        footer = file.read(length)
+    paths = re.finditer(rb"\x19\x18[\x01-\x7f]", footer)  # `path_in_schema`, a list of one text
+    names = (footer[path.end() : path.end() + footer[path.end() - 1]] for path in paths)
+    return list(dict.fromkeys(name.decode("utf-8", "replace") for name in names))
 
 
 def command_for(
@@ -122,12 +146,12 @@ def download(
     Raises MissingError without the tool, or when not one photo came; InvalidInputError for a list that is none and for
     an `out` of another download; InUseError while another process writes there; WorkerDiedError when the tool fails."""
     urls, out = Path(urls), Path(out)
-    told: dict[str, int] = {"longest_short_side": longest_short_side, "samples_per_shard": samples_per_shard}
-    command = command_for(urls, out, processes=processes, threads=threads, **told)
+    options: dict[str, int] = {"longest_short_side": longest_short_side, "samples_per_shard": samples_per_shard}
+    command = command_for(urls, out, processes=processes, threads=threads, **options)
     program = shutil.which(TOOL)
     if program is None:
         raise MissingError(f"{TOOL} is not on the PATH; install it with `pip install {TOOL}` and run this again")
-    request = json.dumps({"urls_sha256": _digest(urls), **told}, sort_keys=True)
+    request = json.dumps({"urls_sha256": _digest(urls), **options}, sort_keys=True)
     _check_out(out, request)
     with only_writer(out):
         _check_out(out, request)
@@ -141,13 +165,13 @@ def download(
             f"{TOOL} ended with code {left}, see its words above; the tars it finished in {out} are kept: "
             "run the same command again"
         )
-    made = _counted(out)
-    if not made.photos:
+    downloaded = _counted(out)
+    if not downloaded.photos:
         raise MissingError(
-            f"of {made.addresses} addresses in {urls} not one gave a photo; is there a network? "
+            f"none of the {downloaded.addresses} addresses in {urls} gave a photo; is there a network? "
             f"The tool's reasons are in {out}/*_stats.json: delete {out} and run the same command again"
         )
-    return made
+    return downloaded
 
 
 def _check_out(out: Path, request: str) -> None:

@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     role: str
     key: str
     prompt: str
-    told: str
+    note: str
     """The source and the masked share."""
     license: str
     image: str
@@ -94,9 +94,9 @@ def write_page(folder: Path, out_html: Path, count: int = 200) -> None:
     if count < 1:
         raise InvalidInputError(f"count is {count}; a page shows at least one sample")
     folder = Path(folder)
-    manifest, told = open_manifest(folder), inspect(folder)
+    manifest, inspected = open_manifest(folder), inspect(folder)
     built = manifest.get("kind") == "build"
-    statistics = told["roles"] if built else {told["role"]: told}
+    statistics = inspected["roles"] if built else {inspected["role"]: inspected}
     shards = {role: Shards(folder / role if built else folder) for role in ROLES if role in statistics}
     numbers = {role: _words(each) for role, each in shards.items()}
     together = Words(
@@ -108,7 +108,7 @@ def write_page(folder: Path, out_html: Path, count: int = 200) -> None:
     page = {
         "title": folder.resolve().name,
         "built": built,
-        "entries": told["entries"] if built else None,
+        "entries": inspected["entries"] if built else None,
         "made_by": ", ".join(f"{name} {version}" for name, version in manifest["made_by"].items()),
         "roles": statistics,
         "charts": [_charts(role, each) for role, each in {**several, **numbers}.items()],
@@ -186,14 +186,14 @@ def _tile(role: str, photo: Photo) -> Tile:
     edge = outline(mask)
     inner = outline(mask & ~edge)
     line = np.where((edge | inner)[..., None], np.array(_MARK, np.uint8), np.uint8(0))
-    source, told = str(photo.meta.get("source") or ""), f"{100 * photo.mask.mean():.0f} % masked"
-    told = f"{source}, {told}" if source else told
+    source, note = str(photo.meta.get("source") or ""), f"{100 * photo.mask.mean():.0f} % masked"
+    note = f"{source}, {note}" if source else note
     address = _data_url(small, "JPEG", quality=85)
     return Tile(
         role,
         photo.key,
         photo.prompt,
-        told,
+        note,
         str(photo.meta.get("license") or ""),
         address,
         _data_url(Image.fromarray(line), "PNG"),

@@ -104,9 +104,9 @@ class JsonStream:
         self._take(":")
         return name
 
-    def _take(self, wanted: str) -> None:
-        if self._peek() != wanted:
-            raise ValueError(f"{wanted} is missing at byte {self._base + self._at}")
+    def _take(self, expected: str) -> None:
+        if self._peek() != expected:
+            raise ValueError(f"{expected} is missing at byte {self._base + self._at}")
         self._at += 1
 
     def _peek(self) -> str:

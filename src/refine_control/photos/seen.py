@@ -36,10 +36,10 @@ class Seen:
         return True
 
     def _place(self, high: int, low: int) -> int:
-        """Where the hash lies, or the first free place from its own on."""
+        """Where the hash lies, or the first free place behind where it belongs."""
         places, last = self._places, len(self._places) - 1
         at = 2 * low & last
-        while (found := places[at]) and (found != high or places[at + 1] != low):
+        while (there := places[at]) and (there != high or places[at + 1] != low):
             at = at + 2 & last
         return at
 

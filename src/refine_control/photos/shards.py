@@ -138,7 +138,9 @@ class ShardWriter:
         if photo.mask.dtype != bool or photo.image.dtype != np.uint8 or photo.image.shape != (height, width, 3):
             raise InvalidInputError(f"{photo.key}: want image (H, W, 3) uint8 and mask (H, W) bool of one size")
         if not _KEY.fullmatch(photo.key) or photo.key in self._keys:
-            raise InvalidInputError(f"key {photo.key!r} is taken or holds other signs than letters, digits, _ and -")
+            raise InvalidInputError(
+                f"key {photo.key!r} is taken or holds characters other than letters, digits, _ and -"
+            )
         if (self._size or (height, width)) != (height, width):
             raise InvalidInputError(f"{photo.key} is {width} x {height}, the samples before it are not; use one size")
         if len(self._pending) == self.samples_per_shard:
@@ -158,10 +160,10 @@ class ShardWriter:
             members[extension] = [self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest()]
             self._open.addfile(info, io.BytesIO(data))
         self._open.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-        told = {name: str(photo.meta.get(name) or "unknown") for name in ("source", "license")}
+        origin = {name: str(photo.meta.get(name) or "unknown") for name in ("source", "license")}
         photo_id = str(photo.meta.get("photo") or photo.key)
         shape = list(photo.mask.shape)
-        self._pending.append({"key": photo.key, "photo": photo_id, "shape": shape, **told, "members": members})
+        self._pending.append({"key": photo.key, "photo": photo_id, "shape": shape, **origin, "members": members})
 
     def _temporary(self) -> Path:
         return self.folder / f".{self._name()}.{os.getpid()}{TEMPORARY}"
@@ -297,7 +299,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def _damaged_samples(folder: Path, shard: str) -> str:
-    """` (samples KEY, ...)` of a shard with changed bytes, nothing where it cannot be told."""
+    """` (samples KEY, ...)` of a shard with changed bytes, nothing where they are not known."""
     try:
         shards = Shards(folder)
     except (InvalidInputError, DamagedError):

@@ -20,9 +20,11 @@ on which nobody has decided has the problem NEEDS_REVIEW.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -39,6 +41,8 @@ from refine_control.photos.values import take_id, take_segmentation, take_text, 
 from refine_control.photos.webdataset import described_entry, tar_entries, unused_entry
 from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, flat_meta, make_key, one_line
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_NAME = "manifest.jsonl"
 _NAMES_SORTED = 1 << 13
 _NOT_META = frozenset({"image", "mask", "segmentation", "local_prompt", "global_prompt"})
@@ -52,9 +56,29 @@ def entries(
     """Streams the entries of a source (see above) in the order of its rows, or of the sorted names.
 
     `images` is the folder of COCO's photos where it is not the JSON's own. `left_out` is called with the entries of
-    what never was a sample to be (LEFT_OUT), each before the next that is streamed. Raises InvalidInputError when
+    what never was a sample to be (LEFT_OUT), each before the next that is streamed; without it a warning counts them
+    at the end. Raises InvalidInputError when
     `source` is nothing of the kind, or a folder that this project writes for another use."""
-    return _checked(_reader(Path(source), images), left_out or (lambda entry: None))
+    listed = _reader(Path(source), images)
+    return _warning(source, listed) if left_out is None else _checked(listed, left_out)
+
+
+def _warning(source: Path, listed: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries; in the end a warning counts those that are left out, once for a source."""
+    count, first = 0, None
+
+    def left_out(entry: Entry) -> None:
+        nonlocal count, first
+        count, first = count + 1, first or entry
+
+    yield from _checked(listed, left_out)
+    if first is not None and first.problem is not None:
+        _warn_once(f"{count} files or annotations of {source} are left out, first {first.image}: {first.problem[1]}")
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _reader(source: Path, images: Path | None) -> Iterator[Entry]:

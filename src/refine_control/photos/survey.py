@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
+import os
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from refine_control.photos.near_duplicates import SIDE, fingerprint, near_pairs
 from refine_control.photos.sources import entries, photos_of
 from refine_control.records import LABELED, TEST, UNLABELED, Entry, Rejected
 from refine_control.workers import InOrder
+
+logger = logging.getLogger(__name__)
 
 Fits = Callable[[int, int], bool]
 """Whether a picture of (width, height) is large enough for a sample."""
@@ -122,6 +126,7 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
     whole, photographs = hashlib.sha256(), _Photographs()
     numbers, serves = array("q"), bytearray()
     contents: dict[bytes, int] = {}
+    masks, masked = array("Q"), array("q")
     marks, marked = array("Q"), array("q")
     left_out: list[Entry] = []
     # what the workers look at runs a few groups ahead of what is folded here
@@ -132,6 +137,9 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
             number = photographs.number(entry.photo)
             numbers.append(number)
             serves.append(_serves(entry, look, mask, fits))
+            if serves[-1] and entry.mask is not None:
+                masks.append(_hash(os.path.normpath(entry.mask)))
+                masked.append(number)
             if look.content is None:
                 continue
             digest = bytes.fromhex(look.content)[:16]
@@ -144,11 +152,29 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
                 marked.append(number)
     for one, other in near_pairs(np.asarray(marks, np.uint64)):
         photographs.join(marked[one], marked[other])
+    _warn_of_shared_masks(np.asarray(masks), np.asarray(masked), photographs)
     names = [photographs.names[photographs.root(number)] for number in numbers]
     for name in names:
         whole.update(json.dumps(name).encode() + b"\n")
     usable = {name for name, each in zip(names, serves, strict=True) if each}
     return Survey(whole.hexdigest(), names, usable, left_out)
+
+
+def _warn_of_shared_masks(masks: np.ndarray, photos: np.ndarray, photographs: _Photographs) -> None:
+    """Only a list can name one mask for several photographs, and it may mean to."""
+    order = np.argsort(masks, kind="stable")
+    again = np.flatnonzero(masks[order][1:] == masks[order][:-1])
+    pairs = zip(photos[order][again].tolist(), photos[order][again + 1].tolist(), strict=True)
+    different = [pair for pair in pairs if photographs.root(pair[0]) != photographs.root(pair[1])]
+    if different:
+        one, other = (photographs.names[photographs.root(number)] for number in different[0])
+        logger.warning(
+            "%d times one mask is named for two photographs, first for %s and %s", len(different), one, other
+        )
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _listed_facts(entry: Entry) -> list[object]:
