@@ -416,12 +416,6 @@ def test_a_signal_ends_the_parts_that_workers_are_doing(tmp_path):
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"dilate": -1}])
-def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
-        Annotation(**wrong)
-
-
 def test_a_source_without_photos_is_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InvalidInputError, match="no photo was found"):

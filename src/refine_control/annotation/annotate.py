@@ -1,8 +1,9 @@
 """`data annotate`: photographs -> regions and their prompts, one row for each region in `manifest.jsonl`.
 
 The result is a source like any other: `data review` shows it to people, `data build` makes shards of it.
-The work is done in parts, by whichever engine; what of it is done is kept by `annotation.parts`. So the same
-command after a kill ends with the same bytes, and after a photo got another content it annotates that photo anew.
+The work is done in parts by an engine, and `annotation.parts` keeps the finished ones: the same command after a kill
+ends with the same bytes, and annotates again only photos whose content has changed. A photo that a model refuses or
+fails on is a line of `rejects.jsonl`; the same command leaves it there, with `retry_failed` it is tried again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from refine_control.storage import TEMPORARY, only_writer, write_json
 
 PARAMETERS = "annotate.json"
 FORMAT = 3
-"""Raised when the same parameters no longer give the same rows."""
+"""Incremented when the same parameters no longer give the same rows."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What `data annotate` does to one part of the photographs, in whichever process: find regions, describe them.
+"""What `data annotate` does with one part of the photographs, in any process: propose regions and describe them.
 
-The id of a row depends on the bytes of its photo, and of its region where that is given: people decide by id, and a
-decision on a photo that has changed since is not one on what stands in its place. A source's own id is `source_id`.
+The id of a row depends on the bytes of its photo, and of its region where that is given, so a decision about a photo
+does not apply to another photo of the same name. The id of the source is kept as `source_id`.
 """
 
 # H W pixels of a photo as shown
@@ -20,7 +20,7 @@ from refine_control.annotation.masks import Selection, augment, box_of, dilate, 
 from refine_control.annotation.parts import Contents, Done, ManifestRow, Mark, Part, Reject, contents, states
 from refine_control.annotation.prompts import Described, describe_many, global_request, local_request
 from refine_control.annotation.refusals import CONTROL_PICTURE, fault_of_picture
-from refine_control.errors import InvalidInputError, RefineControlError
+from refine_control.errors import RefineControlError
 from refine_control.photos.decisions import id_of
 from refine_control.photos.load import load_mask, load_whole
 from refine_control.photos.regions import encode_rle
@@ -63,12 +63,6 @@ class Annotation:
     seed: int = 0
     limit: int | None = None
     """Only the first so many photos."""
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InvalidInputError(f"limit is {self.limit}; it must be at least 1")
-        if self.dilate < 0:
-            raise InvalidInputError(f"dilate is {self.dilate}; it must be 0 or more pixels")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Who works on the parts of a long job: this process, a pool of processes, or the actors of a Ray cluster.
+"""Where the parts of a long job are done: in this process, in a pool of processes, or by the actors of a Ray cluster.
 
-A part is a picklable piece of work that gives the same result wherever it is done; an engine decides where and
-in which order results come back, and nothing else. So every engine leaves the same files.
+A part is picklable and gives the same result in any process. An engine decides where it is done and in which order
+results arrive, so every engine leaves the same files.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def ray_actors(count: int, gpus: float = 0.0) -> Engine:
         except RayError as error:
             last = str(error).strip().splitlines()[-1]
             raise WorkerDiedError(
-                f"a Ray actor failed: {last}; what is finished is kept: mend it and run the same command again"
+                f"a Ray actor failed: {last}; what is finished is kept: correct it and run the same command again"
             ) from None
 
     return engine

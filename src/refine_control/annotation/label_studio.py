@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from refine_control.photos.decisions import (
     decide,
 )
 from refine_control.photos.load import load_mask
+from refine_control.photos.values import whole
 from refine_control.records import Rejected, one_line
 from refine_control.storage import storage_errors, write_atomic
 
@@ -228,16 +228,10 @@ def _records(value: object) -> bool:
     )
 
 
-def _whole(value: object) -> int | None:
-    """2, 2.0, "2" and "2.0" are the same whole number, as spreadsheets write it; None for anything else."""
-    text = str(value).strip().removesuffix(".0") if type(value) in (int, float, str) else ""
-    return int(text) if re.fullmatch("-?[0-9]{1,40}", text) else None
-
-
 def _spelled(id: object, rows: Container[str]) -> str:
     """The id as the rows spell it."""
-    whole = _whole(id)
-    return str(id) if str(id) in rows or whole is None else str(whole)
+    number = whole(id)
+    return str(id) if str(id) in rows or number is None else str(number)
 
 
 def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
@@ -268,15 +262,15 @@ def _reviewer(person: object) -> str:
         if named := one_line(person.get("email")) or one_line(person.get("username")):
             return named
         number = person.get("id")
-    whole = _whole(number)
-    return "label-studio" if person is None else f"label-studio-{number if whole is None else whole}"
+    counted = whole(number)
+    return "label-studio" if person is None else f"label-studio-{number if counted is None else counted}"
 
 
 def _repainted(row: Row, brushes: list[dict[str, Any]]) -> bool:
     """Whether the union of the painted regions is another mask than the row's."""
     painted: np.ndarray | None = None
     for part in brushes:
-        width, height = _whole(part.get("original_width")), _whole(part.get("original_height"))
+        width, height = whole(part.get("original_width")), whole(part.get("original_height"))
         brush = part["value"].get("rle") if isinstance(part.get("value"), dict) else None
         if width is None or height is None or not isinstance(brush, list):
             raise InvalidInputError("a brush mask without its size or its bytes; export as JSON")

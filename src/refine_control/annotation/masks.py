@@ -1,8 +1,8 @@
-"""Which of the proposed regions become holes: cleaned, judged by size, place and wholeness, the best few of a photo.
+"""Selection of proposed regions for inpainting: cleaned, filtered by size, place and connectivity, the best of a photo.
 
-Pure functions of arrays and integers. A region is refused when it is a speck or the scene's ground, when it lies in
-pieces, when it touches all four borders (then it is what surrounds things), or when one much like it was chosen.
-`augment` covers a region with a box or with brush strokes, so that the hole's outline does not tell what was there.
+Pure functions of arrays and integers. A region is rejected when it is too small or too large, when it is scattered,
+when it touches all four borders (then it is background), or when it overlaps one that was selected before it.
+`augment` covers a region with a box or with brush strokes, so that the outline of the mask does not reveal the object.
 """
 
 # H W pixels of the photo, y x in pixels, (0, 0) the upper left one
@@ -33,7 +33,7 @@ Shape = Literal["none", "box", "brush"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which regions are taken from a photo, and how many."""
+    """Which regions are selected in a photo, and how many; the command line checks the ranges."""
 
     min_area: float = 0.05
     """Smallest and largest share of the photo."""
@@ -49,17 +49,10 @@ class Selection:
     """Holes and islands up to this share of the region are filled and removed before it is judged."""
 
     def __post_init__(self) -> None:
-        for name in ("min_area", "max_area", "min_connected", "max_overlap", "cleaned"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.min_area > self.max_area:
             raise InvalidInputError(
                 f"min_area {self.min_area} is above max_area {self.max_area}; no region could be both"
             )
-        if not 0 <= self.max_borders <= 4:
-            raise InvalidInputError(f"max_borders is {self.max_borders}; a photo has four, give 0 to 4")
-        if self.per_photo < 1:
-            raise InvalidInputError(f"per_photo is {self.per_photo}; it must be at least 1")
 
 
 class Chosen(NamedTuple):

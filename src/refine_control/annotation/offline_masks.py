@@ -1,13 +1,13 @@
-"""Regions without any weights: Felzenszwalb's segmentation, its segments merged up into whole things.
+"""Regions without any weights: Felzenszwalb's segmentation, whose segments are merged into objects.
 
-A stand-in for SAM where none can be had. A graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004) of a
+A substitute for SAM without a download. A graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004) of a
 small copy of the photo is merged pair by pair, most similar first, as in selective search (Uijlings et al., IJCV
 2013); every node of each tree is a region. Three scales times three notions of similarity give several hundred
 regions, of which doubles are dropped and the best kept.
 
-Its two scores are stand-ins, NOT what SAM's words mean. `predicted_iou` rewards an outline that lies on edges of the
-photo, little contact with the photo's border, and size; it is no IoU. `stability_score` is the mean, over the nine
-trees, of the IoU with the most similar region of that tree.
+Its two scores are substitutes and do NOT mean what they mean for SAM. `predicted_iou` rewards an outline that lies on
+edges of the photo, little contact with the photo's border, and size; it is no IoU. `stability_score` is the mean, over
+the nine trees, of the IoU with the most similar region of that tree.
 """
 
 # h w pixels of the small copy, n segments, m nodes of a tree (2 n - 1 when all merge), N regions

@@ -192,7 +192,7 @@ class Parts:
         return len(changed) > 0 or failed
 
     def missing(self, skipped: Callable[[int], None]) -> Iterator[Part]:
-        """What is to be done; `skipped` is told of the photos of every part that is whole."""
+        """What is to be done; `skipped` is called with the number of photos of every part that is done."""
         for number, chunk in enumerate(_batched(self.photos())):
             previous = zip(self._read(number, len(chunk)), chunk, strict=True)
             places = [i for i, (done, group) in enumerate(previous) if not (done and self._stands(done, group))]

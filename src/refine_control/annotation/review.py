@@ -1,6 +1,6 @@
-"""`data review`: a page on this machine where people accept, mend or refuse regions and their prompts.
+"""`data review`: a page on this machine where people accept, edit or reject regions and their prompts.
 
-The page is one file, `review.html`; it speaks to the addresses under /api, and all its words travel as JSON:
+The page is one file, `review.html`. It calls the addresses under /api, which answer with JSON:
 
 | address | answer |
 | --- | --- |
@@ -11,8 +11,8 @@ The page is one file, `review.html`; it speaks to the addresses under /api, and 
 | POST /api/decide {id, action, prompt, reviewer} | the row's new state, after the line is on the disk |
 | POST /api/undo {reviewer} | the same of the row that this reviewer decided last |
 
-Only this machine is served, unless the caller allows others. A foreign page cannot speak to it: the Host must be one
-of ours, a post must come from the page itself, and the address holds a secret that stays the same from run to run.
+Only this machine is served, unless the caller allows others. Other web pages are refused: the Host header must be one
+of ours, a POST must come from the page itself and be small, and the address holds a secret that is kept between runs.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _read_secret(folder: Path) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket: who calls between the telling of its address and the server's start waits, and is served."""
+    """A listening socket. Connections made before the server starts are accepted then."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -244,14 +244,14 @@ def serve(
     allow_remote: bool = False,
     announce: Callable[[str], None] = lambda address: print(address, flush=True),
 ) -> None:
-    """Serves the review of `folder` until a signal; `port` 0 takes a free one, `announce` is told the address.
+    """Serves the review of `folder` until a signal; `port` 0 takes a free one, `announce` is called with the address.
 
     Raises InvalidInputError for a host that others can reach unless `allow_remote`, and for a taken port; MissingError
     without the extra `review`; StorageError where the folder cannot be written."""
     if host not in LOOPBACK and not allow_remote:
         raise InvalidInputError(
             f"{host} can be reached by others, who could see the photos and decide; use 127.0.0.1 and ssh -L, "
-            "or allow it explicitly"
+            "or pass --allow-remote"
         )
     try:
         import uvicorn

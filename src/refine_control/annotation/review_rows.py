@@ -1,4 +1,4 @@
-"""What a reviewer looks at: the rows of a manifest as they were before anybody decided, and pictures of them."""
+"""What a reviewer sees: the rows of a manifest as they were before any decision, and their pictures."""
 
 # H W pixels of the photo as shown, h w of what a page shows
 

@@ -1,10 +1,9 @@
-"""Segment Anything, versions 1 to 3, as a finder of regions: a grid of points, three masks a point, one of each kept.
+"""Segment Anything, versions 1 to 3, as a proposer of regions: a grid of points, three masks a point, no duplicates.
 
-The stock processors and the stock mask generation need torchvision, which this project does without. So a photo is
-made ready, points are laid out and doubles are dropped here; the networks are transformers' own. Scores and boxes
-are taken on the decoder's masks, which have a quarter of the input's resolution, and only what remains is brought to
-the photo's size: an outline moves by less than one of its pixels, and memory stays far below that of a thousand
-masks at full size.
+The processors and the mask generation of transformers need torchvision, which this project does not use. So
+preprocessing, the grid and the suppression of duplicates are here; the networks are those of transformers. Scores and
+boxes are computed on the masks of the decoder, which have a quarter of the input's resolution, and only the masks that
+are kept are resized to the photo: outlines move by less than one pixel of the decoder, and memory stays small.
 """
 
 # B photos, H W pixels of a photo, S side of the model's input, h w of the decoder's masks (S/4), P points, N masks

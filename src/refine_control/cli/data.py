@@ -150,7 +150,8 @@ def data_build(
         asked: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
         chosen = Annotation(**asked, server=server, seed=seed, limit=limit)
         annotated, how = out.with_name(f"{out.name}-annotations"), _engine(engine, workers, gpus)
-        annotate(source, annotated, chosen, images=images, engine=how, progress=progress_bar("annotate"))
+        report = annotate(source, annotated, chosen, images=images, engine=how, progress=progress_bar("annotate"))
+        typer.echo(f"{annotated}: {report}", err=True)
         source, images, options["limit"] = annotated, None, None
     summary = build(source, out, images=images, workers=workers, progress=progress_bar("photos"), **options)
     show(summary if as_json else str(summary), as_json)
