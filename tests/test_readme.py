@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -214,6 +216,29 @@ def test_names_of_code_are_looked_up():
     assert not is_in_source("losses", "tusk_loss")
     assert not is_in_source("training", "loops")
     assert not is_in_source("training", "loop", "Draw", "forms")
+
+
+def test_the_floors_are_those_of_the_test():
+    spec = importlib.util.spec_from_file_location("floors", ROOT / "tests" / "test_floors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    floors = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(floors)
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", PAGES["CONTRIBUTING.md"], flags=re.MULTILINE)
+    assert [set(re.findall(r"\w+", folders)) for _, folders in rows] == floors.FLOORS
+    assert [int(number) for number, _ in rows] == list(range(len(floors.FLOORS)))
+
+
+def test_extras_that_pages_name_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        extra
+        for text in PAGES.values()
+        for group in re.findall(r"'\.\[([\w,-]+)\]'", text)
+        for extra in group.split(",")
+    }
+    assert named
+    assert named <= set(extras)
 
 
 def test_all_exit_codes_are_listed():
