@@ -21,8 +21,9 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-# Tables between `<!-- table: NAME -->` and `<!-- end -->`, computed from results/ without training.
+# The drawings, and tables between `<!-- table: NAME -->` and `<!-- end -->`, computed from results/ without training.
 docs: $(VENV)/.installed
+	$(VENV)/bin/python docs/drawings.py
 	$(VENV)/bin/python -m refine_control.study.docs_tables README.md docs/*.md
 
 # The review page is tested in a real browser, which is no Python package.

@@ -31,12 +31,12 @@ def mask_square(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
     if not len(rows):
         raise ValueError("an empty mask has no region")
     side = min(max(int(np.ptp(rows)), int(np.ptp(columns))) + 1, *mask.shape)
-    found = []
+    windows = []
     for line, length in ((rows, mask.shape[0]), (columns, mask.shape[1])):
         start = int(line[0] + line[-1] + 1 - side) // 2
         start = min(max(start, 0), length - side)
-        found.append(slice(start, start + side))
-    return found[0], found[1]
+        windows.append(slice(start, start + side))
+    return windows[0], windows[1]
 
 
 def region_pictures(images: Images, masks: Mask, side: int) -> NDArray[np.uint8]:
@@ -55,10 +55,10 @@ def prompts_asked(photos: Sequence[Photo]) -> dict[str, list[str]]:
         by_photo.setdefault(p.meta.get("photo", p.key), []).append(p.prompt)
     asked = {"clip_local": [p.prompt for p in photos], "clip_global": [], "clip_other": []}
     for number, p in enumerate(photos):
-        own = by_photo[p.meta.get("photo", p.key)]
-        asked["clip_global"].append(p.global_prompt or ", ".join(dict.fromkeys(own)))
+        prompts = by_photo[p.meta.get("photo", p.key)]
+        asked["clip_global"].append(p.global_prompt or ", ".join(dict.fromkeys(prompts)))
         elsewhere = (photos[(number + step) % len(photos)].prompt for step in range(1, len(photos)))
-        after = chain(own[own.index(p.prompt) + 1 :], own, elsewhere)
+        after = chain(prompts[prompts.index(p.prompt) + 1 :], prompts, elsewhere)
         asked["clip_other"].append(next((other for other in after if other != p.prompt), ""))
     return asked if all(asked["clip_other"]) else {name: asked[name] for name in ("clip_local", "clip_global")}
 

@@ -57,13 +57,13 @@ class Lpips(nn.Module):
 
     def layers(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The maps (n,C,h,w) after each ReLU, each position of length 1 over its channels."""
-        maps, found = (pixels - self.shift) / self.scale, []
+        maps, features = (pixels - self.shift) / self.scale, []
         for number, convolution in self.features.items():
             if int(number) in POOLED:
                 maps = functional.max_pool2d(maps, 3, stride=2)
             maps = functional.relu(convolution(maps))
-            found.append(maps / (maps.square().sum(1, keepdim=True).sqrt() + EPSILON))
-        return found
+            features.append(maps / (maps.square().sum(1, keepdim=True).sqrt() + EPSILON))
+        return features
 
     def forward(self, reference: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
         pairs = zip(self.layers(reference), self.layers(generated), strict=True)

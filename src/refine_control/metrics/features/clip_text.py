@@ -75,6 +75,6 @@ def text_features(clip: ClipText, prompts: Sequence[str], batch_size: int = 64) 
         tokens = clip.tokenizer(
             list(prompts[first : first + batch_size]), padding=True, truncation=True, max_length=77, return_tensors="pt"
         ).to(device)
-        found = clip.network(**tokens).text_embeds
-        parts.append(torch.nn.functional.normalize(found.float()).cpu().numpy())
+        embeds = clip.network(**tokens).text_embeds
+        parts.append(torch.nn.functional.normalize(embeds.float()).cpu().numpy())
     return np.concatenate(parts)

@@ -71,14 +71,14 @@ def find_weights(published: Published, given: Path | None = None) -> Path:
 
     Raises MissingError, saying what is then not computed and where to get it."""
     places = list(_places(published)) if given is None else _inside(given, published)
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
+    existing = next((path for path in places if path.is_file()), None)
+    if existing is None:
         where = f"not at {given}" if given is not None else f"not in the folder {FOLDER_VARIABLE} names, nor in a cache"
         raise MissingError(
             f"{published.metric} not computed: needs {Path(published.names[0]).name}, which is {where}; "
             f"get it {published.source}"
         )
-    return found
+    return existing
 
 
 def folder_with(published: Published, folder: Path | None) -> Path | None:
@@ -91,10 +91,10 @@ def read_weights(published: Published, given: Path | None = None) -> dict[str, t
 
     Raises MissingError as `find_weights` does, DamagedError for a file with another sha256."""
     path = find_weights(published, given)
-    found = sha256_file(path)
-    if found != published.sha256:
+    digest = sha256_file(path)
+    if digest != published.sha256:
         raise DamagedError(
-            f"{path} is not the published file: its sha256 begins {found[:12]} and should begin "
+            f"{path} is not the published file: its sha256 begins {digest[:12]} and should begin "
             f"{published.sha256[:12]}; get the right one {published.source}"
         )
     tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -108,9 +108,9 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], name:
 
     The counters of batch normalisation, which count training steps, may be there or not: old files have none.
     Raises InvalidInputError with the first name that disagrees."""
-    wanted, given = _without_counters(network.state_dict()), _without_counters(tensors)
-    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    shapes = sorted(k for k in wanted.keys() & given.keys() if wanted[k].shape != given[k].shape)
+    expected, given = _without_counters(network.state_dict()), _without_counters(tensors)
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    shapes = sorted(k for k in expected.keys() & given.keys() if expected[k].shape != given[k].shape)
     for names, what in ((missing, "lack"), (unknown, "hold unknown"), (shapes, "have another shape for")):
         if names:
             raise InvalidInputError(
