@@ -1,29 +1,34 @@
-"""Loss curves: a training log read back, and the geometry of its plot for the report's inline SVG.
+"""Training logs read back, and curves drawn by matplotlib as SVG for the report.
 
-# series: name -> (steps, values), both (n,); on the page x and y run from 0 to 1000, y downwards
+# series: name -> (steps, values), both (n,)
 """
 
 from __future__ import annotations
 
-import itertools
+import io
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refine_control.errors import DamagedError, InvalidInputError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 
-EXTENT = 1000.0
-_PALETTE = 8  # --c0 .. --c7 in report.html.j2; more lines than these get one ramp of hues
-_SMOOTHED_FROM, _SMOOTHED_SERIES = 150, 4  # a bold mean for noisy lines from so many points, among so few lines
-_DRAWN_POINTS = 800
+PALETTE = ("#2f6fde", "#d9600f", "#16906a", "#b5379f", "#8a6a00", "#0f8aa8", "#c3303c", "#6a55d6")
+"""Colours of up to eight lines: --c0 to --c7 of report.html.j2, which has others for a dark page."""
+SOFT, LINE = "#5b6372", "#e3e4e8"
+"""Labels and grid: --soft and --line of report.html.j2."""
+_SMOOTHED_FROM, _SMOOTHED_SERIES = 150, 4  # a mean is drawn for noisy lines from so many points, among so few lines
 _DOTTED_TO = 12
 
 
@@ -40,31 +45,21 @@ class Curve:
 
 
 class Line(NamedTuple):
-    """One line on the page: SVG points of the values and, for a long one, of their running mean ("" otherwise); the
-    path of its dots, for one of a few measured points."""
+    """An entry of the legend."""
 
     name: str
     color: str
-    points: str
-    mean_points: str
     last: str
-    dots: str = ""
-
-
-class Tick(NamedTuple):
-    """A grid line `at` per cent from the left or from the bottom."""
-
-    at: float
-    label: str
+    """The last value, of the running mean if there is one."""
 
 
 class Plot(NamedTuple):
-    """What the template draws."""
+    """What the page shows of a curve. Titles and names are in the page's HTML; the SVG holds axes and lines alone."""
 
     title: str
+    svg: str
+    """Inline SVG with the page's colours; empty without values."""
     lines: list[Line]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
     notes: list[str]
     x_label: str = "step"
 
@@ -77,7 +72,7 @@ def read_metrics_jsonl(path: Path) -> dict[str, Series]:
     line number for any other line that is not an object with an integer step."""
     if not path.is_file():
         raise InvalidInputError(f"there is no training log at {path}; name the metrics.jsonl of a run")
-    found: dict[str, dict[int, float]] = {}
+    by_name: dict[str, dict[int, float]] = {}
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -92,19 +87,54 @@ def read_metrics_jsonl(path: Path) -> dict[str, Series]:
                 break
             raise DamagedError(
                 f"line {number} of {path} is not a JSON object with an integer step; "
-                "remove the line, or make the log again by the run's own command"
+                "remove the line, or write the log again with the run's command"
             ) from error
         for name, value in record.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, {})[step] = float(value)
+                by_name.setdefault(name, {})[step] = float(value)
     return {
         name: (np.array(sorted(points), dtype=np.int64), np.array([points[step] for step in sorted(points)]))
-        for name, points in found.items()
+        for name, points in by_name.items()
     }
 
 
 def plot(curve: Curve) -> Plot:
-    """The geometry of one plot. Raises InvalidInputError for steps and values that are not (n,) of one length."""
+    """One plot for the page; equal curves give equal text.
+
+    Raises InvalidInputError for steps and values that are not (n,) of one length."""
+    series, dropped = _drawable(curve)
+    notes = [f"{dropped} values that cannot be drawn are left out."] if dropped else []
+    if not series:
+        return Plot(curve.title, "", [], [*notes, "There is nothing to draw yet."], curve.x_label)
+    means = _means(series)
+    notes += ["Thin: every logged value. Bold: the mean over 2 % of the run."] if means else []
+    lines = [
+        Line(name, _themed(color), f"{means.get(name, values)[-1]:.4g}")
+        for (name, (_, values)), color in zip(series.items(), _colors(len(series)), strict=True)
+    ]
+    return Plot(curve.title, _inline_svg(draw(curve)), lines, notes, curve.x_label)
+
+
+def draw(curve: Curve) -> Figure:
+    """The lines of a curve that can be drawn, each with its running mean or its dots, on axes that hold them all."""
+    from matplotlib.figure import Figure
+
+    series, _ = _drawable(curve)
+    means, count = _means(series), len(series)
+    figure = Figure(figsize=(4.2, 2.5))
+    axes = figure.add_axes((0.105, 0.09, 0.875, 0.87))
+    for (name, (steps, values)), color in zip(series.items(), _colors(count), strict=True):
+        noisy = name in means
+        dots = "o" if len(values) <= _DOTTED_TO else None
+        axes.plot(steps, values, color=color, lw=0.6 if noisy else 1, alpha=0.35 if noisy else 1, marker=dots, ms=3)
+        if noisy:
+            axes.plot(steps, means[name], color=color, lw=1.2)
+    _style(axes, curve.log_y)
+    return figure
+
+
+def _drawable(curve: Curve) -> tuple[dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], int]:
+    """The points of each line that can be drawn, without empty lines, and how many cannot."""
     series, dropped = {}, 0
     for name, (raw_steps, raw_values) in curve.series.items():
         steps, values = np.asarray(raw_steps, dtype=np.float64), np.asarray(raw_values, dtype=np.float64)
@@ -117,97 +147,85 @@ def plot(curve: Curve) -> Plot:
         dropped += int((~kept).sum())
         if kept.any():
             series[name] = (steps[kept], values[kept])
-    notes = [f"{dropped} values that cannot be drawn are left out."] if dropped else []
-    if not series:
-        return Plot(curve.title, [], [], [], [*notes, "There is nothing to draw yet."], curve.x_label)
-    x_low, x_high = _widened(*_range([steps for steps, _ in series.values()]))
-    y_low, y_high, y_ticks = _y_axis(*_range([values for _, values in series.values()]), curve.log_y)
-    smoothed = {name for name, (_, values) in series.items() if len(series) <= _SMOOTHED_SERIES and _is_noisy(values)}
-    if smoothed:
-        notes.append("Thin: every logged value. Bold: the mean over 2 % of the run.")
-
-    def points(steps: NDArray[np.float64], values: NDArray[np.float64]) -> str:
-        heights = np.log10(values) if curve.log_y else values
-        x = (steps - x_low) / (x_high - x_low) * EXTENT
-        y = (y_high - heights) / (y_high - y_low) * EXTENT
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-
-    lines = []
-    for index, (name, (steps, values)) in enumerate(series.items()):
-        means = _running_mean(values) if name in smoothed else None
-        lines.append(
-            Line(
-                name,
-                _color(index, len(series)),
-                points(*_thinned(steps, values)),
-                "" if means is None else points(*_thinned(steps, means)),
-                f"{(values if means is None else means)[-1]:.4g}",
-                _dots(points(steps, values)) if len(values) <= _DOTTED_TO else "",
-            )
-        )
-    x_ticks = [Tick(100 * (x - x_low) / (x_high - x_low), _label(x)) for x in _round_steps(x_low, x_high, 5)]
-    return Plot(curve.title, lines, x_ticks, y_ticks, notes, curve.x_label)
+    return series, dropped
 
 
-def _dots(points: str) -> str:
-    """Strokes of no length, which the page draws as round dots however wide the plot is."""
-    return " ".join(f"M {point.replace(',', ' ')} h 0" for point in points.split())
+def _colors(count: int) -> list[str]:
+    """The palette, or a ramp for more lines than it has colours."""
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["rainbow"](index / (count - 1))) for index in range(count)]
 
 
-def _color(index: int, count: int) -> str:
-    if count <= _PALETTE:
-        return f"var(--c{index})"
-    return f"oklch(0.64 0.16 {20 + 260 * index / (count - 1):.0f})"
+def _style(axes: Axes, log_y: bool) -> None:
+    """Limits, ticks and a light grid without a frame."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-
-def _range(arrays: list[NDArray[np.float64]]) -> tuple[float, float]:
-    return min(float(array.min()) for array in arrays), max(float(array.max()) for array in arrays)
-
-
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range of one value gets some room on both sides."""
-    room = 0.0 if high > low else abs(low) * 0.1 or 1.0
-    return low - room, high + room
-
-
-def _y_axis(low: float, high: float, log_y: bool) -> tuple[float, float, list[Tick]]:
-    """(bottom, top, ticks); bottom and top are powers of ten's exponents under `log_y`."""
     if log_y:
-        bottom, top = _widened(math.log10(low), math.log10(high))
-        bottom, top = bottom - 0.04 * (top - bottom), top + 0.04 * (top - bottom)
-        values = _log_steps(bottom, top)
-        return bottom, top, [Tick(100 * (math.log10(v) - bottom) / (top - bottom), _label(v)) for v in values]
-    bottom, top = _widened(low, high)
-    room = 0.04 * (top - bottom)
-    bottom, top = (0.0 if 0.0 <= low < 0.3 * high else bottom - room), top + room
-    return bottom, top, [Tick(100 * (v - bottom) / (top - bottom), _label(v)) for v in _round_steps(bottom, top, 5)]
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        decades = np.log10(high / low)
+        subs = (1,) if decades >= 3 else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8) if decades >= 1 else MaxNLocator(4))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        data = axes.dataLim.intervaly
+        axes.set_ylim(bottom=0 if 0 <= data[0] < 0.3 * data[1] else None)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.02)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _label(value)))
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=7.5, labelcolor=SOFT)
+    axes.spines[:].set_visible(False)
+    for line in axes.lines:
+        line.set_clip_on(False)
 
 
-def _round_steps(low: float, high: float, wanted: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within [low, high], about `wanted` of them."""
-    rough = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def _inline_svg(figure: Figure) -> str:
+    """SVG for an HTML page: text as text, the page's colours, nothing that names another document."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "refine-control", "path.simplify_threshold": 0.4}
+    with rc_context(settings):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r' clip-path="[^"]*"|<clipPath.*?</clipPath>|font-family: [^;]*; ', "", svg, flags=re.DOTALL)
+    svg = re.sub(r"(?<=\d\.\d\d)\d+(?= )", "", svg)  # hundredths of a pixel are enough for a path
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| id="(figure|axes|patch|matplotlib|line2d|text|x?y?tick)[^"]*"', "", svg)
+    return _themed(svg[svg.index("<svg") :])
 
 
-def _log_steps(bottom: float, top: float) -> list[float]:
-    """Powers of ten; with their 2 and 5 where those are fewer than three; round numbers within one decade."""
-    exponents = range(math.floor(bottom), math.ceil(top) + 1)
-    for multiples in ((1,), (1, 2, 5)):
-        found = [m * 10.0**e for e in exponents for m in multiples if bottom <= math.log10(m * 10.0**e) <= top]
-        if len(found) >= 3:
-            return found[:: math.ceil(len(found) / 7)]
-    return [value for value in _round_steps(10.0**bottom, 10.0**top, 4) if value > 0]
+def _themed(text: str) -> str:
+    """Colours of this module as variables of the page."""
+    names = {color: f"var(--c{index})" for index, color in enumerate(PALETTE)} | {
+        SOFT: "var(--soft)",
+        LINE: "var(--line)",
+    }
+    for color, name in names.items():
+        text = text.replace(color, name)
+    return text
 
 
 def _label(value: float) -> str:
-    if value == 0:
-        return "0"
+    value = float(f"{value:.6g}")
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (abs(value) >= size and value % size == 0):
             return f"{value / size:.4g}{suffix}"
     return f"{value:.4g}"
+
+
+def _means(series: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """Running means of the noisy lines, if there are few lines."""
+    few = len(series) <= _SMOOTHED_SERIES
+    return {name: _running_mean(values) for name, (_, values) in series.items() if few and _is_noisy(values)}
 
 
 def _is_noisy(values: NDArray[np.float64]) -> bool:
@@ -218,23 +236,5 @@ def _is_noisy(values: NDArray[np.float64]) -> bool:
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The mean of a centred window of 2 % of the points; shorter at both ends."""
-    half = max(1, len(values) // 100)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
-def _thinned(
-    steps: NDArray[np.float64], values: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most _DRAWN_POINTS + 2 points: both ends, and of each stretch the lowest and the highest, so that no
-    spike is lost."""
-    if len(values) <= _DRAWN_POINTS:
-        return steps, values
-    edges = np.linspace(0, len(values), _DRAWN_POINTS // 2 + 1).astype(int)
-    kept = {0, len(values) - 1}
-    for start, end in itertools.pairwise(edges):
-        kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
-    chosen = sorted(kept)
-    return steps[chosen], values[chosen]
+    window = np.ones(2 * max(1, len(values) // 100) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
