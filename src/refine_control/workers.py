@@ -72,6 +72,10 @@ def _pool(count: int) -> Iterator[InOrder]:
             f"one of {count} worker processes died, most likely for want of memory; what is finished is kept: "
             "run the same command again, with fewer workers"
         ) from None
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or os.getpid(), signal.SIGINT)  # ignored, except by work that a signal may end
+        raise
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
