@@ -241,7 +241,7 @@ def test_a_list_may_spell_a_name_otherwise_than_the_disk(tmp_path):
     assert [load(entry, 16).image.shape for entry in entries(tmp_path)] == [(16, 16, 3)] * 3
 
 
-def test_a_name_that_is_no_utf8_is_a_photo_like_any_other(tmp_path):
+def test_a_name_that_is_no_utf8_is_a_photo_like_any_other(tmp_path, caplog):
     name = b"gr\xf6n".decode("utf-8", "surrogateescape")
     files = [f"{stem}{end}" for stem in (name, "a") for end in (".png", ".mask.png", ".json")] + [f"{name}.xyz"]
     try:
@@ -251,6 +251,9 @@ def test_a_name_that_is_no_utf8_is_a_photo_like_any_other(tmp_path):
     for source in (tmp_path / "in", tar_of(tmp_path / "tars" / "x.tar", files)):
         summary = build(source, tmp_path / f"out-{source.name}", size=16)
         assert (summary.entries, summary.rejects.get("unused")) == (3, 1)
+        write_page(tmp_path / f"out-{source.name}", tmp_path / "page.html")
+        assert "gr\\udcf6n" in (tmp_path / "page.html").read_text()
+    assert not caplog.records
 
 
 def test_rows_that_are_no_photo_are_refused_in_any_list(tmp_path):

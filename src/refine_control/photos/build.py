@@ -201,7 +201,8 @@ def _build_roles(job: _Job, out: Path, surveyed: Survey, in_order: InOrder, prog
 
 def _role_entries(role: str, job: _Job, surveyed: Survey, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
     """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
-    for row, entry in enumerate(itertools.islice(entries(job.source, job.images), job.chosen.limit)):
+    coming = entries(job.source, job.images, lambda left_out: None)  # the survey has them already
+    for row, entry in enumerate(itertools.islice(coming, job.chosen.limit)):
         if row < len(surveyed.photos) and roles.get(surveyed.photos[row], LABELED) == role:
             yield row, entry
 

@@ -117,7 +117,7 @@ def write_page(folder: Path, out_html: Path, count: int = 200) -> None:
         "refusals": _refusals(folder / _REJECTS) if built else [],
         "refusals_shown": _REJECTS_SHOWN,
     }
-    write_output(Path(out_html), _render(page))
+    write_output(Path(out_html), _render(page).encode("utf-8", "backslashreplace"))  # for names that are no UTF-8
 
 
 def _render(page: dict[str, Any]) -> str:
