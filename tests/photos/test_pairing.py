@@ -230,6 +230,12 @@ def test_what_a_tar_holds_twice_or_as_a_link_is_told(tmp_path):
     ] == ["later member", "links", "beside tars", "folder beside tars"]
 
 
+def test_absolute_names_in_a_tar_are_read_as_tar_extracts_them(tmp_path):
+    files = ["/data/a.png", "/data/a.mask.png", "/data/a.json"]
+    (entry,) = entries(tar_of(tmp_path / "x.tar", files))
+    assert load(entry, 16).prompt == "a thing"
+
+
 def test_a_list_may_spell_a_name_otherwise_than_the_disk(tmp_path):
     decomposed = unicodedata.normalize("NFD", "Größe")
     folder_of(tmp_path, ["sub/Größe.png", "sub/Größe.mask.png"])

@@ -173,7 +173,13 @@ def test_rows_of_a_manifest_follow_the_same_rules(tmp_path):
     )
     assert [load(entry, 16).meta.get("id") for entry in found] == [1, "2", None]
     assert found[0].photo == found[1].photo
+    (entry,) = manifest(tmp_path, {**good, "captions": "a sky", "prompt_problems": None})
+    assert (entry.problem, entry.global_prompt) == (None, "a sky")
+    (entry,) = manifest(tmp_path, {**good, "prompt_problems": "too long"})
+    assert entry.problem == (R.NEEDS_REVIEW, "the prompt is doubtful (too long): see `data review`")
     for change, words in (
+        ({"captions": 5}, "`captions` is 5"),
+        ({"prompt_problems": 5}, "`prompt_problems` is 5"),
         ({"id": 1.5}, "`id` is 1.5"),
         ({"mask": 5}, "`mask` is 5, not text"),
         ({"image": 5}, "`image` is 5, not text"),

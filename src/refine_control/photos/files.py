@@ -133,7 +133,7 @@ class Tar:
             self.problem = f"the tar is cut or broken: {error}"
 
     def _note(self, info: tarfile.TarInfo) -> None:
-        name = os.path.normpath(info.name)
+        name = os.path.normpath(info.name).lstrip("/")  # as tar extracts absolute names
         if info.isreg() and not info.issparse():
             if name in self.members:
                 self.unread.append((name, "a later member of the tar has this name"))

@@ -179,7 +179,7 @@ def _manifest_entries(path: Path) -> Iterator[Entry]:
                 problem = (error.reason, f"line {number}: {error.detail}")
                 yield Entry(f"row-{number}", root, _image_name(line), None, None, problem=problem)
             else:
-                yield _decided(entry, decisions, row.get("prompt_problems"))
+                yield _decided(entry, decisions, _texts(row, "prompt_problems"))
 
 
 def _row(line: bytes) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _manifest_entry(root: Path, row: dict[str, Any]) -> Entry:
     mask = take_text(row, "mask") or None
     segmentation = take_segmentation(row) if mask is None else None
     region = mask if segmentation is None else json.dumps(segmentation, sort_keys=True)
-    captions = row["captions"] if isinstance(row.get("captions"), list) else []
+    captions = _texts(row, "captions")
     take_id(row, "source_image_id")
     return Entry(
         key=make_key(image, region, take_id(row, "id")),
@@ -232,11 +232,17 @@ def _manifest_entry(root: Path, row: dict[str, Any]) -> Entry:
     )
 
 
-def _decided(entry: Entry, decisions: dict[str, Decision], doubts: object) -> Entry:
+def _texts(row: dict[str, Any], name: str) -> list[Any]:
+    """A list of texts, or a single text as one; empty where it is absent. Rejected where it is neither."""
+    value = row.get(name)
+    return value if isinstance(value, list) else [text] if (text := take_text(row, name)) else []
+
+
+def _decided(entry: Entry, decisions: dict[str, Decision], doubts: list[Any]) -> Entry:
     """The entry as people left it; `doubts` of its prompt that nobody has settled keep it out."""
     decision = decisions.get(id_of(entry)) if decisions else None
     if decision is None:
-        if not isinstance(doubts, list) or not doubts:
+        if not doubts:
             return entry
         detail = f"the prompt is doubtful ({', '.join(map(str, doubts))}): see `data review`"
         return replace(entry, problem=(RejectReason.NEEDS_REVIEW, detail))
