@@ -23,7 +23,7 @@ from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, Photo
 from refine_control.storage import publish_folder
 
-INPAINT = ("inpaint", "--image", "{0}/a.png", "--mask", "{0}/a.png", "--prompt", "a cup", "--out", "{0}/out.png")
+INPAINT = ("inpaint", "--image", "{0}/a.png", "--mask", "{0}/mask.png", "--prompt", "a cup", "--out", "{0}/out.png")
 EVALUATE = ("evaluate", "--out", "{2}")
 TRAIN = ("train", "mini/fc", "--run-dir", "{2}", "--set")
 ENTRIES = {
@@ -49,6 +49,7 @@ ENTRIES = {
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("kinds")
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(root / "a.png")
+    Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16)).save(root / "mask.png")
     writer = ShardWriter(root / "out" / LABELED, LABELED)
     for key in "ab":
         writer.add(Photo(key, np.zeros((64, 64, 3), np.uint8), np.eye(64, dtype=bool), "a cup"))
