@@ -475,6 +475,6 @@ def test_a_prompt_that_a_baseline_cuts_is_warned_of(folder, request, caplog):
     sampler = SAMPLER.model_copy(update={"num_inference_steps": 1})
     with caplog.at_level("WARNING", logger="refine_control"):
         paint(baseline, images[:1], masks[:1], ["red " * 17 + "ring"], sampler)
-    [warning] = [r.getMessage() for r in caplog.records if r.name.startswith("refine_control")]
+    warning = next(r.getMessage() for r in caplog.records if r.name.startswith("refine_control"))
     assert "18 tokens" in warning
     assert "'red ring'" in warning

@@ -396,6 +396,16 @@ def test_a_file_that_is_not_the_one_that_was_saved_is_damage(saved, name):
     assert weights_mark(saved) == mark
 
 
+@pytest.mark.parametrize("content", ['{"name": "an extension"}', '{"files": {"a": "b"}}', '{"files": ["a"]}', "[1]"])
+def test_a_manifest_of_somebody_else_says_nothing(foreign, content):
+    mark = weights_mark(foreign)
+    put(foreign / "manifest.json", content)
+    assert load_controlnet(foreign).config["num_layers"] == 3
+    assert weights_mark(foreign) == mark
+    put(foreign / "manifest.json", "{")
+    refused(lambda: load_controlnet(foreign), "manifest.json is damaged", kind=DamagedError)
+
+
 def test_a_component_of_a_bundle_is_compared_with_the_bundle_s_manifest(folder):
     from refine_control.storage import publish_folder
 

@@ -49,13 +49,26 @@ def resolve(model: str | Path) -> Path:
     return folder_of(model, files, "`mini`, a folder in diffusers layout, or a hub id")
 
 
+def _has_our_manifest(folder: Path) -> bool:
+    """Whether `folder` has a manifest that this project wrote; other programs use the same name for other contents."""
+    path = folder / MANIFEST
+    if folder.parent.name == "snapshots" or not path.is_file():  # the former is the hub's cache
+        return False
+    try:
+        files = json.loads(path.read_bytes())["files"].values()
+        return all({"bytes", "sha256"} <= file.keys() for file in files)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    except (ValueError, RecursionError):  # no JSON at all: `read_manifest` calls it damaged
+        return True
+
+
 def verify_folder(folder: Path) -> None:
     """Compares a folder that this project wrote, or a component of one, with its manifest: every size and sha256.
 
-    Raises DamagedError for the first file that differs. Of other folders, and of the hub's, nothing is known."""
+    Raises DamagedError for the first file that differs. Folders of other origin are not checked."""
     for root in (folder, folder.parent):
-        ours = root == folder or (root / INDEX).is_file()
-        if ours and root.parent.name != "snapshots" and (root / MANIFEST).is_file():
+        if (root == folder or (root / INDEX).is_file()) and _has_our_manifest(root):
             read_manifest(root)
             return
 
@@ -83,7 +96,7 @@ def weights_mark(name: str | Path) -> str:
     if not folder.is_dir():
         return str(name)
     marks = (".safetensors", "config.json")
-    if (folder / MANIFEST).is_file():
+    if _has_our_manifest(folder):
         files = read_manifest(folder, verify=False)["files"]
         weights = {path: file["sha256"] for path, file in files.items() if path.endswith(marks)}
     else:

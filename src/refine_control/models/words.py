@@ -62,9 +62,8 @@ def cut_warnings(encoders: Sequence[tuple[str, Any, int]], prompts: Sequence[str
         if cut := cut_text(tokenizer, prompts, limit):
             alike.setdefault((limit, tuple(cut), tuple(cut.values())), []).append(name)
     return [
-        f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens that {' and '.join(names)} read; "
-        f"the end is cut off: {_shortened(lost[0])!r} of {_shortened(cut[0])!r}"
-        + (" and so on" if len(cut) > 1 else "")
+        f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens of {' and '.join(names)}; the end is "
+        f"cut off: {_shortened(lost[0])!r} of {_shortened(cut[0])!r}" + (" and so on" if len(cut) > 1 else "")
         for (limit, cut, lost), names in alike.items()
     ]
 
