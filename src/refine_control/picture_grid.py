@@ -1,4 +1,5 @@
-"""Pictures side by side: a row for each scene, a column for each method, as one labelled PNG or cell by cell.
+"""Pictures side by side: a row for each scene, a column for each method, as one labelled PNG or cell by cell; and
+contact sheets, where each picture has its own caption.
 
 # pictures (H, W, 3) uint8; masks (H, W) bool, True = inpainted
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ CELL_PIXELS = 192
 """Small pictures are enlarged by the least whole factor that makes their longer side this long."""
 LARGEST_CELL = 640
 """Pictures with a longer side than this are reduced by a whole factor: a report must travel by mail."""
+SHEET_CELL, SHEET_LETTERS = 128, 60
+"""Longer side of a picture of a contact sheet, by whole factors at most; letters of its caption."""
 OUTLINE = (255, 0, 170)
 
 
@@ -39,36 +43,80 @@ class PictureGrid:
     title: str = "Pictures"
 
 
+def repaint_grid(
+    images: Sequence[NDArray[np.uint8]],
+    masks: Sequence[NDArray[np.bool_]],
+    captions: Sequence[str],
+    painted: Mapping[str, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]],
+    title: str = "Pictures",
+) -> PictureGrid:
+    """The original (mask outlined), the original with a black hole, and what each model painted, for every image."""
+    holes = [np.where(mask[..., None], 0, image).astype(np.uint8) for image, mask in zip(images, masks, strict=True)]
+    rows = [
+        [image, hole, *(each[i] for each in painted.values())]
+        for i, (image, hole) in enumerate(zip(images, holes, strict=True))
+    ]
+    return PictureGrid(["original", "masked", *painted], rows, captions, masks, title=title)
+
+
 def picture_grid(grid: PictureGrid) -> bytes:
     """PNG of all rows and columns with their labels; the mask outlined on the original; same data, same bytes.
 
     Raises InvalidInputError for rows, captions or masks that do not fit the columns or the pictures."""
+    return _page(picture_cells(grid), grid.columns, [[caption] for caption in grid.captions])
+
+
+def contact_sheet(
+    pictures: Sequence[NDArray[np.uint8]], masks: Sequence[NDArray[np.bool_]], captions: Sequence[str]
+) -> bytes:
+    """PNG of small pictures, as many across as down, each with its mask outlined and its caption below.
+
+    Args: (H, W, 3) uint8 and (H, W) bool of any sizes, at least one; a caption for each."""
+    cells = []
+    for picture, mask in zip(pictures, masks, strict=True):
+        longest = max(picture.shape[:2])
+        cells.append(_cell(picture, mask, max(1, SHEET_CELL // longest), max(1, math.ceil(longest / SHEET_CELL))))
+    across = math.ceil(math.sqrt(len(cells)))
+    starts = range(0, len(cells), across)
+    short = [textwrap.shorten(caption, SHEET_LETTERS, placeholder="...") for caption in captions]
+    return _page([cells[i : i + across] for i in starts], (), [short[i : i + across] for i in starts])
+
+
+def _page(rows: Sequence[Sequence[Image]], headers: Sequence[str], captions: Sequence[Sequence[str]]) -> bytes:
+    """PNG of rows of pictures under their headers. A row has one caption for all or one for each picture."""
     from PIL import Image, ImageDraw, ImageFont
 
-    rows = picture_cells(grid)
-    width = max(cell.width for row in rows for cell in row)
+    width, across = max(cell.width for row in rows for cell in row), max(len(row) for row in rows)
     unit = max(12, width // 14)  # the height of a letter grows with the pictures
     gap, margin, line = unit // 2, unit, unit + unit // 3
     font, small = ImageFont.load_default(unit), ImageFont.load_default(unit - 1)
-    total = 2 * margin + len(grid.columns) * (width + gap) - gap
+    total = 2 * margin + across * (width + gap) - gap
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    headers = [_wrapped(draw, name, font, width) for name in grid.columns]
-    captions = [_wrapped(draw, caption, small, total - 2 * margin) for caption in grid.captions]
-    header_height = line * max(header.count("\n") + 1 for header in headers) + gap
-    caption_heights = [gap + line * (caption.count("\n") + 1) if caption else 0 for caption in captions]
+
+    def height(texts: Sequence[str], room: int = 0) -> int:
+        lines = max((text.count("\n") + 1 for text in texts if text), default=0)
+        return room + line * lines if lines else 0
+
+    wrapped = [_wrapped(draw, name, font, width) for name in headers]
+    below = [
+        [_wrapped(draw, text, small, total - 2 * margin if len(texts) == 1 else width) for text in texts]
+        for texts in captions
+    ]
+    header_height = height(wrapped, gap)
     heights = [max(cell.height for cell in row) for row in rows]
-    body = sum(heights) + sum(caption_heights) + 2 * gap * (len(rows) - 1)
+    body = sum(heights) + sum(height(texts, gap) for texts in below) + 2 * gap * (len(rows) - 1)
     page = Image.new("RGB", (total, 2 * margin + header_height + body), (255, 255, 255))
     draw = ImageDraw.Draw(page)
-    lefts = [margin + column * (width + gap) for column in range(len(grid.columns))]
-    for left, header in zip(lefts, headers, strict=True):
+    lefts = [margin + column * (width + gap) for column in range(across)]
+    for left, header in zip(lefts, wrapped, strict=False):
         draw.multiline_text((left, margin), header, fill=(20, 24, 33), font=font, spacing=unit // 3)
     top = margin + header_height
-    for row, caption, height, caption_height in zip(rows, captions, heights, caption_heights, strict=True):
-        for left, cell in zip(lefts, row, strict=True):
+    for row, texts, tall in zip(rows, below, heights, strict=True):
+        for left, cell in zip(lefts, row, strict=False):
             page.paste(cell, (left, top))
-        draw.multiline_text((margin, top + height + gap), caption, fill=(90, 98, 112), font=small, spacing=unit // 3)
-        top += height + caption_height + 2 * gap
+        for left, text in zip(lefts, texts, strict=False):
+            draw.multiline_text((left, top + tall + gap), text, fill=(90, 98, 112), font=small, spacing=unit // 3)
+        top += tall + height(texts, gap) + 2 * gap
     return png_bytes(page)
 
 
@@ -102,21 +150,24 @@ def picture_cells(grid: PictureGrid) -> list[list[Image]]:
 
     Raises InvalidInputError as `picture_grid` does."""
     _check_grid(grid)
+
+    def cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None) -> Image:
+        longest = max(picture.shape[:2])
+        return _cell(picture, mask, max(1, math.ceil(CELL_PIXELS / longest)), max(1, math.ceil(longest / LARGEST_CELL)))
+
     return [
         [
-            _cell(picture, grid.masks[number] if grid.masks and column == grid.outlined_column else None)
+            cell(picture, grid.masks[number] if grid.masks and column == grid.outlined_column else None)
             for column, picture in enumerate(row)
         ]
         for number, row in enumerate(grid.rows)
     ]
 
 
-def _cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None) -> Image:
+def _cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, larger: int, smaller: int) -> Image:
     """Enlarged (nearest) or reduced (mean) by a whole factor, its mask outlined."""
     from PIL import Image
 
-    longest = max(picture.shape[:2])
-    larger, smaller = max(1, math.ceil(CELL_PIXELS / longest)), max(1, math.ceil(longest / LARGEST_CELL))
     shown = np.asarray(Image.fromarray(picture).reduce(smaller)).repeat(larger, axis=0).repeat(larger, axis=1)
     if mask is not None:
         shown = _outlined(shown, mask[::smaller, ::smaller].repeat(larger, axis=0).repeat(larger, axis=1))

@@ -19,6 +19,7 @@ from PIL import Image
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.photos.inspect import contact_sheet, inspect, outline
 from refine_control.photos.shards import HOLE_FILL, Shards, ShardWriter, read_shards, verify
+from refine_control.picture_grid import OUTLINE
 from refine_control.records import Photo
 
 S = 16
@@ -280,7 +281,7 @@ def test_inspect_counts_and_measures(tmp_path):
     json.dumps(found, allow_nan=False)
     contact_sheet(tmp_path / "shards", tmp_path / "deep" / "sheet.png", count=4)
     sheet = np.asarray(Image.open(tmp_path / "deep" / "sheet.png"))
-    assert (sheet == (255, 0, 200)).all(-1).any()
+    assert (sheet == OUTLINE).all(-1).any()
     with pytest.raises(InvalidInputError):
         contact_sheet(tmp_path / "shards", tmp_path / "sheet.png", count=0)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.picture_grid import OUTLINE, picture_cells
+from refine_control.picture_grid import OUTLINE, contact_sheet, picture_cells
 from refine_control.study.curves import draw, plot
 from refine_control.study.report import (
     Curve,
@@ -227,6 +227,24 @@ def test_the_grid_holds_every_picture_in_its_place():
     assert (below < 200).any()  # so is the prompt
     without = dataclasses.replace(grid, captions=["", ""])
     assert Image.open(io.BytesIO(picture_grid(without))).size[1] < page.shape[0]
+
+
+def test_a_contact_sheet_holds_every_picture_outlined_with_its_caption():
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 200, (side, 64, 3), dtype=np.uint8) for side in (64, 64, 48, 64, 64)]
+    masks = [np.zeros(picture.shape[:2], bool) for picture in pictures]
+    for mask in masks:
+        mask[10:30, 20:40] = True
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(pictures, masks, ["a word", *["word " * 40] * 4]))))
+    for picture in pictures:
+        inner = picture[12:28, 22:38].repeat(2, axis=0).repeat(2, axis=1)
+        corners = np.argwhere((sheet == inner[0, 0]).all(axis=2))
+        places = [(y, x) for y, x in corners if np.array_equal(sheet[y : y + 32, x : x + 32], inner)]
+        assert len(places) == 1
+        y, x = places[0]
+        assert (sheet[y - 5, x : x + 32] == OUTLINE).all()
+    assert 3 * 128 < sheet.shape[1] < 3 * 160
+    assert contact_sheet(pictures, masks, [""] * 5) == contact_sheet(pictures, masks, [""] * 5)
 
 
 def broken_grid(**changes):

@@ -4,24 +4,18 @@
 
 from __future__ import annotations
 
-import io
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
+from refine_control import picture_grid
 from refine_control.errors import InvalidInputError
 from refine_control.photos.shards import Shards, open_manifest
-from refine_control.records import ROLES, Photo
+from refine_control.records import ROLES
 from refine_control.storage import write_output
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-_TILE = 128
-_LINE = 13
-_LINES = 3
-_OUTLINE = (255, 0, 200)
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -82,29 +76,6 @@ def contact_sheet(folder: Path, path: Path, count: int = 64) -> None:
     if not places:
         raise InvalidInputError(f"{folder} holds no sample to show")
     chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
-    tiles = [_tile(shards[index]) for shards, index in (places[number] for number in chosen)]
-    columns = int(np.ceil(np.sqrt(len(tiles))))
-    rows = -(-len(tiles) // columns)
-    width, height = tiles[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % columns * width, number // columns * height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_output(Path(path), buffer.getvalue())
-
-
-def _tile(photo: Photo) -> Image.Image:
-    """The sample, its longer side _TILE pixels, outlined, above at most three lines of its prompt."""
-    height, width = photo.mask.shape
-    size = (round(_TILE * width / max(photo.mask.shape)), round(_TILE * height / max(photo.mask.shape)))
-    image = Image.fromarray(photo.image).resize(size, Image.Resampling.BICUBIC)
-    mask = np.asarray(Image.fromarray(photo.mask).resize(size, Image.Resampling.NEAREST))
-    pixels = np.where(outline(mask)[..., None], np.array(_OUTLINE, np.uint8), np.asarray(image))
-    tile = Image.new("RGB", (_TILE + 8, _TILE + _LINES * _LINE + 10), "white")
-    tile.paste(Image.fromarray(pixels), (4 + (_TILE - size[0]) // 2, 4 + (_TILE - size[1]) // 2))
-    lines = textwrap.wrap(photo.prompt, 24, max_lines=_LINES, placeholder="...")
-    ImageDraw.Draw(tile).multiline_text(
-        (4, _TILE + 5), "\n".join(lines), "black", ImageFont.load_default(10), spacing=2
-    )
-    return tile
+    shown = [shards[index] for shards, index in (places[number] for number in chosen)]
+    sheet = picture_grid.contact_sheet([p.image for p in shown], [p.mask for p in shown], [p.prompt for p in shown])
+    write_output(Path(path), sheet)

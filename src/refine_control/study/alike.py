@@ -19,7 +19,7 @@ from refine_control.metrics.statistics import BOOTSTRAP_SEED, Interval, paired_d
 from refine_control.miniature.obedience import Reading, load_classifier, read_regions
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import BUNDLE
-from refine_control.picture_grid import PictureGrid
+from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.pipeline.painting import inpaint
 from refine_control.randomness import derive_seed
 from refine_control.records import Photo
@@ -147,10 +147,6 @@ def alike_grid(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> Pi
         return None
     photos = alike_photos(comparison.budget)
     shown = [photos[number] for number in _shown(len(photos))]
-    lines = [
-        [p.image, np.where(p.mask[..., None], 0, p.image).astype(np.uint8), *(v[i] for v in painted.values())]
-        for i, p in enumerate(shown)
-    ]
+    images, masks = [p.image for p in shown], [p.mask for p in shown]
     captions = [f"local: {p.prompt}; global: {p.global_prompt}" for p in shown]
-    columns, masks = ["original", "masked", *painted], [p.mask for p in shown]
-    return PictureGrid(columns, lines, captions, masks, title="Figure 2, mini model")
+    return repaint_grid(images, masks, captions, painted, title="Figure 2, mini model")

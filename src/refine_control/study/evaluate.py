@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from refine_control import __version__
@@ -22,7 +21,7 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device, device_name
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_backbone, load_controlnet, read_geometry, weights_mark
-from refine_control.picture_grid import PictureGrid, picture_grid
+from refine_control.picture_grid import picture_grid, repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
@@ -47,6 +46,7 @@ from refine_control.study.summary import Summary, intervals_json, summarise
 from refine_control.study.tables import short, text_table, write_tables
 
 OURS = "ours"
+_PICTURES = 12
 
 
 def summarise_models(result: Result) -> Summary:
@@ -76,19 +76,6 @@ class Written(NamedTuple):
     summary: dict[str, object]
 
 
-def pictures(
-    photos: Sequence[Photo], images: Mapping[str, Sequence[np.ndarray] | np.ndarray], count: int = 12
-) -> PictureGrid:
-    """Original (mask outlined), masked, and the raw output of every model, for the first `count` pictures."""
-    rows = []
-    for i, photo in enumerate(photos[:count]):
-        hole = np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8)
-        rows.append([photo.image, hole, *(painted[i] for painted in images.values())])
-    return PictureGrid(
-        ["original", "masked", *images], rows, [p.prompt for p in photos[:count]], [p.mask for p in photos[:count]]
-    )
-
-
 def write_results(
     out: Path,
     title: str,
@@ -112,7 +99,9 @@ def write_results(
     write_json(
         out / "metrics.json", {**numbers, "cost": described, "facts": facts, "keys": keys, "per_image": per_image}
     )
-    grid = pictures(photos, result.images)
+    shown = photos[:_PICTURES]
+    prompts = [p.prompt for p in shown]
+    grid = repaint_grid([p.image for p in shown], [p.mask for p in shown], prompts, result.images)
     write_atomic(out / "grid.png", picture_grid(grid))
     missing = list(networks.missing.values()) if networks else []
     notes = [*metric_notes(summary.metrics, len(photos)), *missing]

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import numpy as np
-
 from refine_control import __version__
 from refine_control.baselines.bounds import bounds_note, psnr_bounds
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import Images
 from refine_control.miniature.scene_shards import scene_photos
-from refine_control.picture_grid import PictureGrid, picture_grid
+from refine_control.picture_grid import PictureGrid, picture_grid, repaint_grid
 from refine_control.randomness import derive_seed
 from refine_control.records import TEST
 from refine_control.storage import only_writer, write_atomic, write_json
@@ -153,13 +151,8 @@ def _figure3(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> Pict
     if not painted or not (comparison.shards / TEST).is_dir():
         return None
     photos = comparison.test_photos()[: min(_SHOWN, *(len(v) for v in painted.values()))]
-    lines = [
-        [p.image, np.where(p.mask[..., None], 0, p.image).astype(np.uint8), *(v[i] for v in painted.values())]
-        for i, p in enumerate(photos)
-    ]
-    masks = [p.mask for p in photos]
-    columns, captions = ["original", "masked", *painted], [p.prompt for p in photos]
-    return PictureGrid(columns, lines, captions, masks, title=f"Figure 3, {comparison.world}")
+    images, masks, prompts = [p.image for p in photos], [p.mask for p in photos], [p.prompt for p in photos]
+    return repaint_grid(images, masks, prompts, painted, title=f"Figure 3, {comparison.world}")
 
 
 _SHOWN = 12
