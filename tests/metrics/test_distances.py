@@ -349,7 +349,7 @@ def test_what_the_distances_refuse_besides():
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"generated": normal(1, 4, 3)}, "4 pictures are held against a reference of 5"),
+        ({"generated": normal(1, 4, 3)}, "4 pictures are compared with a reference of 5"),
         ({"resamples": 1}, "resamples is 1"),
         ({"seed": -1}, "seed is -1"),
     ],

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, seconds and memory, measured and never looked up.
+"""The cost of a model, measured: parameters, FLOPs, seconds and memory.
 
 One multiply-accumulate (MAC) is 2 FLOPs everywhere in this project; papers that count MACs report half.
 """
@@ -43,8 +43,8 @@ def count_flops(fn: Callable[[], Any]) -> int:
     Counts what runs: a backward pass inside `fn` too (a fused attention's is 2.5 times its forward, for it
     computes the scores again), guidance twice. Norms, activations and other
     elementwise work are left out, as usual, and attention under a causal mask counts in full.
-    torch's counter does not know the CPU's fused attention or matrix-times-vector products and calls them
-    free; here they count, so that a CPU and a GPU report the same number."""
+    torch's counter does not know the CPU's fused attention or matrix-times-vector products and counts them as
+    0; here they count, so that a CPU and a GPU report the same number."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:

@@ -3,8 +3,8 @@
 # N reference pictures, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
 # R drawn sets of N pictures each; rows (R, N) say which were drawn
 
-All sums are float64. A distance of sets has no value for each picture, so `metrics` and `statistics` cannot
-hold it; `drawn_distance` and `set_interval` give its intervals by drawing pictures, the same ones for every model.
+All sums are float64. A distance of sets has no value for each picture, so `statistics` has no interval for it;
+`drawn_distance` and `set_interval` resample pictures, the same ones for every model.
 
 In N the Frechet distance is linear from D pictures on and KID from two blocks on; CMMD, as published, is a mean over
 all pairs of pictures. `drawn_sets` has the same distances of many drawn sets.
@@ -41,7 +41,7 @@ class BlockEstimate(NamedTuple):
 
     mean: float
     standard_error: float | None
-    """Of the mean, from the spread between blocks; None for one block, which says nothing of its own error."""
+    """Of the mean, from the spread between blocks; None for one block, whose error is unknown."""
     blocks: int
 
 
@@ -111,10 +111,9 @@ def drawn_distance(
 ) -> SetScore:
     """A distance of two sets in pairs, and the same of `resamples` sets drawn from them.
 
-    Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`: models measured apart,
-    in other runs or on other machines, were measured on the same drawn pictures, and what pictures share drops out of
-    their differences. `of_draws` is the same distance of drawn sets, which need not cost one `distance` for each: see
-    `drawn_sets`.
+    Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`, so models measured in
+    different runs or on different machines have the same drawn pictures and can be paired. `of_draws` computes the
+    distances of all drawn sets faster than one by one (`drawn_sets`).
     Raises InvalidInputError as `distance` does, for another number of pictures than the reference's, seed < 0 and
     resamples < 2."""
     if resamples < 2:
@@ -123,7 +122,7 @@ def drawn_distance(
     left, right = check_features(reference, generated, minimum=2)
     if len(left) != len(right):
         raise InvalidInputError(
-            f"{len(right)} pictures are held against a reference of {len(left)}; pictures are drawn in pairs, so "
+            f"{len(right)} pictures are compared with a reference of {len(left)}; pictures are drawn in pairs, so "
             "give as many of each, in one order"
         )
     rows = np.stack([draws.integers(len(left), size=len(left)) for _ in range(resamples)])
@@ -134,9 +133,9 @@ def drawn_distance(
 def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
     """The mean over training seeds of a distance, with its two-level interval: seeds, then pictures.
 
-    Drawn sets repeat pictures and therefore lie farther apart than the sets themselves: the interval is that of the
-    drawn values moved by (value - their mean). It tells the spread at this N; the bias which a distance has at this N
-    (`bias_note`) stays in it, and drops out of a difference in the main.
+    Drawn sets repeat pictures, so their distances are larger than that of the sets themselves: the interval is that of
+    the drawn values shifted by (value - their mean). It is the spread at this N. The bias of a distance at this N
+    (`bias_note`) remains in it, and mostly cancels in a difference.
     Raises InvalidInputError for no scores, for other numbers of draws, and for a level outside (0, 1)."""
     counts = {len(score.drawn) for score in scores}
     if len(counts) != 1:
@@ -151,7 +150,7 @@ def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> 
 
 
 def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
-    """`set_interval` of a - b, paired by picture and training seed; a single score stands beside every seed's.
+    """`set_interval` of a - b, paired by picture and training seed; a single score is paired with every seed.
 
     Raises InvalidInputError as `set_interval` does, and for numbers of seeds that do not pair."""
     count = max(len(a), len(b))
@@ -162,7 +161,7 @@ def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, leve
 
 
 def bias_note(n: int, width: int = INCEPTION_WIDTH) -> str:
-    """What a table must say beside a Frechet distance over `n` pictures in `width` features."""
+    """The note under a table with a Frechet distance over `n` pictures in `width` features."""
     if n < width:
         return (
             f"Frechet distance over {n} pictures in {width} features: with fewer pictures than features it is biased "

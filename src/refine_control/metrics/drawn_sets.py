@@ -1,11 +1,10 @@
-"""Distances of many sets that were drawn from one pair of sets, at a fraction of the cost of one after another.
+"""Distances of many sets drawn from one pair of sets, faster than one by one.
 
 # N pictures on each side, in pairs; D width of a feature
 # R drawn sets of N pictures each, U ~ 0.63 N different pictures in one of them; rows (R, N) say which were drawn
 
-Each is what `distances.one_by_one` gives with the distance of its name, up to rounding: a picture that was drawn
-k times counts k times instead of standing there k times. The kernel of two pictures is the same in every drawn set,
-so it is taken once for all of them.
+Each equals `distances.one_by_one` with the distance of its name, up to rounding: a picture that was drawn k times has
+weight k instead of k rows. The kernel of two pictures is the same in every drawn set, so it is computed once.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 # N images, H W pixels; images (N, H, W, 3) uint8 in [0, 255]; mask (N, H, W) bool, True = inpainted
 
-Every function answers for each image, (N,) float64: the mean over images is taken once, by whoever
-reports it. (The mean of the images' PSNR is not the PSNR of the pooled error: 20.5 dB against 17.5 dB
-on the same two images.) Nothing here composites by itself; `composite` does, and the caller says so.
+Every function returns one value for each image, (N,) float64; the caller takes the mean. (The mean of the images' PSNR
+is not the PSNR of the pooled error: 20.5 dB against 17.5 dB on the same two images.) Images are compared as they are;
+`composite` pastes the kept pixels back, and only where the caller asks for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONVENTIONS = (
     "mean of the channels. Raw pipeline output unless composited (kept pixels put back); region: inside the mask; "
     "kept: outside of it."
 )
-"""What tables say of PSNR and SSIM."""
+"""The note on PSNR and SSIM under tables."""
 
 SSIM_SIGMA = 1.5
 SSIM_RADIUS = 5
@@ -87,7 +87,7 @@ def ssim(reference: Images, generated: Images, mask: Mask | None = None) -> PerI
 
 
 def composite(reference: Images, generated: Images, mask: Mask) -> Images:
-    """The generated pixels where `mask` is True, the reference's own everywhere else, byte for byte.
+    """The generated pixels where `mask` is True, the reference's everywhere else, byte for byte.
 
     Returns new (N, H, W, 3) uint8. Raises InvalidInputError for images or a mask that are not as the
     module says; a mask without an inpainted pixel is allowed here and returns the reference."""

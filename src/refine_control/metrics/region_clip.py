@@ -45,7 +45,7 @@ def region_pictures(images: Images, masks: Mask, side: int) -> NDArray[np.uint8]
 
 
 def prompts_asked(photos: Sequence[Photo]) -> dict[str, list[str]]:
-    """The prompts by the metric they make: the region's own, the photograph's, and another's.
+    """Prompts by metric: the region's, the photograph's, and another region's.
 
     `clip_global`: the global prompt, or the prompts of all regions of the same photograph (`meta["photo"]`).
     `clip_other`: that of the next other region of the same photograph, or, where it has one alone, of the next

@@ -1,11 +1,10 @@
-"""Intervals for means, differences and ratios by the bootstrap, so that no table row stands without its spread.
+"""95 % bootstrap intervals of means, paired differences and ratios.
 
 # S training seeds, N scenes (test images); values (N,) or (S, N): row s is one training run, column n one scene
 
-Every method is judged on the same scenes, so scenes are drawn once per resample and used for every method
-and every seed (crossed, not nested: the N scenes of two seeds are the same N scenes). All intervals are
-percentile intervals. With S seeds the spread between seeds comes out sqrt((S - 1) / S) of its size
-(0.82 at S = 3): few seeds make an interval too narrow, and no resampling can mend that.
+All methods and seeds are evaluated on the same N scenes (crossed, not nested), so a resample draws scenes once for all
+of them. All intervals are percentile intervals. With S seeds the bootstrap underestimates the spread between seeds by a
+factor of sqrt((S - 1) / S) (0.82 at S = 3): intervals of few seeds are too narrow.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from refine_control.errors import InvalidInputError
 
 BOOTSTRAP_SEED = 20250922
-"""Of every interval that a verb writes: equal numbers have equal intervals."""
+"""Seed of every interval that a verb writes: equal numbers have equal intervals."""
 _REMEMBERED_VALUES = 1 << 24  # 32 MB of counts
 _CHUNK_VALUES = 1 << 21  # drawn indices held at a time; a fixed number, since the draws depend on it
 
@@ -73,7 +72,7 @@ def two_level(values: ArrayLike, seed: int, resamples: int = 10_000, level: floa
     """The mean of (S, N) values and its bootstrap interval over seeds, then scenes.
 
     Each resample draws S seeds, then N scenes which all of them share. With S = 1 this is `bootstrap_mean`
-    of the row: the spread between training runs is unknown, not zero.
+    of the row, without the spread between training runs.
     Raises InvalidInputError as `bootstrap_mean` does, and for values that are not (S, N)."""
     return _interval_of_mean(_checked("values", values, dimensions=(2,)), seed, resamples, level)
 
@@ -81,8 +80,8 @@ def two_level(values: ArrayLike, seed: int, resamples: int = 10_000, level: floa
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """The mean of a - b and its paired interval: both methods are resampled by the same scenes (and seeds).
 
-    a and b are (N,) or (S, N); an (N,) one is a method without training seeds and counts for each seed of
-    the other. Raises InvalidInputError as `bootstrap_mean` does, and for a different N or S."""
+    a and b are (N,) or (S, N); an (N,) one is a method without training seeds and is paired with each seed
+    of the other. Raises InvalidInputError as `bootstrap_mean` does, and for a different N or S."""
     left, right = _aligned({"a": a, "b": b})
     return _interval_of_mean(left - right, seed, resamples, level)
 
@@ -118,8 +117,8 @@ def gap_closed(
 def _checked(name: str, values: ArrayLike, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim not in dimensions:
-        wanted = " or ".join({1: "(N,)", 2: "(S, N)"}[d] for d in dimensions)
-        raise InvalidInputError(f"{name}: the shape is {array.shape}; give {wanted}")
+        expected = " or ".join({1: "(N,)", 2: "(S, N)"}[d] for d in dimensions)
+        raise InvalidInputError(f"{name}: the shape is {array.shape}; give {expected}")
     if array.shape[-1] < 2 or array.size == 0:
         raise InvalidInputError(f"{name}: the shape is {array.shape}; an interval needs at least two scenes")
     if not np.isfinite(array).all():
@@ -171,7 +170,7 @@ def _draws(
 
 @lru_cache(maxsize=8)
 def _remembered_draws(*asked: int) -> tuple[tuple[NDArray[np.float64], NDArray[np.uint16]], ...]:
-    """`_draws`, the same for all metrics of a table."""
+    """`_draws`, kept for all metrics of a table."""
     return tuple(_draws(*asked))
 
 

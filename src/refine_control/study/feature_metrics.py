@@ -1,7 +1,7 @@
-"""Metrics that need a network to look: which there are, which can be computed here, and what they say of a model.
+"""Metrics that need a network, and which of them can be computed on this machine.
 
-FID, KID, LPIPS and CMMD need published weights (`features`); what is not there is said and left out, never replaced.
-The scene distances look through the mini model's own oracle and stand under their own names.
+FID, KID, LPIPS and CMMD need published weights (`metrics.features`); a metric without its weights is left out with a
+note, never replaced. The scene distances use the features of the mini model's oracle and have their own names.
 """
 
 # N pictures, H W pixels, D width of a network's features
@@ -154,7 +154,7 @@ def pair_scores(
     """LPIPS (whole, and of what is kept), the scene distance and CLIP's obedience of each picture, (N,), where their
     networks are.
 
-    `seen` is what `see` made of the photos and of the painted pictures, (N, H, W, 3) uint8."""
+    `seen` are the features (`see`) of the photos and of the painted pictures, (N, H, W, 3) uint8."""
     out: dict[str, PerImage] = {}
     if networks.lpips is not None:
         reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
@@ -184,7 +184,7 @@ def set_scores(reference: Seen, painted: Seen) -> dict[str, SetScore]:
 
 
 def metric_notes(metrics: Iterable[str], count: int) -> list[str]:
-    """What a table must say beside those of `metrics` that need a network, over `count` pictures."""
+    """The notes under a table on those of `metrics` that need a network, over `count` pictures."""
     shown, out = set(metrics), []
     if shown & {"fid", "kid"}:
         out += [

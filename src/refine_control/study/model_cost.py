@@ -1,4 +1,4 @@
-"""What each ControlNet costs to run in one model: counted, timed alternately, and weighed in a fresh process."""
+"""Cost of each ControlNet in one model: operations counted, steps timed alternately, memory of a fresh process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refine_control.models.loading import load_backbone, load_controlnet
 
 
 def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
-    """Two functions: one ControlNet pass, and one denoising step, on a picture of the model's own size."""
+    """Two functions: one ControlNet pass, and one denoising step, on a picture of the model's size."""
     transformer = backbone.transformer
     size, channels = transformer.config["sample_size"], transformer.config["in_channels"]
     embeds, pooled = backbone.encode_prompts(["a red circle"])

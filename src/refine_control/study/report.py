@@ -1,7 +1,7 @@
 """The report: one HTML file that holds everything, opens offline and reads on a phone.
 
 Plain data in, bytes out: equal data give equal bytes. Pictures are PNG inside the file, curves are inline
-SVG, nothing is fetched and no script runs (the page's own policy forbids both). `picture_grid` draws the
+SVG, nothing is fetched and no script runs (the page's policy forbids both). `picture_grid` draws the
 same pictures as one labelled PNG for a README or a paper.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 @dataclass(frozen=True)
 class ReportData:
     """Everything on the page, in its order. `facts` are N, steps, sampler, guidance, seeds, machine and command
-    lines; `signatures` name what made the results: recipe, code version, hashes of inputs."""
+    lines; `signatures` name the recipe, code version and hashes of inputs."""
 
     title: str
     summary: Sequence[str]

@@ -69,7 +69,7 @@ CLIP = Published(
 def find_weights(published: Published, given: Path | None = None) -> Path:
     """The file of `published`: `given` (a file, or a folder that holds it) or, without it, the first place with one.
 
-    Raises MissingError, saying what is then not computed and where to get it."""
+    Raises MissingError with the metrics that cannot be computed and where to get the file."""
     places = list(_places(published)) if given is None else _inside(given, published)
     existing = next((path for path in places if path.is_file()), None)
     if existing is None:
