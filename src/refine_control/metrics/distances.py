@@ -1,13 +1,13 @@
-"""Frechet distance, KID and CMMD between two sets of pictures; pure functions of features, reference before generated.
+"""Fréchet distance, KID and CMMD between two sets of images; pure functions of features, reference before generated.
 
-# N reference pictures, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
-# R drawn sets of N pictures each; rows (R, N) say which were drawn
+# N reference images, M generated ones, D width of a feature; features (N, D) and (M, D), any float type
+# R bootstrap samples of N images each; rows (R, N) are the indices of their images
 
 All sums are float64. A distance of sets has no value for each picture, so `statistics` has no interval for it;
 `drawn_distance` and `set_interval` resample pictures, the same ones for every model.
 
-In N the Frechet distance is linear from D pictures on and KID from two blocks on; CMMD, as published, is a mean over
-all pairs of pictures. `drawn_sets` has the same distances of many drawn sets.
+The time of the Fréchet distance is linear in N from D images on, and that of KID from two blocks on. CMMD, as
+published, is a mean over all pairs of images. `drawn_sets` has the same distances for many bootstrap samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from refine_control.progress import Progress
 Rows = NDArray[np.integer]
 Distance = Callable[[Features, Features], float]
 OfDraws = Callable[[Features, Features, Rows, Progress | None], NDArray[np.float64]]
-"""A distance of each pair of sets (R,) that `rows` (R, N) draw from both sides."""
+"""The distance (R,) of each bootstrap sample `rows` (R, N) of both sides."""
 
 INCEPTION_WIDTH = 2048
 CMMD_SIGMA = 10.0
@@ -37,7 +37,7 @@ _QR_ROWS = 4096
 
 
 class BlockEstimate(NamedTuple):
-    """The mean over disjoint blocks of pictures, and what is known of its error."""
+    """The mean over disjoint blocks of images, and its standard error."""
 
     mean: float
     standard_error: float | None
@@ -46,11 +46,11 @@ class BlockEstimate(NamedTuple):
 
 
 class SetScore(NamedTuple):
-    """A distance between the reference and one model's pictures."""
+    """A distance between the reference and one model's images."""
 
     value: float
     drawn: NDArray[np.float64]
-    """(R,) the same between R sets of N pictures, drawn from these with repetition."""
+    """(R,) the same for R bootstrap samples of N images."""
 
 
 def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
@@ -109,7 +109,7 @@ def drawn_distance(
     progress: Progress | None = None,
     of_draws: OfDraws | None = None,
 ) -> SetScore:
-    """A distance of two sets in pairs, and the same of `resamples` sets drawn from them.
+    """A distance of two paired sets, and the same for `resamples` bootstrap samples of them.
 
     Row i of both arrays belongs to picture i. The draws are a pure function of N and `seed`, so models measured in
     different runs or on different machines have the same drawn pictures and can be paired. `of_draws` computes the
@@ -155,7 +155,7 @@ def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, leve
     Raises InvalidInputError as `set_interval` does, and for numbers of seeds that do not pair."""
     count = max(len(a), len(b))
     if {len(a), len(b)} - {1, count}:
-        raise InvalidInputError(f"{len(a)} and {len(b)} training seeds make no pairs; give as many of each, or one")
+        raise InvalidInputError(f"{len(a)} and {len(b)} training seeds cannot be paired; give equally many, or one")
     pairs = zip(list(a) * (count // len(a)), list(b) * (count // len(b)), strict=True)
     return set_interval([SetScore(x.value - y.value, x.drawn - y.drawn) for x, y in pairs], seed, level)
 
@@ -200,7 +200,7 @@ def check_features(reference: ArrayLike, generated: ArrayLike, minimum: int = 1)
 def one_by_one(
     distance: Distance, left: Features, right: Features, rows: Rows, progress: Progress | None = None
 ) -> NDArray[np.float64]:
-    """`distance` of each drawn pair of sets, (R,)."""
+    """`distance` of each bootstrap sample, (R,), one after the other."""
     out = np.empty(len(rows))
     for number, drawn in enumerate(rows):
         out[number] = distance(left[drawn], right[drawn])
@@ -210,7 +210,7 @@ def one_by_one(
 
 
 def weighted_frechet(left: Features, left_counts: NDArray, right: Features, right_counts: NDArray) -> float:
-    """`frechet_distance` of sets that hold row i `counts[i]` times; such a row costs as much as one."""
+    """`frechet_distance` of sets in which row i occurs `counts[i]` times, at the cost of one row."""
     mean_l, root_l = _mean_and_root(left, left_counts)
     mean_r, root_r = _mean_and_root(right, right_counts)
     cross = np.linalg.svd(root_l @ root_r.T, compute_uv=False).sum()
@@ -219,9 +219,9 @@ def weighted_frechet(left: Features, left_counts: NDArray, right: Features, righ
 
 
 def _mean_and_root(features: Features, counts: NDArray) -> tuple[Features, Features]:
-    """The mean (D,) and R (at most D rows) with R^T R the covariance, of a set that holds row i `counts[i]` times.
+    """The mean (D,) and R (at most D rows) with R^T R the covariance, of a set in which row i occurs `counts[i]` times.
 
-    More than D rows are taken in one chunk after another."""
+    More than D rows are processed in chunks."""
     pictures, width = counts.sum(), features.shape[1]
     mean = counts @ features / pictures
     weights, scale = np.sqrt(counts)[:, None], np.sqrt(pictures - 1)
@@ -235,7 +235,7 @@ def _mean_and_root(features: Features, counts: NDArray) -> tuple[Features, Featu
 
 
 def kid_blocks(left: int, right: int, block_size: int, seed: int) -> list[tuple[Rows, Rows]]:
-    """Places of the pictures of each block on both sides, disjoint and shuffled apart; none is left out."""
+    """Indices of the images of each block on both sides, disjoint and shuffled independently; none is omitted."""
     if block_size < 2:
         raise InvalidInputError(f"block_size is {block_size}; give at least 2")
     shuffle = _generator(seed)

@@ -1,7 +1,7 @@
 """Distances of many sets drawn from one pair of sets, faster than one by one.
 
-# N pictures on each side, in pairs; D width of a feature
-# R drawn sets of N pictures each, U ~ 0.63 N different pictures in one of them; rows (R, N) say which were drawn
+# N images on each side, in pairs; D width of a feature
+# R samples of N images each, about 0.63 N of them different; rows (R, N) are the indices of their images
 
 Each equals `distances.one_by_one` with the distance of its name, up to rounding: a picture that was drawn k times has
 weight k instead of k rows. The kernel of two pictures is the same in every drawn set, so it is computed once.
@@ -22,8 +22,8 @@ _COUNT_VALUES = 1 << 24  # numbers of times that pictures were drawn, held at a 
 def frechet_of_draws(
     left: Features, right: Features, rows: Rows, progress: Progress | None = None
 ) -> NDArray[np.float64]:
-    """`frechet_distance` of each drawn pair of sets, (R,): a picture drawn k times is one row of weight k, so that
-    singular values are those of a U x U matrix (D x D at most)."""
+    """`frechet_distance` of each sample, (R,). An image drawn k times is one row of weight k, so the singular values
+    are those of a smaller matrix, at most D x D."""
     out = np.empty(len(rows))
     for number, drawn in enumerate(rows):
         seen, counts = np.unique(drawn, return_counts=True)
@@ -42,10 +42,10 @@ def kid_of_draws(
     block_size: int = 1000,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """The mean of `kid` of each drawn pair of sets, (R,).
+    """The mean of `kid` of each sample, (R,).
 
-    While the numbers of times that each block holds each picture, 2 R N^2 / block_size in all, fit in memory, the
-    kernel is taken once for all of them; beyond, each set's blocks are taken alone, linear in N."""
+    The kernel is computed once for all samples while the counts of images in blocks, 2 R N^2 / block_size numbers, fit
+    in memory. Beyond that each sample is computed separately, linear in N."""
     blocks = kid_blocks(len(left), len(right), block_size, seed)
     if 2 * len(blocks) * rows.size > _COUNT_VALUES:
         return one_by_one(lambda a, b: kid(a, b, block_size, seed).mean, left, right, rows, progress)
@@ -68,14 +68,14 @@ def kid_of_draws(
 
 
 def cmmd_of_draws(left: Features, right: Features, rows: Rows, progress: Progress | None = None) -> NDArray[np.float64]:
-    """`cmmd` of each drawn pair of sets, (R,)."""
+    """`cmmd` of each sample, (R,)."""
     return CMMD_SCALE * gaussian_mmd_of_draws(left, right, rows, progress, sigma=CMMD_SIGMA)
 
 
 def gaussian_mmd_of_draws(
     left: Features, right: Features, rows: Rows, progress: Progress | None = None, *, sigma: float
 ) -> NDArray[np.float64]:
-    """`gaussian_mmd` of each drawn pair of sets, (R,): the kernel of every two pictures is taken once for all sets."""
+    """`gaussian_mmd` of each sample, (R,); the kernel of two images is computed once for all samples."""
     kernel, counts = gaussian_kernel(sigma), _counts(rows, len(left))
     sums = [kernel_sums(a, counts, b, counts, kernel) for a, b in ((left, left), (right, right), (left, right))]
     if progress:
@@ -84,5 +84,5 @@ def gaussian_mmd_of_draws(
 
 
 def _counts(rows: Rows, pictures: int) -> Features:
-    """(R, N) rows -> (R, pictures): how often each picture was drawn."""
+    """How often each image was drawn: (R, N) rows -> (R, pictures)."""
     return np.stack([np.bincount(drawn, minlength=pictures) for drawn in rows]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Sums of kernels over pairs of pictures, some rows of the matrix at a time: it is never held whole.
+"""Sums of kernels over pairs of images, computed by blocks of rows so that the matrix is never in memory as a whole.
 
 # N pictures on one side, M on the other, D width of a feature, R drawn sets; a kernel is (N, D), (M, D) -> (N, M)
 """
@@ -19,8 +19,8 @@ _CHUNK_VALUES = 1 << 21  # kernel values held at a time: 16 MB
 
 
 def gaussian_kernel(sigma: float) -> Kernel:
-    """exp(-|x - y|^2 / (2 sigma^2)) less 1, which all three means of an MMD share: what is left is not the small
-    difference of numbers near 1. Raises InvalidInputError for sigma <= 0."""
+    """exp(-|x - y|^2 / (2 sigma^2)) - 1. The 1 cancels in an MMD; without it no small difference of numbers near 1 is
+    formed. Raises InvalidInputError for sigma <= 0."""
     if not sigma > 0:
         raise InvalidInputError(f"sigma is {sigma}; give a width above 0")
 
@@ -42,12 +42,12 @@ def cubic_kernel(width: int) -> Kernel:
 
 
 def cubic_of_itself(features: Features) -> NDArray[np.float64]:
-    """The cubic kernel of each picture with itself, (N,)."""
+    """The cubic kernel of each image with itself, (N,)."""
     return (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
 
 
 def _kernel_chunks(rows: Features, columns: Features, kernel: Kernel) -> Iterator[tuple[slice, Features]]:
-    """Some rows of the matrix of kernels at a time."""
+    """Blocks of rows of the kernel matrix."""
     step = max(1, _CHUNK_VALUES // len(columns))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -55,14 +55,14 @@ def _kernel_chunks(rows: Features, columns: Features, kernel: Kernel) -> Iterato
 
 
 def kernel_sum(rows: Features, columns: Features, kernel: Kernel) -> float:
-    """Over all pairs of a row and a column."""
+    """The sum over all pairs of a row and a column."""
     return float(sum(values.sum() for _, values in _kernel_chunks(rows, columns, kernel)))
 
 
 def kernel_sums(
     rows: Features, row_counts: Features, columns: Features, column_counts: Features, kernel: Kernel
 ) -> NDArray[np.float64]:
-    """The same of each drawn pair of sets, (R,): sum over i, j of row_counts[r, i] kernel[i, j] column_counts[r, j]."""
+    """The same for each bootstrap sample, (R,): sum over i, j of row_counts[r, i] kernel[i, j] column_counts[r, j]."""
     out = np.zeros(len(row_counts))
     for part, values in _kernel_chunks(rows, columns, kernel):
         out += np.einsum("ri,ri->r", row_counts[:, part], column_counts @ values.T)

@@ -1,7 +1,7 @@
-"""Obedience on photographs, where no oracle knows colour and shape: CLIP looks at the square around the mask.
+"""Obedience on photographs, where no classifier knows colour and shape: CLIP scores of the square around the mask.
 
-Its score against the region's own prompt stands beside those against the photograph's global prompt and against
-another region's: a model that obeys raises the first alone.
+The score with the region's prompt is compared with those of the photograph's global prompt and of another region's
+prompt: a model that obeys raises only the first.
 """
 
 # N photographs, H W pixels
@@ -24,7 +24,7 @@ SCALE = 100.0
 
 
 def mask_square(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """Rows and columns of the smallest square that holds the mask, moved into the picture; at most its shorter side.
+    """Rows and columns of the smallest square around the mask, moved inside the image; at most its shorter side.
 
     Raises ValueError for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -40,7 +40,7 @@ def mask_square(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 def region_pictures(images: Images, masks: Mask, side: int) -> NDArray[np.uint8]:
-    """(N, H, W, 3) uint8 and (N, H, W) -> (N, side, side, 3): what CLIP sees of each region."""
+    """The square around each region, for CLIP: (N, H, W, 3) uint8 and (N, H, W) -> (N, side, side, 3)."""
     return np.stack([central_square(image[mask_square(mask)], side) for image, mask in zip(images, masks, strict=True)])
 
 
@@ -48,8 +48,8 @@ def prompts_asked(photos: Sequence[Photo]) -> dict[str, list[str]]:
     """Prompts by metric: the region's, the photograph's, and another region's.
 
     `clip_global`: the global prompt, or the prompts of all regions of the same photograph (`meta["photo"]`).
-    `clip_other`: that of the next other region of the same photograph, or, where it has one alone, of the next
-    photograph whose prompt is another; left out where all prompts are one."""
+    `clip_other`: a different prompt, of the next region of the same photograph or else of the next photograph; omitted
+    if all prompts are equal."""
     by_photo: dict[object, list[str]] = {}
     for p in photos:
         by_photo.setdefault(p.meta.get("photo", p.key), []).append(p.prompt)
@@ -66,7 +66,7 @@ def prompts_asked(photos: Sequence[Photo]) -> dict[str, list[str]]:
 def clip_scores(
     pictures: object, text: ClipText, images: Images, masks: Mask, asked: Mapping[str, Sequence[str]]
 ) -> dict[str, PerImage]:
-    """100 cosines of each region with each kind of prompt, (N,). `pictures` is the picture tower of the same CLIP."""
+    """100 x cosine of each region with each kind of prompt, (N,). `pictures` is the image tower of the same CLIP."""
     side = pictures.config.image_size  # type: ignore[attr-defined]
     seen = clip_features(pictures, region_pictures(images, masks, side))  # type: ignore[arg-type]
     return {

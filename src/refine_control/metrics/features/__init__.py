@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features: Inception for FID and KID, AlexNet for LPIPS, CLIP for CMMD.
+"""Networks that compute features of images: Inception for FID and KID, AlexNet for LPIPS, CLIP for CMMD.
 
 Each is the published network with the published weights, checked by sha256, or no number at all.
 """

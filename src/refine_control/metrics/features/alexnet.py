@@ -1,4 +1,4 @@
-"""LPIPS v0.1 with AlexNet: how far apart two pictures are in the eyes of five layers, weighed by learned heads.
+"""LPIPS v0.1 with AlexNet: the distance of two images in the features of five layers, weighted by learned heads.
 
 The trunk is torchvision's AlexNet (its `features`), the heads are the published ones. Pixels are in [-1, 1].
 """
@@ -26,9 +26,9 @@ LAYERS = {0: (64, 11), 3: (192, 5), 6: (384, 3), 8: (256, 3), 10: (256, 3)}
 """Of each convolution by its number in the file: channels and kernel. A ReLU follows each; 3 and 6 pool before."""
 POOLED = (3, 6)
 CLASSIFIER = {1: (4096, 256 * 6 * 6), 4: (4096, 4096), 6: (1000, 4096)}
-"""The file's other weights, which LPIPS has no use for: outputs and inputs by number."""
+"""The file's other weights, which LPIPS does not use: outputs and inputs by number."""
 SMALLEST = 31
-"""Pixels of a side: below this the second pool has nothing to pool."""
+"""Minimum pixels of a side, below which the second pooling has no input."""
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)

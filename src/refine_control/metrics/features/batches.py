@@ -1,4 +1,4 @@
-"""Pictures to a network, some at a time."""
+"""Runs a network over images in batches."""
 
 # N pictures, H W pixels, n pictures of a batch
 
@@ -46,7 +46,7 @@ def to_pixels(images: Images, network: nn.Module) -> torch.Tensor:
 
 @contextmanager
 def in_full_precision() -> Iterator[None]:
-    """No gradients, and fp32 convolutions on a GPU as on a CPU: cuDNN would round what goes in to TF32's ten bits."""
+    """No gradients, and fp32 convolutions on a GPU too: cuDNN would round its inputs to the ten bits of TF32."""
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 

@@ -34,7 +34,7 @@ LARGE_336 = {
     "hidden_act": "quick_gelu",
 }
 TEXT = ("text_model.", "text_projection.", "logit_scale")
-"""The file holds both towers; these belong to the other one."""
+"""The file holds both towers; these are the text tower's."""
 POSITIONS = "vision_model.embeddings.position_ids"  # 0, 1, 2, ...: old files hold it, today's class computes it
 
 
@@ -50,7 +50,7 @@ def load_clip(weights: Path | None = None, device: str | torch.device = "cpu") -
 
 
 def untrained(settings: Mapping[str, Any] = LARGE_336) -> CLIPVisionModelWithProjection:
-    """The network of that size, frozen, with weights drawn by torch's generator: it answers nothing, at full cost."""
+    """A frozen network of that size with random weights, for benchmarks."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).eval().requires_grad_(False)

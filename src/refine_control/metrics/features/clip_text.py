@@ -1,4 +1,4 @@
-"""The other tower of CMMD's CLIP: prompts of length 1, to ask whether a region shows what was asked for."""
+"""The text tower of CMMD's CLIP, to measure whether a region shows what its prompt says."""
 
 # n prompts of a batch, D width of the projection
 
@@ -40,7 +40,7 @@ class ClipText(NamedTuple):
 
 
 def load_clip_text(weights: Path | None = None, device: str | torch.device = "cpu") -> ClipText:
-    """The published tower, fp32; its tokenizer lies beside the weights.
+    """The published tower, fp32; its tokenizer is expected in the folder of the weights.
 
     Raises MissingError when either is nowhere, DamagedError for weights with another sha256."""
     from transformers import CLIPTextConfig, CLIPTokenizer

@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 Pool = Callable[[torch.Tensor], torch.Tensor]
 Chain = tuple[Step | Pool | tuple[Step, ...], ...]
-"""Steps one after another; a tuple of steps stands side by side and is concatenated."""
+"""Steps in sequence; the outputs of a tuple of steps are concatenated."""
 
 
 class Convolution(nn.Module):
@@ -57,7 +57,7 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Chains beside each other on the same input, concatenated: (n,C,s,s) -> (n,sum of widths,t,t)."""
+    """Parallel chains on the same input, concatenated: (n,C,s,s) -> (n,sum of widths,t,t)."""
 
     def __init__(self, width: int, *chains: Chain):
         super().__init__()
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 def mean_around(maps: torch.Tensor) -> torch.Tensor:
-    """3 x 3 means of the maps' own values; what lies outside does not count."""
+    """3 x 3 means; values outside the map do not count."""
     return functional.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -97,7 +97,7 @@ def max_around(maps: torch.Tensor) -> torch.Tensor:
 
 
 def max_halved(maps: torch.Tensor) -> torch.Tensor:
-    """3 x 3 maxima at every second place, no padding."""
+    """3 x 3 maxima with stride 2, no padding."""
     return functional.max_pool2d(maps, 3, stride=2)
 
 
@@ -237,8 +237,7 @@ def load_inception(weights: Path | None = None, device: str | torch.device = "cp
 
 
 def placed(network: Inception, device: str | torch.device) -> Inception:
-    """`network` on `device`, its weights laid out for the convolutions there: on a CPU those with channels last are
-    faster by a third."""
+    """Moves `network` to `device`, with channels last on a CPU, where its convolutions are then faster."""
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.channels_last if on_cpu else torch.contiguous_format
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The metric networks' published weights: where they are, that they are the right ones, and that they fit.
+"""The published weights of the metric networks: finds, verifies and loads them.
 
 A file is looked for where the caller says, or else in the folder of the environment variable
 REFINE_CONTROL_WEIGHTS, then in the caches of torch and of the hub. Nothing is downloaded. A file is opened
@@ -23,16 +23,16 @@ FOLDER_VARIABLE = "REFINE_CONTROL_WEIGHTS"
 
 
 class Published(NamedTuple):
-    """A file of weights that everybody means by the name of a metric."""
+    """The published file of weights of a metric."""
 
     metric: str
     names: tuple[str, ...]
-    """Names that it goes by, the usual one first; relative to the folders in which it is looked for."""
+    """Its file names, the usual one first, relative to the searched folders."""
     sha256: str
     source: str
     """How to get it: `from ...` or `with ...`."""
     packages: tuple[tuple[str, str], ...] = ()
-    """Installed packages that carry it: name, path inside. They are looked at, never imported."""
+    """Installed packages that contain it: name, path inside. They are not imported."""
     repository: str | None = None
     """On the hub."""
 
