@@ -73,7 +73,7 @@ def test_a_batch_is_what_encoding_its_pictures_gives(folder):
 
 
 def test_new_words_want_the_stage_that_teaches_them(folder, tmp_path):
-    with pytest.raises(InvalidInputError, match="only the stage base teaches words"):
+    with pytest.raises(InvalidInputError, match="only the stage base trains words"):
         PhotoWorld(folder).pipeline(None, tmp_path, 0, ["joint"])
 
 
@@ -94,7 +94,7 @@ def test_a_bundle_of_photographs_knows_their_words_and_says_whose_they_are(folde
     assert any((a != b).any() for a, b in zip(known.parameters(), shipped.parameters(), strict=True))
     with pytest.raises(InvalidInputError, match="does not know 3 words"):
         PhotoWorld(folder).pipeline(BUNDLE, tmp_path, 0, stages)
-    with pytest.raises(InvalidInputError, match=r"other steps, seed, start or pictures"):
+    with pytest.raises(InvalidInputError, match=r"other steps, seed, start or images"):
         make_bundle(tmp_path, stages=stages, count=0, world=PhotoWorld(folder), start=bundle)
     with pytest.raises(InvalidInputError, match=r"base was trained with other steps"):
         make_bundle(tmp_path, seed=1, stages=stages, count=0, world=PhotoWorld(folder))
