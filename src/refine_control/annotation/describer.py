@@ -167,7 +167,7 @@ def load_describer(
     """Loads a Qwen2.5-VL from a folder or by its hub id, strictly.
 
     `device`: the GPU where there is one. `dtype`: bfloat16 on a GPU, float32 on the CPU. Raises MissingError where
-    the weights cannot be had, InvalidInputError where they are no Qwen2.5-VL or disagree with their config."""
+    the weights are missing, InvalidInputError where they are no Qwen2.5-VL or disagree with their config."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
