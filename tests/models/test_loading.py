@@ -254,6 +254,26 @@ def test_tokenizers_are_whole_and_fit_their_encoders(folder, name, change, kind,
     refused(lambda: load_pipeline(folder), name, word, kind=kind)
 
 
+@pytest.mark.parametrize("layout", ["tokenizer.json", "merges.txt"])
+def test_a_tokenizer_whose_merges_are_cut_is_refused(folder, layout):
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+
+    def write(merges):
+        if layout == "tokenizer.json":
+            put(path, json.dumps({**content, "model": {**model, "merges": merges}}))
+        else:
+            path.unlink(missing_ok=True)
+            put(path.with_name("vocab.json"), json.dumps(model["vocab"]))
+            put(path.with_name("merges.txt"), "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+    write(model["merges"])
+    assert load_pipeline(folder).tokenizer("a red circle") == load_pipeline(folder).tokenizer_2("a red circle")
+    write(model["merges"][:-9])
+    refused(lambda: load_pipeline(folder), "tokenizer", "9 of its tokens")
+
+
 def test_components_of_two_models_are_refused(folder, tiny_backbone):
     from diffusers import AutoencoderKL
 

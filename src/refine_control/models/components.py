@@ -297,4 +297,21 @@ def load_tokenizer(component: Any, folder: Path) -> Any:
         raise InvalidInputError(
             f"{folder} does not hold a {component.__name__} ({_one_line(error)}); copy it again"
         ) from error
+    if absent := _unreachable_tokens(tokenizer):
+        raise InvalidInputError(
+            f"{folder} has no merges for {len(absent)} of its tokens, first {absent[0]!r}: one of its files is "
+            "cut; copy the tokenizer again"
+        )
     return tokenizer
+
+
+def _unreachable_tokens(tokenizer: Any) -> list[str]:
+    """Tokens of a BPE vocabulary that no merge makes, as where its list of merges was cut; none for other kinds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    if model.get("type") != "BPE":
+        return []
+    suffix = model.get("end_of_word_suffix") or ""
+    merged = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
+    reachable = merged | set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
+    return sorted(token for token in model["vocab"] if len(token.removesuffix(suffix)) > 1 and token not in reachable)
