@@ -45,6 +45,9 @@ INLINE = sorted(
     }
 )
 
+_COLUMNS = b"\x19\x18\x03URL\x19\x18\x04TEXT"
+PARQUET = b"PAR1" + _COLUMNS + len(_COLUMNS).to_bytes(4, "little") + b"PAR1"
+"""As much of a parquet file as names its columns."""
 GROUP: Any = typer.main.get_command(cli.app)
 
 
@@ -56,7 +59,7 @@ def somewhere(tmp_path, monkeypatch):
         for word in shlex.split(command)[1:]:
             path = Path(word.partition("=")[2] or word) if "runs/" in word else Path(word)
             if path.suffix in (".jpg", ".png", ".parquet", ".tsv000") and not str(path).startswith("runs/"):
-                path.write_bytes(b"photo_id\tphoto_image_url\n")  # as a list of addresses begins
+                path.write_bytes(PARQUET if path.suffix == ".parquet" else b"photo_id\tphoto_image_url\n")
             elif word == "TARS":
                 path.mkdir(exist_ok=True)
                 (path / "0.tar").write_bytes(b"")

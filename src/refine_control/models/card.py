@@ -10,7 +10,7 @@ BUNDLE = Path(__file__).parent / "mini_bundle"
 CARD = "refine_control.json"
 """The file in which a bundle describes itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
-"""What a bundle paints well with; a trial of guidance is in docs/results.md."""
+"""What a bundle paints well with; a trial of guidance is in docs/trials.md."""
 
 
 def own_sampling(model: str) -> dict[str, Any]:

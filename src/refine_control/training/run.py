@@ -50,7 +50,7 @@ class Trained(NamedTuple):
 
 
 def fast_precision(device: torch.device) -> Precision:
-    """bf16 where the processor has units for it (measured in docs/results.md), else fp32."""
+    """bf16 where the processor has units for it (measured in docs/engineering.md), else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
