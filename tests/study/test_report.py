@@ -12,19 +12,10 @@ import pytest
 from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.picture_grid import OUTLINE, contact_sheet, picture_cells
-from refine_control.study.curves import draw, plot
-from refine_control.study.report import (
-    Curve,
-    PictureGrid,
-    ReportData,
-    Table,
-    picture_grid,
-    read_metrics_jsonl,
-    render_report,
-    write_report,
-)
-from refine_control.study.tables import to_latex
+from refine_control.picture_grid import OUTLINE, PictureGrid, contact_sheet, picture_cells, picture_grid
+from refine_control.study.curves import Curve, draw, plot, read_metrics_jsonl
+from refine_control.study.report import ReportData, render_report, write_report
+from refine_control.study.tables import Table, to_latex
 
 ATTACK = "a red circle <script>alert(1)</script> & \"quotes\" <img src=x onerror='x'>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,10 +26,11 @@ from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
 from refine_control.study.compare import Result, compare, read_test
+from refine_control.study.curves import Curve
 from refine_control.study.feature_metrics import FeatureNetworks, load_networks, metric_notes
 from refine_control.study.model_cost import model_costs
 from refine_control.study.plan import BASELINE, TEACHER
-from refine_control.study.report import Curve, ReportData, Table, command_line, write_report
+from refine_control.study.report import ReportData, command_line, write_report
 from refine_control.study.row_results import RowResult
 from refine_control.study.row_tables import (
     HEADINGS,
@@ -43,7 +44,7 @@ from refine_control.study.row_tables import (
 )
 from refine_control.study.signatures import signatures
 from refine_control.study.summary import Summary, intervals_json, summarise
-from refine_control.study.tables import short, text_table, write_tables
+from refine_control.study.tables import Table, short, text_table, write_tables
 
 OURS = "ours"
 _PICTURES = 12
@@ -222,10 +223,21 @@ def evaluate(
         facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
         title = f"Evaluation on {test.name}"
         sentences = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
-        shown: dict[str, Any] = {"networks": networks, "sentences": sentences, "tables": tables}
-        shown["made_by"] = [
+        inputs = [
             _hashed("test", test / MANIFEST),
             *([f"teacher: {weights_mark(teacher)}"] if teacher else []),
             *(_hashed(n, _weights(f)) for n, f in students.items()),
         ]
-        return write_results(out, title, photos, result, summary, costs, facts, **shown)
+        return write_results(
+            out,
+            title,
+            photos,
+            result,
+            summary,
+            costs,
+            facts,
+            networks=networks,
+            sentences=sentences,
+            tables=tables,
+            made_by=inputs,
+        )

@@ -13,24 +13,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from refine_control.errors import InvalidInputError
-from refine_control.picture_grid import PictureGrid, picture_cells, picture_grid, png_bytes
+from refine_control.picture_grid import PictureGrid, picture_cells, png_bytes
 from refine_control.storage import write_atomic
-from refine_control.study.curves import Curve, plot, read_metrics_jsonl
+from refine_control.study.curves import Curve, plot
 from refine_control.study.tables import Table
-
-__all__ = [
-    "Curve",
-    "PictureGrid",
-    "ReportData",
-    "Table",
-    "picture_grid",
-    "read_metrics_jsonl",
-    "render_report",
-    "write_report",
-]
 
 
 @dataclass(frozen=True)
@@ -114,15 +103,29 @@ def _columns(table: Table) -> list[list[str]]:
     return [[row[index] for row in table.rows] for index in range(len(table.columns))]
 
 
-def _embedded(grid: PictureGrid) -> dict[str, Any]:
-    """For the template: each picture as a data URI, with its shown size."""
+class EmbeddedPicture(NamedTuple):
+    """A picture of the page: a data URI, and its size in pixels."""
+
+    uri: str
+    size: tuple[int, int]
+
+
+class EmbeddedGrid(NamedTuple):
+    """A picture grid for the template; `outlined` is the name of the column with masks, if any."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[tuple[list[EmbeddedPicture], str]]
+    outlined: str
+
+
+def _embedded(grid: PictureGrid) -> EmbeddedGrid:
     rows = [
-        [{"uri": "data:image/png;base64," + base64.b64encode(png_bytes(c)).decode(), "size": c.size} for c in row]
+        [
+            EmbeddedPicture("data:image/png;base64," + base64.b64encode(png_bytes(cell)).decode(), cell.size)
+            for cell in row
+        ]
         for row in picture_cells(grid)
     ]
-    return {
-        "title": grid.title,
-        "columns": grid.columns,
-        "rows": list(zip(rows, grid.captions, strict=True)),
-        "outlined": grid.columns[grid.outlined_column] if any(mask is not None for mask in grid.masks) else "",
-    }
+    outlined = grid.columns[grid.outlined_column] if any(mask is not None for mask in grid.masks) else ""
+    return EmbeddedGrid(grid.title, grid.columns, list(zip(rows, grid.captions, strict=True)), outlined)
