@@ -174,12 +174,12 @@ def _manifest_entries(path: Path) -> Iterator[Entry]:
                 if number == 1 and "image" not in row and isinstance(row.get("root"), str):
                     root = _root(path, row["root"])
                     continue
-                entry = _manifest_entry(root, row)
+                entry, doubts = _manifest_entry(root, row), _texts(row, "prompt_problems")
             except Rejected as error:
                 problem = (error.reason, f"line {number}: {error.detail}")
                 yield Entry(f"row-{number}", root, _image_name(line), None, None, problem=problem)
             else:
-                yield _decided(entry, decisions, _texts(row, "prompt_problems"))
+                yield _decided(entry, decisions, doubts)
 
 
 def _row(line: bytes) -> dict[str, Any]:
