@@ -21,7 +21,6 @@ on which nobody has decided has the problem NEEDS_REVIEW.
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 import json
 import logging
@@ -34,17 +33,17 @@ from typing import Any, NamedTuple
 from refine_control.errors import InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
-from refine_control.photos.files import TAR_SUFFIXES, read_bytes
-from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, Photograph, hidden, is_mask_name, one_spelling, pair
+from refine_control.photos.files import TAR_SUFFIXES
+from refine_control.photos.folder_search import folder_entries, is_folder
+from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, is_mask_name
 from refine_control.photos.seen import Seen
 from refine_control.photos.values import take_id, take_segmentation, take_text, whole_ids
-from refine_control.photos.webdataset import described_entry, tar_entries, unused_entry
+from refine_control.photos.webdataset import tar_entries, unused_entry
 from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, flat_meta, make_key, one_line
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.jsonl"
-_NAMES_SORTED = 1 << 13
 _NOT_META = frozenset({"image", "mask", "segmentation", "local_prompt", "global_prompt"})
 _BESIDE_TARS = frozenset({"request"})
 """Of `data download`; img2dataset's own tables are called after their tars."""
@@ -90,7 +89,7 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
         if (source / MANIFEST_NAME).is_file():
             return _manifest_entries(source / MANIFEST_NAME)
         tars = _tars(source)
-        return _tar_entries(source, tars) if tars.names else _folder_entries(source)
+        return _tar_entries(source, tars) if tars.names else folder_entries(source)
     if source.is_file():
         if source.suffix.lower() == ".jsonl":
             return _manifest_entries(source)
@@ -114,7 +113,7 @@ class _Tars(NamedTuple):
 def _tars(folder: Path) -> _Tars:
     """Raises InvalidInputError where there are photos beside the tars: one of the two would be passed over."""
     with os.scandir(folder) as listing:
-        listed = sorted((each.name, _is_folder(each)) for each in listing)
+        listed = sorted((each.name, is_folder(each)) for each in listing)
     files = [name for name, is_folder in listed if not is_folder and not name.startswith(".")]
     tars = [name for name in files if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file()]
     photos = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -249,131 +248,3 @@ def _decided(entry: Entry, decisions: dict[str, Decision], doubts: list[Any]) ->
     if decision.action == REJECT:
         return replace(entry, problem=(RejectReason.REVIEW_REJECTED, "refused in the review"))
     return replace(entry, prompt=one_line(decision.prompt) or entry.prompt)
-
-
-# A folder of photos
-
-
-def _folder_entries(root: Path) -> Iterator[Entry]:
-    waiting = [Path()]
-    while waiting:
-        here = waiting.pop()
-        try:
-            listed = _list_folder(root / here)
-        except OSError as error:
-            if here == Path():
-                raise InvalidInputError(f"cannot read the folder {root}: {error.strerror}") from None
-            problem = (RejectReason.UNREADABLE, f"the folder cannot be read: {error.strerror}")
-            yield Entry(make_key(here.as_posix(), None), root, here.as_posix(), None, None, problem=problem)
-            continue
-        for name in listed.links:
-            image = (here / name).as_posix()
-            problem = (RejectReason.OUTSIDE_TREE, "a linked folder is not followed")
-            yield Entry(make_key(image, None), root, image, None, None, problem=problem)
-        folder = "" if here == Path() else f"{here.as_posix()}/"
-        # a photo, its mask and its text are alike up to the first dot, and so stand together
-        for _, alike in itertools.groupby(listed.files, key=lambda name: one_spelling(name).partition(".")[:2]):
-            yield from _group_entries(root, folder, list(alike))
-        for name in listed.hidden:
-            yield unused_entry(root, f"{folder}{name}", "a hidden folder is not searched")
-        waiting += [here / name for name in reversed(listed.folders)]
-
-
-def _group_entries(root: Path, folder: str, files: list[str]) -> Iterator[Entry]:
-    """The photos among files in their order, then what is left over of these."""
-    leftovers: list[Leftover] = []
-    for photograph in sorted(pair(files, leftovers.append), key=lambda each: files.index(each.image)):
-        yield _folder_entry(root, folder, photograph)
-    for each in leftovers:
-        yield unused_entry(root, folder + each.file, each.why)
-
-
-class _Listed(NamedTuple):
-    """The sorted names in a folder."""
-
-    folders: list[str]
-    links: list[str]
-    """Linked folders."""
-    hidden: list[str]
-    """Hidden folders."""
-    files: Iterator[str]
-
-
-def _list_folder(path: Path) -> _Listed:
-    folders: list[str] = []
-    links: list[str] = []
-    passed: list[str] = []
-    files = _SortedNames()
-    with os.scandir(path) as listing:
-        for each in listing:
-            if not _is_folder(each):
-                files.add(each.name)
-            elif hidden(each.name):
-                passed.append(each.name)
-            else:
-                (links if each.is_symlink() else folders).append(each.name)
-    return _Listed(sorted(folders), sorted(links), sorted(passed), iter(files))
-
-
-def _is_folder(each: os.DirEntry[str]) -> bool:
-    try:
-        return each.is_dir()
-    except OSError:  # a link to itself, for one
-        return False
-
-
-class _SortedNames:
-    """The names in a folder, iterated in their order; until then they take little more memory than their letters.
-
-    The order is that of one Unicode spelling, so that a photo and its mask stand together however they are spelled."""
-
-    def __init__(self) -> None:
-        self._new: list[str] = []
-        self._runs: list[bytes] = []
-
-    def add(self, name: str) -> None:
-        self._new.append(name)
-        if len(self._new) == _NAMES_SORTED:
-            self._close()
-
-    def _close(self) -> None:
-        ordered = sorted(self._new, key=_place)
-        self._runs.append("".join(f"{name}\0" for name in ordered).encode("utf-8", "surrogateescape"))
-        self._new = []
-
-    def __iter__(self) -> Iterator[str]:
-        self._close()
-        return heapq.merge(*map(_split_names, self._runs), key=_place)
-
-
-def _place(name: str) -> tuple[str, str]:
-    return one_spelling(name), name
-
-
-def _split_names(run: bytes) -> Iterator[str]:
-    start = 0
-    while (end := run.find(b"\0", start)) >= 0:
-        yield run[start:end].decode("utf-8", "surrogateescape")
-        start = end + 1
-
-
-def _folder_entry(root: Path, folder: str, photo: Photograph) -> Entry:
-    """The entry of a photo in a folder, where a text is a local prompt."""
-
-    def read(name: str, most: int) -> bytes:
-        return read_bytes(root, folder + name, most)
-
-    entry = described_entry(root, folder, photo if photo.ambiguity else photo._replace(text=None), read)
-    entry = replace(entry, meta={name: value for name, value in entry.meta.items() if name != "id"})
-    if photo.text is None or entry.problem is not None:
-        return entry
-    try:
-        words = read_bytes(root, folder + photo.text).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return replace(entry, problem=(RejectReason.NO_PROMPT, f"{photo.text} is not text in UTF-8"))
-    except Rejected as error:
-        outside = error.reason is RejectReason.OUTSIDE_TREE
-        reason = error.reason if outside else RejectReason.NO_PROMPT
-        return replace(entry, problem=(reason, f"prompt: {error.detail}"))
-    meta = {name: value for name, value in entry.meta.items() if name != "local_prompt_source"}
-    return replace(entry, prompt=one_line(words) or None, meta=meta)
