@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.photos.values import whole
 from refine_control.records import Entry, one_line
 from refine_control.storage import fsync_path, storage_errors
 
@@ -89,8 +90,8 @@ def _parse(line: bytes) -> Decision:
     try:
         row = json.loads(line)
         id = row["id"]
-        if type(id) is int or (isinstance(id, float) and id.is_integer()):  # as other tools write it
-            id = str(int(id))
+        if not isinstance(id, str) and whole(id) is not None:  # as other tools write it
+            id = str(whole(id))
         prompt = row["prompt"] if row["action"] == EDIT else None
         return Decision(id, row["action"], prompt, row["reviewer"], row["time"])
     except InvalidInputError:
