@@ -35,7 +35,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 README = PAGES["README.md"]
 SHOWN = {name: re.findall(r"^\$ (refine-control .*)$", text, flags=re.MULTILINE) for name, text in PAGES.items()}
 COMMANDS = sorted({command for commands in SHOWN.values() for command in commands})
-EXAMPLES = {"name.txt", "utils.py", "recipes/SCALE/rows.yaml", "recipes/SCALE/budgets.yaml"}
+EXAMPLES = {"name.txt", "NAME.txt", "utils.py", "recipes/SCALE/rows.yaml", "recipes/SCALE/budgets.yaml"}
 FILE_ENDINGS = {"py", "json", "jsonl", "yaml", "html", "md", "cff", "jpg", "png", "txt"}
 INLINE = sorted(
     {
