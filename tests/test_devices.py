@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from refine_control.cache.building import write_cache
@@ -308,7 +309,9 @@ def test_verbs_ask_for_the_best_device(monkeypatch, tmp_path):
     for module in (loading, evaluate_module, check):
         monkeypatch.setattr(module, "load_backbone", load)
     monkeypatch.setattr(evaluate_module, "read_test", lambda folder: PHOTOS)
-    (tmp_path / "a.png").touch()
+    half = np.zeros((80, 80), np.uint8)
+    half[20:50, 20:50] = 255
+    Image.fromarray(half).save(tmp_path / "a.png")
     verbs = {
         "evaluate": lambda: evaluate_module.evaluate("mini", None, {}, tmp_path, tmp_path / "out", SAMPLER),
         "inpaint": lambda: inpaint_file(tmp_path / "a.png", tmp_path / "a.png", "a circle", tmp_path / "b.png"),
