@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
+from refine_control.cache import building
 from refine_control.cache.building import write_cache
 from refine_control.cache.reader import Cache
-from refine_control.cli import data as cli_data
 from refine_control.config import Recipe, SamplerConfig
 from refine_control.metrics.features import Inception, Lpips, inception_features
 from refine_control.miniature import check
@@ -304,11 +304,12 @@ def test_verbs_ask_for_the_best_device(monkeypatch, tmp_path):
     def load(model, controlnet=None, **given):
         raise Asked(given)
 
-    for module in (devices, evaluate_module, pipeline_module, check):
+    for module in (devices, evaluate_module, pipeline_module, check, building):
         monkeypatch.setattr(module, "best_device", lambda: GPU)
-    for module in (loading, evaluate_module, check):
+    for module in (loading, evaluate_module, check, building):
         monkeypatch.setattr(module, "load_backbone", load)
     monkeypatch.setattr(evaluate_module, "read_test", lambda folder: PHOTOS)
+    monkeypatch.setattr(building, "check_folders", lambda source, out: None)
     half = np.zeros((80, 80), np.uint8)
     half[20:50, 20:50] = 255
     Image.fromarray(half).save(tmp_path / "a.png")
@@ -316,8 +317,8 @@ def test_verbs_ask_for_the_best_device(monkeypatch, tmp_path):
         "evaluate": lambda: evaluate_module.evaluate("mini", None, {}, tmp_path, tmp_path / "out", SAMPLER),
         "inpaint": lambda: inpaint_file(tmp_path / "a.png", tmp_path / "a.png", "a circle", tmp_path / "b.png"),
         "check": lambda: check.check_bundle(2),
-        "cache": lambda: cli_data.cache(tmp_path, tmp_path / "out"),
-        "completions": lambda: cli_data.cache(tmp_path, tmp_path / "out", complete=2),
+        "cache": lambda: building.cache_folder(tmp_path, tmp_path / "cache", "mini"),
+        "completions": lambda: building.cache_folder(tmp_path, tmp_path / "cache", "mini", complete=2),
     }
     asked = {}
     for verb, run in verbs.items():
