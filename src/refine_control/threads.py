@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -31,7 +32,8 @@ REST = (5.0, 60.0)
 """Seconds of early sleep before a look at whether spinning is possible again: at first, and after many vain looks."""
 
 ADAPTIVE = "spinning, and asleep while other processes need the cores"
-_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SETTINGS_READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Variables that say how libgomp's threads wait."""
 
 
 class Threads(NamedTuple):
@@ -63,18 +65,18 @@ def choose(environ: Mapping[str, str], cpus: int, quota: float, *, adaptive: boo
     """What torch is to compute with: the user's settings first, then the `cpus` and the `quota` of this process.
 
     `adaptive` is whether this system counts the seconds that threads queue."""
-    chosen = (f"as {name}={environ[name]} says" for name in _SETTINGS if _is_users(environ, name))
+    # a parent process of this program sets SPIN_COUNT for its children
+    chosen = (
+        f"as {name}={environ[name]} says"
+        for name in SETTINGS_READ
+        if name in environ and (name, environ[name]) != ("GOMP_SPINCOUNT", SPIN_COUNT)
+    )
     waiting = next(chosen, ADAPTIVE if adaptive else "as the OpenMP library does by default")
     if environ.get("OMP_NUM_THREADS", "").isdigit():
         return Threads(int(environ["OMP_NUM_THREADS"]), "OMP_NUM_THREADS", waiting)
     if quota < cpus:
         return Threads(max(1, math.ceil(quota)), "CPU quota", waiting)
     return Threads(cpus, "CPU affinity", waiting)
-
-
-def _is_users(environ: Mapping[str, str], name: str) -> bool:
-    """Whether the user set it; a parent process of ours sets SPIN_COUNT for its children."""
-    return name in environ and (name, environ[name]) != ("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def usable_cpus() -> int:
@@ -128,11 +130,8 @@ def seconds_queued() -> float | None:
 
 def loaded_libgomp() -> Path | None:
     """The libgomp that this process has loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = Path(line.partition("/")[1] + line.partition("/")[2])
-        if path.name.startswith("libgomp") and ".so" in path.name:
-            return path
-    return None
+    match = re.search(r"/.*/libgomp[^/\n]*\.so[^/\n]*$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    return Path(match[0]) if match else None
 
 
 class Crowd:
@@ -183,8 +182,7 @@ class Policy:
 
 def watch(stop: threading.Event) -> None:
     """Until `stop` is set, keeps a crowd in libgomp while threads of this process queue for cores."""
-    policy, crowd = Policy(), None
-    libgomp: Path | None = None
+    policy, crowd, libgomp = Policy(), None, None
     queued, at = seconds_queued(), time.monotonic()
     while queued is not None and not stop.wait(PERIOD):
         before, since, queued, at = queued, at, seconds_queued(), time.monotonic()

@@ -4,7 +4,9 @@ import resource
 
 import pytest
 
-from refine_control.bench.data import _fresh_build, _numbers, bench_data, write_photos
+from refine_control.bench.data import _numbers, bench_data, write_photos
+from refine_control.metrics.cost import run_fresh
+from refine_control.photos.build import build
 
 
 @pytest.mark.slow
@@ -26,7 +28,7 @@ def test_photos_are_what_the_build_takes(tmp_path):
 def test_the_memory_of_a_build_is_its_own(tmp_path):
     write_photos(tmp_path / "photos", 4, 64)
     ours = bytearray(b"x" * (200 << 20))  # a build starts as a child of this process
-    seconds, peak = _fresh_build(tmp_path / "photos", tmp_path / "out")
+    seconds, peak = run_fresh(build, tmp_path / "photos", tmp_path / "out", size=64)
     assert seconds > 0
     assert 10 << 20 < peak < min(len(ours), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 

@@ -1,5 +1,6 @@
 """The bench starts trainings alone and in pairs and reads their pace. No time is asserted."""
 
+import io
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ STUCK = "print(4.0, flush=True); time.sleep(60)"
 
 def stand_in(code: str) -> list[str]:
     """A process that follows the protocol of a training and then runs `code`."""
-    start = f"import os, sys, time; sys.stdin.readline(); print({READY!r}, end='', flush=True); sys.stdin.readline(); "
+    start = f"import os, sys, time; print({READY!r}, end='', flush=True); sys.stdin.readline(); "
     return [sys.executable, "-c", start + code]
 
 
@@ -59,8 +60,7 @@ def test_a_training_that_does_not_start_is_named(recipe):
 
 
 def test_a_real_training_makes_steps(recipe, monkeypatch, capsys):
-    lines = iter([recipe.model_dump_json(), "go"])
-    monkeypatch.setattr(sys, "stdin", type("Lines", (), {"readline": lambda _: next(lines)})())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
     steps = iter(range(2))
 
     def two_steps(*arguments):
@@ -70,7 +70,7 @@ def test_a_real_training_makes_steps(recipe, monkeypatch, capsys):
 
     monkeypatch.setattr("refine_control.bench.step.whole_step", two_steps)
     with pytest.raises(KeyboardInterrupt):
-        bench._main()
+        bench._main(recipe.model_dump_json())
     ready, *durations = capsys.readouterr().out.splitlines()
     assert ready + "\n" == READY
     assert len(durations) == 2

@@ -4,8 +4,7 @@
   nothing else (no hashes, no shards, no checks).
 - cache: `cache` against the same encoders called on the same batches, with their results discarded.
 - batches: the rate at which training batches are read from the cache.
-- memory: peak memory of builds of few and of many photos, each in a fresh process. VmHWM counts that process only;
-  `ru_maxrss` would start with the memory of the parent, which is larger than any build.
+- memory: peak memory of builds of few and of many photos, each in a fresh process.
 """
 
 # H W pixels
@@ -13,13 +12,8 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from refine_control.bench.step import Spread
 from refine_control.cache.building import build_cache, photos_as_tensors
 from refine_control.cache.reader import Cache
 from refine_control.cache.writer import BATCH
 from refine_control.conditions.inpainting import masked_pixels
-from refine_control.metrics.cost import Timing, interleaved, ratio
+from refine_control.metrics.cost import Spread, interleaved, ratio, run_fresh, time_call
 from refine_control.miniature import scenes
 from refine_control.models.loading import load_backbone
 from refine_control.photos.build import build
@@ -85,9 +78,8 @@ def _bare(listed: list[Entry], size: int) -> None:
         mask = load_mask(entry)
         x, y, side = crop_box(mask)
         with Image.open(entry.image_path) as opened:
-            image = (
-                opened.convert("RGB").crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS)
-            )
+            square = opened.convert("RGB").crop((x, y, x + side, y + side))
+        image = square.resize((size, size), Image.Resampling.LANCZOS)
         hole = Image.fromarray(mask[y : y + side, x : x + side].astype(np.float32))
         small = np.asarray(hole.resize((size, size), Image.Resampling.BOX)) > 0.5
         image.save(io.BytesIO(), **IMAGE_FORMATS["webp"])
@@ -106,33 +98,9 @@ def _encoders(shards: Shards, backbone: Any) -> None:
         backbone.encode_prompts(prompts[first : first + BATCH])
 
 
-_CHILD = """
-import json, sys, time
-from pathlib import Path
-from refine_control.photos.build import build
-began = time.perf_counter()
-build(Path(sys.argv[1]), Path(sys.argv[2]), size=64)
-taken = time.perf_counter() - began
-status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print(json.dumps([taken, int(status["VmHWM"].split()[0]) * 1024]))
-"""
-
-
-def _fresh_build(source: Path, out: Path) -> tuple[float, int]:
-    """Seconds and peak memory of a build in a separate process."""
-    command = [sys.executable, "-c", _CHILD, str(source), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
-
-
 def _numbers(many: int) -> list[int]:
     """The numbers of photos for which time and memory are measured."""
     return sorted({1000, many} | ({8000} if many > 8000 else set())) if many else []
-
-
-def _spread(timings: dict[str, Timing], reference: str, ours: str) -> Spread:
-    return Spread(*ratio(timings[reference], timings[ours])[:3])
 
 
 def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: int = 512) -> DataBench:
@@ -162,24 +130,24 @@ def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: 
         cache_times = interleaved({"bare": lambda: _encoders(shards, backbone), "cache": cached}, repeats)
         build_cache(work / "shards" / LABELED, work / "cache", backbone)
         batches = LabeledBatches(Cache(work / "cache"), _STEP_SAMPLES)
-        began, count = time.perf_counter(), 200
-        for step in range(count):
-            batches.batch(Draw(0, "bench", step, range(_STEP_SAMPLES)))
-        rate = count / (time.perf_counter() - began)
+        steps = iter(range(200))
+        reading = time_call(
+            lambda: batches.batch(Draw(0, "bench", next(steps), range(_STEP_SAMPLES))), warmup=0, repeats=200
+        )
         seconds: dict[str, float] = {}
         memory: dict[str, int] = {}
         for number in _numbers(many):
             write_photos(work / f"many-{number}", number, 64)
-            taken, memory[str(number)] = _fresh_build(work / f"many-{number}", work / f"built-{number}")
+            taken, memory[str(number)] = run_fresh(build, work / f"many-{number}", work / f"built-{number}", size=64)
             seconds[str(number)] = taken / number
             shutil.rmtree(work / f"many-{number}")
         return DataBench(
             photos=len(listed),
             threads=torch.get_num_threads(),
-            build_of_bare=_spread(build_times, "bare", "build"),
+            build_of_bare=ratio(build_times["bare"], build_times["build"]).spread,
             build_photos_per_second=len(listed) / build_times["build"].median,
-            cache_of_bare=_spread(cache_times, "bare", "cache"),
-            batches_per_second=rate,
+            cache_of_bare=ratio(cache_times["bare"], cache_times["cache"]).spread,
+            batches_per_second=len(reading.samples) / sum(reading.samples),
             seconds_per_photo=seconds,
             peak_memory=memory,
         )

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from refine_control.bench.step import Spread
 from refine_control.metrics import features
-from refine_control.metrics.cost import Timing, interleaved, ratio, time_call
+from refine_control.metrics.cost import Spread, Timing, interleaved, ratio, time_call
 from refine_control.metrics.distances import INCEPTION_WIDTH, Distance, OfDraws, cmmd, frechet_distance, kid
 from refine_control.metrics.drawn_sets import cmmd_of_draws, frechet_of_draws, kid_of_draws
 from refine_control.metrics.features import clip, inception
@@ -176,7 +175,7 @@ def bench_features(
         threads=torch.get_num_threads(),
         size=size,
         pictures=numbers,
-        of_bare={name: Spread(*ratio(t["bare"], t["ours"])[:3]) for name, t in timings.items()},
+        of_bare={name: ratio(t["bare"], t["ours"]).spread for name, t in timings.items()},
         pictures_per_second={name: numbers[name] / t["ours"].median for name, t in timings.items()},
         bare_pictures_per_second={name: numbers[name] / t["bare"].median for name, t in timings.items()},
         seconds_per_picture={

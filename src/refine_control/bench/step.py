@@ -8,20 +8,20 @@ compared, then both are timed alternately in one process. Peak memory is measure
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from refine_control.bench.stock_step import StockStep
+from refine_control.bench.stock_step import Step, StockStep
 from refine_control.config import Recipe
-from refine_control.errors import InvalidInputError, MissingError
-from refine_control.metrics.cost import Timing, count_flops, interleaved, peak_memory, ratio, time_call
+from refine_control.errors import InvalidInputError
+from refine_control.metrics.cost import Spread, count_flops, interleaved, ratio, run_fresh, time_call
 from refine_control.models.backbone import Backbone
+from refine_control.models.devices import device_name
 from refine_control.threads import torch_threads
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import Batch, make_objective
@@ -29,14 +29,6 @@ from refine_control.training.optimizer import MasterWeights
 from refine_control.training.run import fast_precision, prepare, training_device
 
 STOCK, STOCK_OPEN, OURS_FP32, OURS = "stock", "stock, nothing frozen", "ours in fp32", "ours"
-
-
-class Spread(NamedTuple):
-    """A median with the 5th and the 95th percentile of the rounds."""
-
-    median: float
-    low: float
-    high: float
 
 
 class StepBench(NamedTuple):
@@ -71,7 +63,7 @@ class StepBench(NamedTuple):
     """Bytes of a fresh process that loads the networks and runs three steps (GPU: allocated by torch)."""
 
 
-class OurStep:
+class OurStep(Step):
     """The training step of `refine-control train`."""
 
     def __init__(self, recipe: Recipe, device: torch.device, precision: str):
@@ -87,18 +79,14 @@ class OurStep:
             weight_decay=optimizer.weight_decay,
         )
 
-    def backward(self, batch: Batch, draw: Draw) -> float:
-        """The loss, with gradients in `parameters`."""
-        loss = self.objective.losses(batch, draw).loss
-        loss.backward()
-        return float(loss.detach())
+    def loss(self, batch: Batch, draw: Draw) -> torch.Tensor:
+        return self.objective.losses(batch, draw).loss
 
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.objective.trainable().parameters)
 
     def update(self) -> None:
-        """One update of the weights, which clears the gradients."""
         self.master.accumulate()
         self.master.step(self.recipe.optimizer.learning_rate, 0, self.recipe.optimizer.max_grad_norm)
 
@@ -111,7 +99,7 @@ class OurStep:
         losses: list[torch.Tensor] = []
         at = self.networks.noised(batch, draw)
         teacher = seconds(lambda: self.networks.teacher_answer(at, batch))
-        forward = seconds(lambda: losses.append(self.objective.losses(batch, draw).loss))
+        forward = seconds(lambda: losses.append(self.loss(batch, draw)))
         return {
             "teacher forward": teacher,
             "student forward and losses": forward - teacher,
@@ -120,10 +108,10 @@ class OurStep:
         }
 
 
-def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], OurStep | StockStep]]:
+def _makers(recipe: Recipe, device: torch.device) -> dict[str, Callable[[], Any]]:
     """By name, how to create each step; `ours in fp32` only if the device has a faster type."""
     fast = fast_precision(device)
-    makers: dict[str, Callable[[], OurStep | StockStep]] = {
+    makers: dict[str, Callable[[], Any]] = {
         STOCK: partial(StockStep, recipe, device),
         STOCK_OPEN: partial(StockStep, recipe, device, everything=True),
         OURS: partial(OurStep, recipe, device, fast),
@@ -148,13 +136,13 @@ def make_batch(recipe: Recipe, backbone: Backbone, device: torch.device) -> tupl
     return Batch(*(tensor.to(device) for tensor in tensors), slots=draw.slots, num_labeled=count), draw
 
 
-def whole_step(step: OurStep | StockStep, batch: Batch, draw: Draw) -> None:
+def whole_step(step: Step, batch: Batch, draw: Draw) -> None:
     """Loss, gradients and update."""
     step.backward(batch, draw)
     step.update()
 
 
-def _first_answer(step: OurStep | StockStep, batch: Batch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
+def _first_answer(step: Step, batch: Batch, draw: Draw) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients before the first update, which is then made."""
     loss = step.backward(batch, draw)
     grads = {name: p.grad.float().clone() for name, p in step.parameters.items() if p.grad is not None}
@@ -174,11 +162,8 @@ def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device
     config = backbone.transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     rows = batch_size * (config["sample_size"] // config["patch_size"]) ** 2
-    wide, narrow = (torch.randn(rows, n * width, device=device).to(dtype) for n in (4, 1))
-    into, out_of = (
-        torch.randn(4 * width, width, device=device).to(dtype),
-        torch.randn(width, 4 * width, device=device).to(dtype),
-    )
+    shapes = ((rows, 4 * width), (rows, width), (4 * width, width), (width, 4 * width))
+    wide, narrow, into, out_of = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
     def products() -> None:
         for _ in range(10):
@@ -188,16 +173,14 @@ def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device
     return 10 * 2 * 8 * rows * width**2 / time_call(products, warmup=1, repeats=10).median
 
 
-def _peak_in_fresh_process(recipe: Recipe, name: str) -> int:
-    command = [sys.executable, "-m", "refine_control.bench.step", name, str(torch.get_num_threads())]
-    process = subprocess.run(command, input=recipe.model_dump_json(), capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise MissingError(f"the process that measures the memory of {name!r} failed: {process.stderr.strip()[-300:]}")
-    return int(process.stdout.split()[-1])
-
-
-def _spread(timing: Timing) -> Spread:
-    return Spread(timing.median, timing.low, timing.high)
+def _three_steps(recipe: Recipe, name: str, threads: int) -> None:
+    """Loads the networks and runs three steps of `name`."""
+    torch.set_num_threads(threads)
+    device = training_device()
+    step = _makers(recipe, device)[name]()
+    batch, draw = make_batch(recipe, step.backbone, device)
+    for _ in range(3):
+        whole_step(step, batch, draw)
 
 
 def bench_step(recipe: Recipe, *, repeats: int) -> StepBench:
@@ -217,9 +200,7 @@ def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
     batch, draw = make_batch(recipe, backbone, device)
     answers = {name: _first_answer(step, batch, draw) for name, step in steps.items()}
     timings = interleaved({n: partial(whole_step, step, batch, draw) for n, step in steps.items()}, repeats=repeats)
-    ours = steps[OURS]
-    assert isinstance(ours, OurStep)
-    laps = [ours.phases(batch, draw) for _ in range(repeats)]
+    laps = [steps[OURS].phases(batch, draw) for _ in range(repeats)]
     size, precision = len(batch.latents), fast_precision(device)
     flops = count_flops(partial(whole_step, steps[STOCK], batch, draw))
     rates = {
@@ -230,34 +211,22 @@ def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
     compared = [name for name in steps if name != STOCK]
     loss, grads = answers[STOCK]
     return StepBench(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         threads=torch.get_num_threads(),
         precision=precision,
         batch_size=size,
         loss_difference={n: abs(answers[n][0] - loss) / abs(loss) for n in compared},
         gradient_difference={n: _distance(answers[n][1], grads) for n in compared},
-        seconds={name: _spread(timing) for name, timing in timings.items()},
-        speedup={n: _spread(ratio(timings[STOCK], timings[n])) for n in compared},
+        seconds={name: timing.spread for name, timing in timings.items()},
+        speedup={n: ratio(timings[STOCK], timings[n]).spread for n in compared},
         samples_per_second={name: size / timing.median for name, timing in timings.items()},
-        phases={name: sorted(lap[name] for lap in laps)[len(laps) // 2] for name in laps[0]},
+        phases={name: median_high(lap[name] for lap in laps) for name in laps[0]},
         gflops=flops / 1e9,
         matmul_gflops={name: rate / 1e9 for name, rate in rates.items()},
         floor_seconds={name: flops / rate for name, rate in rates.items()},
         fraction_of_floor={n: flops / rates[types[n]] / timings[n].median for n in steps},
-        peak_memory={name: _peak_in_fresh_process(recipe, name) for name in (STOCK, OURS)},
+        peak_memory={
+            name: run_fresh(_three_steps, recipe, name, torch.get_num_threads(), device=device.type).peak_memory
+            for name in (STOCK, OURS)
+        },
     )
-
-
-def _main(name: str, threads: str) -> None:
-    """Reads a recipe from stdin, runs three steps of `name`, prints the peak memory."""
-    torch.set_num_threads(int(threads))
-    recipe, device = Recipe.model_validate_json(sys.stdin.read()), training_device()
-    step = _makers(recipe, device)[name]()
-    batch, draw = make_batch(recipe, step.backbone, device)
-    for _ in range(3):
-        whole_step(step, batch, draw)
-    print(peak_memory(device.type))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2])

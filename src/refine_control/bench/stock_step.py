@@ -7,7 +7,7 @@ It does not use `losses`, `flow` and `injection`, so that it checks them too.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +19,22 @@ from refine_control.training.objectives import Batch
 from refine_control.training.run import new_student
 
 
-class StockStep:
+class Step(Protocol):
+    """A training step: its loss, its student's parameters by name, and the update, which clears their gradients."""
+
+    def loss(self, batch: Batch, draw: Draw) -> torch.Tensor: ...
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]: ...
+    def update(self) -> None: ...
+
+    def backward(self, batch: Batch, draw: Draw) -> float:
+        """The loss, with gradients in `parameters`."""
+        loss = self.loss(batch, draw)
+        loss.backward()
+        return float(loss.detach())
+
+
+class StockStep(Step):
     """A supervised step in fp32: diffusers' processors, torch's AdamW, Eq. 1 by hand.
 
     `everything` leaves the teacher in the graph and the frozen networks unfrozen, as a first draft would."""
@@ -30,11 +45,14 @@ class StockStep:
         self.student: Any = new_student(recipe, self.backbone).to(device)  # type: ignore[arg-type]
         self.teacher: Any = self.backbone.pipeline.controlnet.to(device)
         self.transformer: Any = self.backbone.transformer.to(device)  # type: ignore[arg-type]
+        for frozen in (self.teacher, self.transformer):
+            frozen.requires_grad_(everything)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=recipe.optimizer.learning_rate)
         shift = self.backbone.shift if recipe.sigmas.shift is None else recipe.sigmas.shift
         self.sigmas = recipe.sigmas.model_copy(update={"shift": shift})
 
     def _answer(self, controlnet: Any, latents: torch.Tensor, sigmas: torch.Tensor, batch: Batch) -> Any:
+        """What is injected at each site, the residuals, and the velocity."""
         text, pooled, timestep = batch.prompt_embeds, batch.pooled_prompt_embeds, 1000 * sigmas
         residuals = controlnet(
             hidden_states=latents,
@@ -82,20 +100,11 @@ class StockStep:
             feature = feature + ((len(group) * residual - total) ** 2).mean() / size
         return weights.task * task + weights.output * output + weights.feature * feature
 
-    def backward(self, batch: Batch, draw: Draw) -> float:
-        """The loss, with gradients in `parameters`."""
-        for frozen in (self.teacher, self.transformer):
-            frozen.requires_grad_(self.everything)
-        loss = self.loss(batch, draw)
-        loss.backward()
-        return float(loss.detach())
-
     @property
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self.student.named_parameters())
 
     def update(self) -> None:
-        """One update of the weights, which clears the gradients."""
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.optimizer.max_grad_norm)
         self.optimizer.step()
         for network in (self.student, self.teacher, self.transformer):

@@ -11,21 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from refine_control.config import Recipe
 from refine_control.errors import MissingError
-from refine_control.threads import set_up, usable_cpus
+from refine_control.threads import SETTINGS_READ, set_up, usable_cpus
 
-CHOSEN = "chosen"
 SETTINGS: dict[str, dict[str, str]] = {
-    CHOSEN: {},
+    "chosen": {},
     "library's default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 """What the environment of a training adds; `chosen` is what `threads.set_up` chooses."""
-_CLEARED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 READY = "ready\n"
 """What a training prints before its first step; it then waits for a line."""
 
@@ -68,8 +66,8 @@ class ThreadsBench(NamedTuple):
         rows = [f"{self.cpus} CPUs; chosen: {self.threads}", "seconds a step"]
         rows += [f"{'':20}{'alone':>8}{'over best':>11}{'beside a second':>17}{'slowdown':>10}"]
         for name, (alone, beside, slowdown, over_best) in self.settings.items():
-            slower = f"{'> ' if beside.at_least else ''}{slowdown:.2f}"
-            rows.append(f"{name:20}{alone!s:>8}{over_best:11.2f}{beside!s:>17}{slower:>10}")
+            slower = beside._replace(seconds=slowdown)
+            rows.append(f"{name:20}{alone!s:>8}{over_best:11.2f}{beside!s:>17}{slower!s:>10}")
         return "\n".join(rows)
 
 
@@ -83,50 +81,43 @@ def bench_threads(
 ) -> ThreadsBench:
     """Measures each of `settings` for `seconds`, alone and beside a second process, `repeats` times in turn.
 
-    `command` is a process that trains by the recipe on its stdin. Raises MissingError where one fails."""
+    `command` is a process that trains by the recipe in its last argument. Raises MissingError where one fails."""
     paces: dict[tuple[str, int], list[Pace]] = {}
     for _ in range(repeats):
         for name, added in settings.items():
-            environ = {k: v for k, v in os.environ.items() if k not in _CLEARED} | dict(added)
+            environ = {k: v for k, v in os.environ.items() if k not in SETTINGS_READ} | dict(added)
             for count in (1, 2):
-                pace = _measure([*command, str(seconds)], recipe.model_dump_json(), environ, count, seconds)
+                pace = _measure([*command, recipe.model_dump_json()], environ, count, seconds)
                 paces.setdefault((name, count), []).append(pace)
-    medians = {key: sorted(values)[len(values) // 2] for key, values in paces.items()}
-    best = min(medians[name, 1].seconds for name in settings)
-    results = {}
-    for name in settings:
-        alone, beside = medians[name, 1], medians[name, 2]
-        results[name] = SettingResult(alone, beside, beside.seconds / alone.seconds, alone.seconds / best)
+    alone, beside = ({name: statistics.median_high(paces[name, count]) for name in settings} for count in (1, 2))
+    best = min(alone.values()).seconds
+    results = {
+        n: SettingResult(alone[n], beside[n], beside[n].seconds / alone[n].seconds, alone[n].seconds / best)
+        for n in settings
+    }
     return ThreadsBench(usable_cpus(), str(set_up()), seconds, results)
 
 
-def _measure(command: Sequence[str], recipe: str, environ: Mapping[str, str], count: int, seconds: float) -> Pace:
+def _measure(command: Sequence[str], environ: Mapping[str, str], count: int, seconds: float) -> Pace:
     """The slowest pace of `count` trainings that begin their first step together and are stopped after `seconds`."""
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pipe = subprocess.PIPE
     # a session each, as from two terminals: Linux shares the cores out among sessions first
-    pipes |= {"env": environ, "text": True, "start_new_session": True}
-    trainings = [subprocess.Popen(command, **pipes) for _ in range(count)]
+    trainings = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environ, text=True, start_new_session=True)
+        for _ in range(count)
+    ]
     try:
         for training in trainings:
-            _send(training, recipe)
-        for training in trainings:
-            assert training.stdout
-            if training.stdout.readline() != READY:
+            if training.stdout and training.stdout.readline() != READY:
                 raise MissingError(f"a training failed before its first step: {training.communicate()[1][-300:]}")
         for training in trainings:
-            _send(training, "go")
+            print("go", file=training.stdin, flush=True)
         end = time.monotonic() + seconds
         return max(_read_pace(training, end, seconds) for training in trainings)
     finally:
         for training in trainings:
             training.kill()
             training.wait()
-
-
-def _send(training: subprocess.Popen[str], line: str) -> None:
-    assert training.stdin
-    training.stdin.write(line + "\n")
-    training.stdin.flush()
 
 
 def _read_pace(training: subprocess.Popen[str], end: float, seconds: float) -> Pace:
@@ -142,13 +133,13 @@ def _read_pace(training: subprocess.Popen[str], end: float, seconds: float) -> P
     raise MissingError(f"a training stopped by itself: {errors[-300:]}")
 
 
-def _main() -> None:
-    """Trains by the recipe on stdin, without end, on one random batch; prints the seconds of each step."""
+def _main(recipe_json: str) -> None:
+    """Trains by a recipe, without end, on one random batch; prints the seconds of each step."""
     set_up()  # before torch is imported
     from refine_control.bench.step import OurStep, make_batch, whole_step
     from refine_control.training.run import training_device
 
-    recipe, device = Recipe.model_validate_json(sys.stdin.readline()), training_device()
+    recipe, device = Recipe.model_validate_json(recipe_json), training_device()
     step = OurStep(recipe, device, recipe.training.precision)
     batch, draw = make_batch(recipe, step.backbone, device)
     print(READY, end="", flush=True)
@@ -160,4 +151,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1])

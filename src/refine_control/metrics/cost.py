@@ -6,17 +6,28 @@ One multiply-accumulate (MAC) is 2 FLOPs everywhere in this project; papers that
 from __future__ import annotations
 
 import math
+import multiprocessing
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from refine_control.errors import InvalidInputError, MissingError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Spread(NamedTuple):
+    """A median with the 5th and the 95th percentile."""
+
+    median: float
+    low: float
+    high: float
 
 
 class Timing(NamedTuple):
@@ -31,6 +42,35 @@ class Timing(NamedTuple):
         """In milliseconds: `12.3 ms [11.9, 13.0]`."""
         return f"{1e3 * self.median:.1f} ms [{1e3 * self.low:.1f}, {1e3 * self.high:.1f}]"
 
+    @property
+    def spread(self) -> Spread:
+        """Without the samples."""
+        return Spread(self.median, self.low, self.high)
+
+
+class FreshRun(NamedTuple):
+    """One call in a process that did nothing else."""
+
+    seconds: float
+    peak_memory: int
+    """Bytes, as `peak_memory` reports them."""
+
+
+def run_fresh(fn: Callable[..., Any], *args: Any, device: str = "cpu", **kwargs: Any) -> FreshRun:
+    """Time and peak memory of `fn(*args, **kwargs)` in a new process, which imports only what the call needs.
+
+    Raises what `fn` raises, MissingError where the process dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, fn, args, kwargs, device).result()
+        except BrokenProcessPool:
+            raise MissingError(f"the process that measures {fn.__name__} died, probably out of memory") from None
+
+
+def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> FreshRun:
+    seconds = _seconds(lambda: fn(*args, **kwargs))
+    return FreshRun(seconds, peak_memory(device))
+
 
 def count_parameters(module: torch.nn.Module) -> int:
     """The number of parameters, trainable or frozen; a tensor that two layers share counts once, buffers not."""
@@ -40,11 +80,9 @@ def count_parameters(module: torch.nn.Module) -> int:
 def count_flops(fn: Callable[[], Any]) -> int:
     """FLOPs of the matrix products, convolutions and attentions of one call of `fn()`; 1 MAC = 2 FLOPs.
 
-    Counts what runs: a backward pass inside `fn` too (a fused attention's is 2.5 times its forward, for it
-    computes the scores again), guidance twice. Norms, activations and other
-    elementwise work are left out, as usual, and attention under a causal mask counts in full.
-    torch's counter does not know the CPU's fused attention or matrix-times-vector products and counts them as
-    0; here they count, so that a CPU and a GPU report the same number."""
+    A backward pass inside `fn` counts (2.5 times the forward for fused attention, which computes the scores again),
+    elementwise work does not, and attention under a causal mask counts in full. A CPU and a GPU report the same number.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
@@ -57,30 +95,19 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
     import torch
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
-
-    def matrix_vector(matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
-        return 2 * matrix[0] * matrix[1]
-
-    def add_matrix_vector(bias: Any, matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
-        return 2 * matrix[0] * matrix[1]
-
-    def linear(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(hidden) * weight[0]
-
     aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        aten.mv: matrix_vector,
-        aten.addmv: add_matrix_vector,
+    formulas: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+        aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+        aten.addmv: lambda bias, matrix, *_, **__: 2 * math.prod(matrix),
     }
     if torch.backends.mkldnn.is_available():  # models/cpu_kernels.py
-        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+        formulas[torch.ops.mkldnn._linear_pointwise] = lambda hidden, weight, *_, **__: (
+            2 * math.prod(hidden) * weight[0]
+        )
     return formulas
 
 
