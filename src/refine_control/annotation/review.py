@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import json
 import os
 import re
 import secrets
@@ -29,14 +28,14 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 from refine_control.annotation.review_state import Review
 from refine_control.errors import InvalidInputError, MissingError, RefineControlError
 from refine_control.records import Rejected
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET_NAME = ".review-secret"
@@ -81,12 +80,9 @@ def _build_app(review: Review, secret: str | None, hosts: tuple[str, ...] | None
     app = FastAPI(title="review", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(RefineControlError)
-    def refuse(request: Any, error: RefineControlError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422 if isinstance(error, InvalidInputError) else 507)
-
     @app.exception_handler(Rejected)
-    def not_shown(request: Any, error: Rejected) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
+    def refuse(request: Any, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422 if isinstance(error, InvalidInputError | Rejected) else 507)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> Any:
@@ -118,15 +114,12 @@ def _build_app(review: Review, secret: str | None, hosts: tuple[str, ...] | None
         return Response(shown.mask, media_type="image/png")
 
     @app.post("/api/decide")
-    def decided(body: dict[str, Any] = Body()) -> Any:
-        text = {name: body.get(name) for name in ("id", "action", "reviewer", "prompt")}
-        if not all(isinstance(value, str) for name, value in text.items() if name != "prompt"):
-            raise InvalidInputError("a decision is {id, action, reviewer} and, for an edit, the prompt")
-        return review.decide(text["id"] or "", text["action"] or "", text["reviewer"] or "", text["prompt"])
+    def decided(id: str = Body(), action: str = Body(), reviewer: str = Body(), prompt: str | None = Body(None)) -> Any:
+        return review.decide(id, action, reviewer, prompt)
 
     @app.post("/api/undo")
-    def undo(body: dict[str, Any] = Body()) -> Any:
-        return review.undo(str(body.get("reviewer") or ""))
+    def undo(reviewer: str = Body("", embed=True)) -> Any:
+        return review.undo(reviewer)
 
     app.add_middleware(_Guard, secret=secret, hosts=hosts)
     return app
@@ -143,39 +136,40 @@ class _Guard:
         self.app, self.secret, self.hosts = app, secret, hosts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        fault = self._fault(scope)
-        if fault is None and scope["method"] not in ("GET", "HEAD"):
-            body = await _read_body(receive)
-            fault = None if body is not None else (413, f"a decision has at most {MAX_BODY:,} bytes")
-            receive = _replay(body or b"", receive)
-        if fault is not None:
-            status, body = fault[0], json.dumps({"detail": fault[1]}).encode()
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS]})
-            return await send({"type": "http.response.body", "body": body})
+        from fastapi import HTTPException, Request
+        from fastapi.responses import JSONResponse
 
-        async def with_headers(message: Message) -> None:
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise HTTPException(413, f"a decision has at most {MAX_BODY:,} bytes")
+            return message
+
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        return await self.app(scope, receive, with_headers)
+        why = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        answer = self.app if why is None else JSONResponse({"detail": why}, 403)
+        await answer(scope, receive_limited, send_with_headers)
 
-    def _fault(self, scope: Message) -> tuple[int, str] | None:
-        """(status, why) of a request that is refused."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get("host", "")
+    def _refusal(self, request: Request) -> str | None:
+        """Why a request is refused."""
+        host = request.headers.get("host", "")
         if self.hosts is not None and _host_name(host) not in self.hosts:
-            return 403, f"this machine is not known as {host!r}; open the address that the review printed"
-        if scope["method"] not in ("GET", "HEAD"):
-            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "same-origin")
+            return f"this machine is not known as {host!r}; open the address that the review printed"
+        if request.method not in ("GET", "HEAD"):
+            origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
             if origin not in (None, f"http://{host}", f"https://{host}") or site not in ("same-origin", "none"):
-                return 403, "another page may not decide here"
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("secret", [""])[0]
-        if self.secret is not None and not hmac.compare_digest(given.encode(), self.secret.encode()):
-            return 403, "the secret is wrong; open the address that the review printed"
+                return "another page may not decide here"
+        secret = request.query_params.get("secret", "")
+        if self.secret is not None and not hmac.compare_digest(secret.encode(), self.secret.encode()):
+            return "the secret is wrong; open the address that the review printed"
         return None
 
 
@@ -183,26 +177,6 @@ def _host_name(header: str) -> str:
     """`localhost:8765` -> localhost, `[::1]:8765` -> ::1; empty for anything but a name or address and a port."""
     parts = _HOST.fullmatch(header)
     return (parts[1] or parts[2]).lower() if parts else ""
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The body of a request; None as soon as it has more than MAX_BODY bytes."""
-    body, more = b"", True
-    while more and len(body) <= MAX_BODY:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return None if len(body) > MAX_BODY else body
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read already, then what `receive` gives."""
-    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> Message:
-        return first.pop() if first else await receive()
-
-    return again
 
 
 def _read_secret(folder: Path) -> str:
@@ -221,18 +195,14 @@ def _read_secret(folder: Path) -> str:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Connections made before the server starts are accepted then."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    is_v6 = ":" in host
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
     try:
-        listening.bind((host, port))
-        listening.listen(64)
+        return socket.create_server((host, port), family=family, backlog=64, dualstack_ipv6=is_v6)
     except (OSError, OverflowError) as error:
-        listening.close()
         raise InvalidInputError(
             f"cannot listen on {host}:{port} ({error}); name another port, 0 takes a free one"
         ) from error
-    return listening
 
 
 def serve(

@@ -1,7 +1,4 @@
-"""What fits what: the components of a model to each other, and the sizes of pictures to a model, by their configs.
-
-Everything here is arithmetic on configurations, done before weights are read.
-"""
+"""Compatibility of the components of a model with each other, and of image sizes with a model, by their configs."""
 
 # H W pixels
 
@@ -51,97 +48,63 @@ def geometry(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Geometry
 
 def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:
     """Raises InvalidInputError where a ControlNet of this config does not fit the transformer; both are configs."""
-    width = ("attention_head_dim", "num_attention_heads")
+    part, other = f"the ControlNet of {name}", "the transformer"
     for key in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
-        if controlnet[key] != transformer[key]:
-            raise _misfit(f"the ControlNet of {name}", key, controlnet[key], "the transformer", transformer[key])
-    inner, outer = (config[width[0]] * config[width[1]] for config in (controlnet, transformer))
-    if inner != outer:
-        raise _misfit(f"the ControlNet of {name}", "width", inner, "the transformer", outer)
+        _check(part, key, controlnet[key], other, transformer[key])
+    inner, outer = (each["attention_head_dim"] * each["num_attention_heads"] for each in (controlnet, transformer))
+    _check(part, "width", inner, other, outer)
     if controlnet["extra_conditioning_channels"] != 1:
         raise InvalidInputError(
-            f"the ControlNet of {name} reads {controlnet['extra_conditioning_channels']} channels beside the latents; "
-            "one that inpaints reads 1, the mask"
+            f"{part} reads {controlnet['extra_conditioning_channels']} channels beside the latents; one that inpaints "
+            "reads 1, the mask"
         )
     if controlnet["num_layers"] >= transformer["num_layers"]:
         raise InvalidInputError(
-            f"the ControlNet of {name} has {controlnet['num_layers']} layers for a transformer of "
-            f"{transformer['num_layers']}, which admits {transformer['num_layers'] - 1}; name another ControlNet"
+            f"{part} has {controlnet['num_layers']} layers for a transformer of {transformer['num_layers']}, which "
+            f"admits {transformer['num_layers'] - 1}; name another ControlNet"
         )
-    if (controlnet.get("pos_embed_max_size") or 0) < (transformer.get("pos_embed_max_size") or 0):
-        key = "pos_embed_max_size"
-        raise _misfit(f"the ControlNet of {name}", key, controlnet.get(key), "the transformer", transformer[key])
+    sizes = [each.get("pos_embed_max_size") for each in (controlnet, transformer)]
+    _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=(sizes[0] or 0) >= (sizes[1] or 0))
 
 
-def _misfit(part: str, what: str, value: Any, other: str, expected: Any) -> InvalidInputError:
-    return InvalidInputError(
-        f"{part} does not fit: its {what} is {value}, that of {other} {expected}; use components of one model"
-    )
+def _check(part: str, key: str, value: Any, other: str, expected: Any, fits: bool | None = None) -> None:
+    """Raises InvalidInputError unless the value is the expected one or, where it need not be that, `fits`."""
+    if not (value == expected if fits is None else fits):
+        raise InvalidInputError(
+            f"{part} does not fit: its {key} is {value}, that of {other} {expected}; use components of one model"
+        )
 
 
 def check_neighbours(components: Mapping[str, Any], folder: Path) -> None:
     """Raises InvalidInputError where a component of an SD3 pipeline does not fit the others."""
     transformer, vae = components["transformer"].config, components["vae"].config
-    encoders = [components[f"text_encoder{suffix}"].config for suffix in ("", "_2")]
-    where = f"of {folder}"
-    if vae["latent_channels"] != transformer["in_channels"]:
-        raise _misfit(
-            f"the vae {where}",
-            "latent_channels",
-            vae["latent_channels"],
-            "the transformer's in_channels",
-            transformer["in_channels"],
-        )
-    if not vae["scaling_factor"] or vae["shift_factor"] is None:
-        unset = "scaling_factor" if not vae["scaling_factor"] else "shift_factor"
-        raise InvalidInputError(f"the vae {where} has no {unset} in its config.json; SD3's have one: write it there")
-    if transformer["out_channels"] != transformer["in_channels"]:
-        raise _misfit(
-            f"the transformer {where}",
-            "out_channels",
-            transformer["out_channels"],
-            "its in_channels",
-            transformer["in_channels"],
-        )
-    joint, pooled = transformer["joint_attention_dim"], transformer["pooled_projection_dim"]
-    widths, projections = (sum(getattr(e, key) for e in encoders) for key in ("hidden_size", "projection_dim"))
-    if widths > joint:
-        raise _misfit(
-            f"text_encoder with text_encoder_2 {where}",
-            "hidden_size",
-            widths,
-            "the transformer's joint_attention_dim",
-            joint,
-        )
-    if projections != pooled:
-        raise _misfit(
-            f"text_encoder with text_encoder_2 {where}",
-            "projection_dim",
-            projections,
-            "the transformer's pooled_projection_dim",
-            pooled,
-        )
-    t5 = components["text_encoder_3"]
-    if t5 is not None and t5.config.d_model != joint:
-        raise _misfit(
-            f"text_encoder_3 {where}", "d_model", t5.config.d_model, "the transformer's joint_attention_dim", joint
-        )
-    for suffix in ("", "_2", "_3"):
-        if components[f"tokenizer{suffix}"] is not None:
-            _check_tokenizer(
-                components[f"tokenizer{suffix}"], components[f"text_encoder{suffix}"].config, suffix, where
+    clips, t5 = [components[name].config for name in ("text_encoder", "text_encoder_2")], components["text_encoder_3"]
+    channels, joint = transformer["in_channels"], transformer["joint_attention_dim"]
+    widths, projections = (sum(getattr(each, key) for each in clips) for key in ("hidden_size", "projection_dim"))
+    _check(f"the vae of {folder}", "latent_channels", vae["latent_channels"], "the transformer's in_channels", channels)
+    for key, absent in (("scaling_factor", not vae["scaling_factor"]), ("shift_factor", vae["shift_factor"] is None)):
+        if absent:
+            raise InvalidInputError(
+                f"the vae of {folder} has no {key} in its config.json; SD3's have one: write it there"
             )
+    _check(f"the transformer of {folder}", "out_channels", transformer["out_channels"], "its in_channels", channels)
+    both, other = f"text_encoder with text_encoder_2 of {folder}", "the transformer's joint_attention_dim"
+    _check(both, "hidden_size", widths, other, joint, fits=widths <= joint)
+    pooled = transformer["pooled_projection_dim"]
+    _check(both, "projection_dim", projections, "the transformer's pooled_projection_dim", pooled)
+    if t5 is not None:
+        _check(f"text_encoder_3 of {folder}", "d_model", t5.config.d_model, other, joint)
+    for suffix in ("", "_2", "_3"):
+        if (tokenizer := components[f"tokenizer{suffix}"]) is not None:
+            _check_tokenizer(tokenizer, components[f"text_encoder{suffix}"].config, suffix, folder)
     check_controlnet(components["controlnet"].config, transformer, folder)
 
 
-def _check_tokenizer(tokenizer: Any, encoder: Any, suffix: str, where: str) -> None:
-    name, other = f"tokenizer{suffix} {where}", f"text_encoder{suffix}"
-    if len(tokenizer) > encoder.vocab_size:
-        raise _misfit(name, "vocabulary", len(tokenizer), f"{other}'s vocab_size", encoder.vocab_size)
-    if suffix == "_3":
-        return
-    if tokenizer.model_max_length > encoder.max_position_embeddings:
-        most = encoder.max_position_embeddings
-        raise _misfit(name, "model_max_length", tokenizer.model_max_length, f"{other}'s max_position_embeddings", most)
-    if encoder.eos_token_id not in (tokenizer.eos_token_id, _LEGACY_END):
-        raise _misfit(name, "eos_token_id", tokenizer.eos_token_id, f"{other}'s", encoder.eos_token_id)
+def _check_tokenizer(tokenizer: Any, encoder: Any, suffix: str, folder: Path) -> None:
+    part, other, count = f"tokenizer{suffix} of {folder}", f"text_encoder{suffix}'s", len(tokenizer)
+    _check(part, "vocabulary", count, f"{other} vocab_size", encoder.vocab_size, fits=count <= encoder.vocab_size)
+    if suffix != "_3":
+        length, most = tokenizer.model_max_length, encoder.max_position_embeddings
+        _check(part, "model_max_length", length, f"{other} max_position_embeddings", most, fits=length <= most)
+        end, expected = tokenizer.eos_token_id, encoder.eos_token_id
+        _check(part, "eos_token_id", end, other, expected, fits=expected in (end, _LEGACY_END))
