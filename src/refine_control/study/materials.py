@@ -23,6 +23,7 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.photos.shards import open_manifest
+from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 from refine_control.storage import MANIFEST, sha256_file
@@ -30,7 +31,7 @@ from refine_control.study.compare import read_test
 from refine_control.study.plan import Budget, Row, Scale, row_recipes
 from refine_control.study.variants import Variant, build_variant
 
-Bar = Callable[[str], Callable[[int, int, str], None] | None]
+Bar = Callable[[str], Progress | None]
 """`bar(label)` -> progress callback."""
 SHARDS = "scenes"
 

@@ -24,8 +24,9 @@ from refine_control.models.controlnet import ControlNet
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
 from refine_control.models.loading import load_controlnet
+from refine_control.progress import Progress
 from refine_control.records import UNLABELED, Photo
-from refine_control.study.compare import Progress, Result, compare
+from refine_control.study.compare import Result, compare
 from refine_control.study.feature_metrics import NETWORK_METRICS, FeatureNetworks, load_networks, not_computed
 from refine_control.study.materials import Bar, Comparison, cache_folder, prepare_data
 from refine_control.study.model_cost import counted_cost
