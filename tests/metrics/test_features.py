@@ -442,7 +442,7 @@ def test_scene_distances_are_zero_for_equal_pictures_and_order_worse_ones(render
 def test_scene_perceptual_is_of_pairs():
     a, b = np.eye(3), np.array([[2.0, 0, 0], [0, -3, 0], [1, 0, 0]])
     np.testing.assert_allclose(scene.scene_perceptual(a, b), [0, 4, 2])
-    with pytest.raises(InvalidInputError, match="3 reference pictures and 2 generated ones"):
+    with pytest.raises(InvalidInputError, match="3 reference images and 2 generated ones"):
         scene.scene_perceptual(a, b[:2])
     with pytest.raises(InvalidInputError, match="not finite"):
         scene.scene_perceptual(a, b * np.nan)

@@ -169,8 +169,9 @@ def test_test_shards_are_read_and_others_refused(tmp_path):
         read_test(shards(tmp_path / "unlabeled", UNLABELED, 3))
     with pytest.raises(InvalidInputError, match="at least 2"):
         read_test(shards(tmp_path / "one", LABELED, 1))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidInputError, match="no finished shards"):
-        read_test(tmp_path)
+        read_test(tmp_path / "empty")
 
 
 def test_names_that_the_teacher_or_another_model_has_are_refused_at_once(tmp_path):
