@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from diffusers import SD3ControlNetModel
 from diffusers.models.activations import GELU
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-from refine_control.miniature.networks import build_controlnet
+from refine_control.miniature.networks import TRANSFORMER
 from refine_control.models import cpu_kernels
 from refine_control.models.backbone import predict_velocity
 from refine_control.models.controlnet import control_residuals
@@ -162,7 +163,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(tiny_backbone, block):
 
 
 def test_every_attention_of_a_network_is_set():
-    controlnet = build_controlnet(3)
+    controlnet = SD3ControlNetModel(**{**TRANSFORMER, "num_layers": 3})
     use_plain_attention(controlnet)
     assert [type(b.attn.processor) for b in controlnet.transformer_blocks] == [PlainJointAttention] * 3
 

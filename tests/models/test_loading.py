@@ -284,9 +284,12 @@ def test_components_of_two_models_are_refused(folder, tiny_backbone):
 
 
 def test_a_controlnet_of_another_width_does_not_fit(published):
-    from refine_control.miniature.networks import build_controlnet
+    from diffusers import SD3ControlNetModel
 
-    refused(lambda: load_pipeline(published, build_controlnet(2)), "ControlNet", "width is 64")
+    from refine_control.miniature.networks import TRANSFORMER
+
+    other = SD3ControlNetModel(**{**TRANSFORMER, "num_layers": 2}, extra_conditioning_channels=1)
+    refused(lambda: load_pipeline(published, other), "ControlNet", "width is 64")
 
 
 @pytest.mark.parametrize("entry", [["diffusers", "UNet2DConditionModel"], [None, None], "vae", ["diffusers"]], ids=str)

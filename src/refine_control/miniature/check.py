@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import psnr
 from refine_control.miniature import scenes
-from refine_control.miniature.obedience import load_classifier, obedience, read_regions
+from refine_control.miniature.obedience import Classifier, Obedience, load_classifier, obedience
 from refine_control.miniature.vocabulary import COLOURS, SHAPES, local_prompt
+from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, SAMPLING
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
@@ -22,20 +23,28 @@ from refine_control.pipeline.painting import inpaint
 from refine_control.randomness import derive_seed, permutation, uniforms
 
 
-class Skill(NamedTuple):
-    """Obedience in per cent of the scenes, and PSNR in dB."""
-
-    colour: float
-    shape: float
-    both: float
-    psnr_region: float
-    psnr: float
+def decoded_psnr(backbone: Backbone, images: np.ndarray) -> float:
+    """Mean PSNR in dB of the autoencoder's reconstruction of images (N,H,W,3) uint8."""
+    return float(psnr(images, decoded(backbone, images)).mean())
 
 
-def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler: SamplerConfig, prompts: str) -> Skill:
-    """Measures the teacher on unseen scenes with `local`, `empty` or `wrong` prompts (another colour and shape).
+def painted_psnr(images: np.ndarray, painted: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """Mean PSNR in dB of inpainted images (N,H,W,3) uint8 in the region and on the whole picture."""
+    return {
+        "psnr_region": float(psnr(images, painted, masks).mean()),
+        "psnr": float(psnr(images, painted).mean()),
+    }
 
-    Obedience always refers to the object of the scene, so with an empty or wrong prompt it must be at chance."""
+
+def _per_cent(obeyed: Obedience, *names: str) -> dict[str, float]:
+    return {name: 100 * float(getattr(obeyed, name).mean()) for name in names}
+
+
+def measure_skill(backbone: Backbone, classifier: Classifier, count: int, seed: int, prompts: str) -> dict[str, float]:
+    """Obedience in per cent of unseen scenes and PSNR in dB, with `local`, `empty` or `wrong` prompts.
+
+    A wrong prompt names another colour and shape. Obedience always refers to the object of the scene, so with an empty
+    or wrong prompt it must be at chance."""
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
     texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
@@ -46,15 +55,9 @@ def measure_skill(backbone: Any, classifier: Any, count: int, seed: int, sampler
             for c, s, r in zip(rendered.colour, rendered.shape, away, strict=True)
         ]
     images, masks = rendered.images.numpy(), rendered.masks.numpy()
-    painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts[prompts], sampler)
+    painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts[prompts], CHECK_SAMPLER)
     obeyed = obedience(classifier, painted, masks, rendered.colour, rendered.shape)
-    return Skill(
-        colour=100 * float(obeyed.colour.mean()),
-        shape=100 * float(obeyed.shape.mean()),
-        both=100 * float(obeyed.both.mean()),
-        psnr_region=float(psnr(images, painted, masks).mean()),
-        psnr=float(psnr(images, painted).mean()),
-    )
+    return _per_cent(obeyed, "colour", "shape", "both") | painted_psnr(images, painted, masks)
 
 
 CHANCE_SCENES = 200
@@ -99,28 +102,20 @@ def check_bundle(
         part.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     classifier = load_classifier(bundle or BUNDLE)
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
-    reconstructed = decoded(backbone, rendered.images.numpy())
-    on_clean = read_regions(classifier, rendered.images.numpy(), rendered.masks.numpy())
-    noise = np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    on_noise = read_regions(classifier, noise, rendered.masks.numpy())
+    images, masks = rendered.images.numpy(), rendered.masks.numpy()
+    noise = np.random.default_rng(seed).integers(0, 256, images.shape, dtype=np.uint8)
+    clean, noisy = (obedience(classifier, each, masks, rendered.colour, rendered.shape) for each in (images, noise))
     out: dict[str, Any] = {
         "scenes": count,
-        "autoencoder_psnr": float(psnr(rendered.images.numpy(), reconstructed).mean()),
-        "oracle_clean": {
-            n: 100 * float((getattr(on_clean, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
-        },
-        "oracle_noise": {
-            n: 100 * float((getattr(on_noise, n) == getattr(rendered, n)).mean()) for n in ("colour", "shape")
-        },
+        "autoencoder_psnr": decoded_psnr(backbone, images),
+        "oracle_clean": _per_cent(clean, "colour", "shape"),
+        "oracle_noise": _per_cent(noisy, "colour", "shape"),
         "sampler": {**CHECK_SAMPLER.model_dump(mode="json"), "precision": precision},
     }
     if photos is not None:
         crops = photo_crops(photos, seed)
-        out |= {
-            "photo_crops": len(crops),
-            "autoencoder_psnr_photo_crops": float(psnr(crops, decoded(backbone, crops)).mean()),
-        }
+        out |= {"photo_crops": len(crops), "autoencoder_psnr_photo_crops": decoded_psnr(backbone, crops)}
     for kind in prompts:
-        shown = count if kind == "local" else min(count, CHANCE_SCENES)
-        out[f"teacher_{kind}"] = measure_skill(backbone, classifier, shown, seed, CHECK_SAMPLER, kind)._asdict()
+        tested = count if kind == "local" else min(count, CHANCE_SCENES)
+        out[f"teacher_{kind}"] = measure_skill(backbone, classifier, tested, seed, kind)
     return out

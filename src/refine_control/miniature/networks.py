@@ -7,20 +7,24 @@ width of 64; with patch size 2 the noise alone would fill the width. Two CLIP te
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from refine_control.miniature import vocabulary
+from refine_control.models.controlnet import from_transformer
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SD3ControlNetModel, SD3Transformer2DModel
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
-MAX_SEQUENCE_LENGTH = 0
-"""Without T5 no zero tokens are appended, in training and inference alike (docs/paper.md, trap 10)."""
 TEXT_WIDTH = 32
-TRANSFORMER: dict[str, Any] = {
+TRANSFORMER: Mapping[str, Any] = {
     "sample_size": 8,
     "patch_size": 1,
     "in_channels": 16,
@@ -33,7 +37,7 @@ TRANSFORMER: dict[str, Any] = {
     "out_channels": 16,
     "pos_embed_max_size": 12,
 }
-VAE: dict[str, Any] = {
+VAE: Mapping[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 16,
@@ -50,34 +54,12 @@ VAE: dict[str, Any] = {
 }
 
 
-def build_vae() -> AutoencoderKL:
-    """A new AutoencoderKL, initialised from torch's random state: pixels (B,3,64,64) <-> latents (B,16,8,8)."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(**VAE)
-
-
-def build_transformer() -> SD3Transformer2DModel:
-    """A new 24-block base transformer."""
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(**TRANSFORMER)
-
-
-def build_controlnet(num_layers: int) -> SD3ControlNetModel:
-    """A new 17-channel ControlNet with `num_layers` layers, whose `controlnet_blocks` are initialised with zeros."""
-    from diffusers import SD3ControlNetModel
-
-    return SD3ControlNetModel(**{**TRANSFORMER, "num_layers": num_layers}, extra_conditioning_channels=1)
-
-
 def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CLIPTokenizer:
     """Writes a CLIPTokenizer of `words` to `folder` and loads it: at most 18 tokens; other words become <|unk|>."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.trainers import BpeTrainer
-    from transformers import CLIPTokenizer
 
     bpe = Tokenizer(BPE(unk_token="<|unk|>", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
@@ -102,8 +84,6 @@ def write_tokenizer(folder: Path, words: Sequence[str] = vocabulary.WORDS) -> CL
 
 def build_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
     """A new two-layer CLIP text encoder; SD3 uses its penultimate hidden states and its projection."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=vocab_size,
@@ -122,19 +102,14 @@ def build_text_encoder(vocab_size: int) -> CLIPTextModelWithProjection:
 
 def new_pipeline(folder: Path, seed: int) -> Any:
     """A stock inpainting pipeline of new networks; the tokenizer is written to `folder`."""
-    import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
-
-    from refine_control.models.controlnet import from_transformer
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = write_tokenizer(folder / "tokenizer")
-        transformer = build_transformer()
+        transformer = SD3Transformer2DModel(**TRANSFORMER)
         return StableDiffusion3ControlNetInpaintingPipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            vae=build_vae(),
+            vae=AutoencoderKL(**VAE),
             text_encoder=build_text_encoder(len(tokenizer)),
             tokenizer=tokenizer,
             text_encoder_2=build_text_encoder(len(tokenizer)),
@@ -147,8 +122,6 @@ def new_pipeline(folder: Path, seed: int) -> Any:
 
 def with_new_words(pipeline: Any, words: Sequence[str], folder: Path, seed: int) -> Any:
     """Replaces the text encoders and the tokenizer by new ones for `words`; keeps all other networks."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = write_tokenizer(folder / "tokenizer", words)

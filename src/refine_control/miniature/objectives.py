@@ -2,10 +2,11 @@
 
 autoencoder -> base (transformer and both text encoders, text to image) -> teacher (23-layer inpainting ControlNet on
 the frozen base) -> joint (base and teacher together). Every stage can be resumed and runs in `training.loop.fit`.
-Scenes are rendered on demand and do not repeat between stages; `worlds` has batches of photographs.
+Last the classifier that measures obedience is trained, on renders degraded like generated images. Scenes are rendered
+on demand and do not repeat between stages; `worlds` has batches of photographs.
 """
 
-# B batch, H = W = 64 pixels, h = w = 8 latents
+# N scenes, B batch, H = W = 64 pixels, h = w = 8 latents; crops are 32 x 32
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
 from refine_control.miniature import scenes
+from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.models.backbone import encode_images, encode_prompts, predict_velocity
 from refine_control.models.controlnet import control_residuals, trainable_parameters
 from refine_control.pixels import from_images
@@ -52,6 +55,25 @@ class SceneBatch(NamedTuple):
     local_prompts: list[str]
     global_prompts: list[str]
 
+    def take(self, rows: np.ndarray) -> SceneBatch:
+        """Some of them, by their numbers."""
+        index = torch.from_numpy(rows).to(self.latents.device)
+        latents, masked_latents, mask = (tensor[index] for tensor in self[:3])
+        prompts = ([texts[row] for row in rows] for texts in (self.local_prompts, self.global_prompts))
+        return SceneBatch(latents, masked_latents, mask, *prompts)
+
+
+@torch.no_grad()
+def encode_scenes(
+    vae: Any, pixels: torch.Tensor, masks: torch.Tensor, local_prompts: list[str], global_prompts: list[str]
+) -> SceneBatch:
+    """Encodes pixels (N,3,H,W) in [-1, 1] and masks (N,H,W) bool, 64 at a time."""
+    pixels, mask = pixels.to(vae.device), masks[:, None].float().to(vae.device)
+    parts = zip(pixels.split(64), mask.split(64), strict=True)
+    encoded = [(encode_images(vae, p), encode_images(vae, masked_pixels(p, m))) for p, m in parts]
+    latents, masked_latents = (torch.cat(each) for each in zip(*encoded, strict=True))
+    return SceneBatch(latents, masked_latents, mask_at_latents(mask, latents), local_prompts, global_prompts)
+
 
 class PictureBatches(Batches):
     """Half scenes, half images with the statistics of photographs: (B,3,64,64) in [-1, 1]."""
@@ -71,20 +93,13 @@ class SceneBatches(Batches):
         self.vae, self.steps_in_pool, self.repeats = vae, steps_in_pool, repeats
         self.pool: tuple[Any, SceneBatch] | None = None
 
-    @torch.no_grad()
     def _encode(self, draw: Draw, number: int) -> SceneBatch:
         each = self.steps_in_pool // self.repeats
         rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots]
-        images = from_images(torch.cat([r.images for r in rows]))
-        masks = torch.cat([r.masks for r in rows])[:, None].float()
-        images, masks = images.to(self.vae.device), masks.to(self.vae.device)
-        parts = zip(images.split(64), masks.split(64), strict=True)
-        encoded = [(encode_images(self.vae, i), encode_images(self.vae, masked_pixels(i, m))) for i, m in parts]
-        latents = torch.cat([e[0] for e in encoded])
-        return SceneBatch(
-            latents,
-            torch.cat([e[1] for e in encoded]),
-            mask_at_latents(masks, latents),
+        return encode_scenes(
+            self.vae,
+            from_images(torch.cat([r.images for r in rows])),
+            torch.cat([r.masks for r in rows]),
             [p for r in rows for p in r.local_prompts],
             [p for r in rows for p in r.global_prompts],
         )
@@ -97,16 +112,7 @@ class SceneBatches(Batches):
             self.pool = (key, self._encode(draw, number))
         each = self.steps_in_pool // self.repeats
         turn = permutation(derive_seed(draw.seed, draw.stage, "turn", number, within // each), each)[within % each]
-        rows = np.arange(len(draw.slots)) * each + int(turn)
-        pool = self.pool[1]
-        index = torch.from_numpy(rows).to(pool.latents.device)
-        return SceneBatch(
-            pool.latents[index],
-            pool.masked_latents[index],
-            pool.mask[index],
-            [pool.local_prompts[r] for r in rows],
-            [pool.global_prompts[r] for r in rows],
-        )
+        return self.pool[1].take(np.arange(len(draw.slots)) * each + int(turn))
 
 
 def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float = 0.1) -> list[str]:
@@ -118,15 +124,21 @@ def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float
     ]
 
 
-class AutoencoderObjective(Objective):
+class StageObjective(Objective):
+    """An objective that knows its parameters when it is made."""
+
+    parameters: Trainable
+
+    def trainable(self) -> Trainable:
+        """All that the stage trains."""
+        return self.parameters
+
+
+class AutoencoderObjective(StageObjective):
     """Squared and 0.05 x absolute error of the reconstruction, with a small divergence from the unit normal."""
 
     def __init__(self, vae: Any, dtype: torch.dtype):
         self.vae, self.parameters = vae, compute_in(vae, dtype)
-
-    def trainable(self) -> Trainable:
-        """All of the autoencoder."""
-        return self.parameters
 
     def losses(self, batch: torch.Tensor, draw: Draw, statistics: torch.Tensor | None = None) -> AutoencoderLosses:
         """The loss of a reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
@@ -149,7 +161,7 @@ def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: floa
     )
 
 
-class BaseObjective(Objective):
+class BaseObjective(StageObjective):
     """Text to image: the transformer and both text encoders are trained together on the velocity."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype):
@@ -157,10 +169,6 @@ class BaseObjective(Objective):
         self.parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
         trained = {name: compute_in(part.requires_grad_(True), dtype) for name, part in self.parts.items()}
         self.parameters = Trainable.joined(**trained)
-
-    def trainable(self) -> Trainable:
-        """`transformer.*`, `text_encoder.*`, `text_encoder_2.*`."""
-        return self.parameters
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with 60 % local, 30 % global and 10 % empty prompts."""
@@ -170,8 +178,10 @@ class BaseObjective(Objective):
         return weighted_losses(predicted.float() - at.target, batch.mask, 1.0)
 
 
-class TeacherObjective(Objective):
-    """The 23-layer inpainting ControlNet on the frozen base; the hole counts `inside_weight` times."""
+class TeacherObjective(StageObjective):
+    """The 23-layer inpainting ControlNet on the frozen base; the hole counts `inside_weight` times.
+
+    The text stream of its last block is not trained."""
 
     def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0):
         self.pipeline, self.inside_weight = pipeline, inside_weight
@@ -179,10 +189,6 @@ class TeacherObjective(Objective):
             part.to(dtype).requires_grad_(False)
         self.controlnet: Any = pipeline.controlnet
         self.parameters = compute_in(pipeline.controlnet, dtype, trainable_parameters(pipeline.controlnet))
-
-    def trainable(self) -> Trainable:
-        """The ControlNet without the last block's text stream."""
-        return self.parameters
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with the base's prompts; both networks get the same prompt."""
@@ -212,11 +218,61 @@ class JointObjective(TeacherObjective):
         pipeline.transformer.requires_grad_(True)
         self.parameters = Trainable.joined(transformer=base, controlnet=self.parameters)
 
-    def trainable(self) -> Trainable:
-        """`transformer.*` and `controlnet.*`."""
-        return self.parameters
-
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
         """Zero residuals for the free samples."""
         keep = (draw.uniforms("free") >= self.free).to(residuals[0])[:, None, None]
         return [residual * keep for residual in residuals]
+
+
+class OracleLosses(NamedTuple):
+    """Cross-entropies of the classifier."""
+
+    loss: torch.Tensor
+    colour: torch.Tensor
+    shape: torch.Tensor
+
+
+class Crops(NamedTuple):
+    """Regions of scenes: pixels (B,3,32,32) in [-1, 1], colour and shape (B,) indices."""
+
+    pixels: torch.Tensor
+    colour: torch.Tensor
+    shape: torch.Tensor
+
+
+class CropBatches(Batches):
+    """New scenes at every step."""
+
+    def batch(self, draw: Draw) -> Crops:
+        """One region for each slot."""
+        start = draw.step * 100_000 + draw.slots[0]
+        rendered = scenes.render(derive_seed(draw.seed, draw.stage), start, len(draw.slots))
+        crops = region_crops(from_images(rendered.images), rendered.masks)
+        return Crops(crops, torch.from_numpy(rendered.colour), torch.from_numpy(rendered.shape))
+
+
+def _blurred(pixels: torch.Tensor) -> torch.Tensor:
+    return functional.avg_pool2d(functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def degraded(pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Blurs half of the crops once or twice; adds noise up to 0.15 and a colour cast of 0.1 to all (range 2)."""
+    pick = draw.uniforms("blur")[:, None, None, None]
+    once = _blurred(pixels)
+    pixels = torch.where(pick < 0.3, once, torch.where(pick < 0.5, _blurred(once), pixels))
+    strength = 0.15 * draw.uniforms("strength")[:, None, None, None]
+    cast = 0.1 * draw.normals("cast", 3, 1, 1)
+    return (pixels + strength * draw.normals("grain", *pixels.shape[1:]) + cast).clamp(-1, 1)
+
+
+class OracleObjective(StageObjective):
+    """Cross-entropy of colour and shape."""
+
+    def __init__(self, classifier: Classifier):
+        self.classifier, self.parameters = classifier, Trainable.of(classifier.named_parameters())
+
+    def losses(self, batch: Crops, draw: Draw, statistics: torch.Tensor | None = None) -> OracleLosses:
+        """Their sum, and both of them."""
+        logits = self.classifier(degraded(batch.pixels, draw))
+        colour, shape = map(functional.cross_entropy, logits, (batch.colour, batch.shape))
+        return OracleLosses(colour + shape, colour, shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from refine_control.errors import InvalidInputError
@@ -55,19 +55,29 @@ def build_scenes(
     counts = {LABELED: labeled, UNLABELED: unlabeled, TEST: test}
     with only_writer(out):
         for role, count in counts.items():
-            folder = out / role
             described = {"scenes": count, "seed": derive_seed(test_seed if role == TEST else seed, "shards", role)}
-            if (folder / MANIFEST).is_file():
-                previous = json.loads((folder / MANIFEST).read_text())
-                if {k: previous.get(k) for k in described} != described:
-                    raise InvalidInputError(f"{folder} holds other scenes; choose another folder")
-                continue
-            if not count:
-                continue
-            writer = ShardWriter(folder, role, image_format="webp")
-            for done, photo in enumerate(scene_photos(described["seed"], 0, count), 1):
-                writer.add(photo)
-                if progress and done % 64 == 0:
-                    progress(done, count, role)
-            writer.finish(**described)
+            write_role(out / role, scene_photos(described["seed"], 0, count), count, described, progress)
     return counts
+
+
+def write_role(
+    folder: Path,
+    photos: Iterable[Photo],
+    count: int,
+    described: Mapping[str, int | str],
+    progress: Progress | None = None,
+) -> None:
+    """Writes `count` photos as shards of the role after which `folder` is named; finished ones stay.
+
+    Raises InvalidInputError when the manifest of `folder` describes others."""
+    if (folder / MANIFEST).is_file():
+        previous = json.loads((folder / MANIFEST).read_text())
+        if {name: previous.get(name) for name in described} != described:
+            raise InvalidInputError(f"{folder} holds other photographs or scenes; choose another folder")
+    elif count:
+        writer = ShardWriter(folder, folder.name, image_format="webp")
+        for done, photo in enumerate(photos, 1):
+            writer.add(photo)
+            if progress and done % 64 == 0:
+                progress(done, count, folder.name)
+        writer.finish(**described)

@@ -25,9 +25,9 @@ from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
+from refine_control.miniature.scene_shards import write_role
 from refine_control.photos.decode import decode, on_ground
 from refine_control.photos.files import TAR_SUFFIXES, read_bytes, tar_listing
-from refine_control.photos.shards import ShardWriter
 from refine_control.photos.webdataset import tar_entries
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
@@ -43,7 +43,7 @@ from refine_control.records import (
     make_key,
     with_article,
 )
-from refine_control.storage import MANIFEST, only_writer, sha256_file
+from refine_control.storage import only_writer, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,11 @@ class SmallPhotos(NamedTuple):
     """(N, S, S) bool, True = inpaint."""
     prompts: list[str]
     """`a goldfish`."""
+
+    def photo(self, row: int) -> Photo:
+        """One of them, for the shards."""
+        key = self.keys[row]
+        return Photo(key, self.images[row], self.masks[row], self.prompts[row], "", {"photo": key})
 
 
 @lru_cache
@@ -102,11 +107,12 @@ def read_small_photos(
     """The photographs of a part, at most `limit`, as squares of `side` pixels around their centre.
 
     Raises InvalidInputError without such shards or a photograph of that part, DamagedError for a cut shard."""
-    keys, images, masks, prompts = [], [], [], []
-    taken, faults = set[str](), dict[str, str]()
+    samples: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
+    faults: dict[str, str] = {}
     for entry in _entries(folder):
         left_out = entry.problem is not None and entry.problem[0] in LEFT_OUT
-        if not left_out and part_of(_name(entry)) != part:
+        key = PurePosixPath(entry.image).stem  # without folder and extension: what its part depends on
+        if not left_out and part_of(key) != part:
             continue
         try:
             square = _square(entry, side)
@@ -115,21 +121,17 @@ def read_small_photos(
             continue
         if square is None:
             continue
-        key = _name(entry)
-        key = key if _SAFE_KEY.fullmatch(key) and key not in taken else make_key(entry.image, None)
-        taken.add(key)
-        keys.append(key)
-        images.append(square[0])
-        masks.append(square[1])
-        prompts.append(with_article(str(entry.meta["category"])))
-        if progress and len(keys) % 256 == 0:
-            progress(len(keys), limit or len(keys), part)
-        if len(keys) == limit:
+        key = key if _SAFE_KEY.fullmatch(key) and key not in samples else make_key(entry.image, None)
+        samples[key] = (*square, with_article(str(entry.meta["category"])))
+        if progress and len(samples) % 256 == 0:
+            progress(len(samples), limit or len(samples), part)
+        if len(samples) == limit:
             break
     _warn(folder, faults)
-    if not keys:
+    if not samples:
         raise InvalidInputError(f"{folder} has no photograph of the part {part} with a box of {AREA} of its picture")
-    return SmallPhotos(keys, np.stack(images), np.stack(masks), prompts)
+    images, masks, prompts = zip(*samples.values(), strict=True)
+    return SmallPhotos(list(samples), np.stack(images), np.stack(masks), list(prompts))
 
 
 def build_small_photos(
@@ -152,18 +154,9 @@ def build_small_photos(
             (UNLABELED, student, labeled, unlabeled),
             (TEST, held_back, 0, test),
         ):
-            described = {"small_photos": count, "first": photos.keys[start], "last": photos.keys[start + count - 1]}
-            folder = out / role
-            if (folder / MANIFEST).is_file():
-                previous = json.loads((folder / MANIFEST).read_text())
-                if {k: previous.get(k) for k in described} != described:
-                    raise InvalidInputError(f"{folder} holds other photographs; choose another folder")
-                continue
-            writer = ShardWriter(folder, role, image_format="webp")
-            for i in range(start, start + count):
-                meta = {"photo": photos.keys[i]}
-                writer.add(Photo(photos.keys[i], photos.images[i], photos.masks[i], photos.prompts[i], "", meta))
-            writer.finish(**described)
+            rows = range(start, start + count)
+            described = {"small_photos": count, "first": photos.keys[rows[0]], "last": photos.keys[rows[-1]]}
+            write_role(out / role, map(photos.photo, rows), count, described)
     return {LABELED: labeled, UNLABELED: unlabeled, TEST: test}
 
 
@@ -183,11 +176,6 @@ def _entries(folder: Path) -> Iterator[Entry]:
         if fault is not None:
             raise DamagedError(f"{shard} cannot be read to its end: {fault}; get it again")
         yield from tar_entries(folder, shard.name)
-
-
-def _name(entry: Entry) -> str:
-    """Of the photograph in its shard, without folder and extension: what its part depends on."""
-    return PurePosixPath(entry.image).stem
 
 
 def _square(entry: Entry, side: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -8,24 +8,19 @@ A world provides the initial pipeline, the images of every stage, and the evalua
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from refine_control.baselines.bounds import decoded
-from refine_control.conditions.inpainting import mask_at_latents, masked_pixels
-from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.image_pairs import psnr
 from refine_control.miniature import scenes, vocabulary
-from refine_control.miniature.check import CHECK_SAMPLER, check_bundle
+from refine_control.miniature.check import CHECK_SAMPLER, check_bundle, decoded_psnr, painted_psnr
 from refine_control.miniature.networks import new_pipeline, with_new_words
-from refine_control.miniature.obedience import Classifier, load_classifier
-from refine_control.miniature.objectives import PictureBatches, SceneBatch, SceneBatches
+from refine_control.miniature.objectives import PictureBatches, SceneBatch, SceneBatches, encode_scenes
 from refine_control.miniature.small_photos import SmallPhotos, category_words, read_small_photos, small_photos_mark
-from refine_control.models.backbone import encode_images
 from refine_control.models.card import BUNDLE
 from refine_control.models.loading import load_backbone, load_pipeline
 from refine_control.pipeline.painting import inpaint
@@ -62,10 +57,6 @@ class World(Protocol):
         """(count,3,64,64) in [-1, 1], used to normalise latents."""
         ...
 
-    def oracle(self, start: Path | None) -> Classifier | None:
-        """The classifier of `start`; None if there is none."""
-        ...
-
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
         """Measures a finished bundle on `count` images that were not used in training."""
         ...
@@ -98,12 +89,7 @@ class SceneWorld:
 
     def some(self, seed: int, count: int) -> torch.Tensor:
         """Scenes of a separate seed."""
-        rendered = scenes.render(derive_seed(seed, "normalise"), 0, count).images
-        return from_images(rendered)
-
-    def oracle(self, start: Path | None) -> Classifier | None:
-        """The classifier of `start`, so that the numbers of all sittings can be compared."""
-        return load_classifier(start) if start else None
+        return from_images(scenes.render(derive_seed(seed, "normalise"), 0, count).images)
 
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
         """`mini check`."""
@@ -116,6 +102,7 @@ class PhotoWorld:
     The photographs' terms apply to its weights, which must not be published with the package."""
 
     has_oracle = False
+    """Categories are not recognisable at 64 px."""
 
     def __init__(self, folder: Path, progress: Progress | None = None):
         self.folder, self.mark = folder, small_photos_mark(folder)
@@ -160,98 +147,67 @@ class PhotoWorld:
         rows = permutation(derive_seed(seed, "normalise"), len(self.photos.keys))[:count]
         return from_images(self.photos.images[rows])
 
-    def oracle(self, start: Path | None) -> None:
-        """Photo bundles have no classifier: categories are not recognisable at 64 px."""
-        del start
-
     def skill(self, bundle: Path, count: int) -> dict[str, Any]:
-        """PSNR in dB on test photographs of the autoencoder, and of the teacher with right, empty and wrong prompts."""
-        return photo_skill(bundle, read_small_photos(self.folder, "test", limit=count), CHECK_SAMPLER)
+        """Mean PSNR in dB on test photographs: the autoencoder, and the teacher with right, empty and wrong prompts."""
+        photos = read_small_photos(self.folder, "test", limit=count)
+        backbone, half = load_backbone(bundle, cpu_kernels=True), len(photos.keys) // 2
+        prompts = {"category": photos.prompts, "empty": [""] * len(photos.keys)}
+        prompts["wrong"] = [*photos.prompts[half:], *photos.prompts[:half]]
+        skill: dict[str, Any] = {
+            "photographs": len(photos.keys),
+            "autoencoder_psnr": decoded_psnr(backbone, photos.images),
+        }
+        for name, texts in prompts.items():
+            images, masks = photos.images, photos.masks
+            painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts, CHECK_SAMPLER)
+            skill[f"teacher_{name}"] = painted_psnr(images, painted, masks)
+        return skill
 
 
-def photo_skill(bundle: Path, photos: SmallPhotos, sampler: SamplerConfig) -> dict[str, Any]:
-    """Mean PSNR in dB of the autoencoder, and of the teacher in the region and on the whole picture."""
-    backbone = load_backbone(bundle, cpu_kernels=True)
-    controlnet, count = backbone.pipeline.controlnet, len(photos.keys)
-    reconstruction = float(psnr(photos.images, decoded(backbone, photos.images)).mean())
-    out: dict[str, Any] = {"photographs": count, "autoencoder_psnr": reconstruction}
-    wrong = [*photos.prompts[count // 2 :], *photos.prompts[: count // 2]]
-    for name, prompts in (("category", photos.prompts), ("empty", [""] * count), ("wrong", wrong)):
-        painted = inpaint(backbone, controlnet, photos.images, photos.masks, prompts, sampler)
-        region, whole = psnr(photos.images, painted, photos.masks), psnr(photos.images, painted)
-        out[f"teacher_{name}"] = {"psnr_region": float(region.mean()), "psnr": float(whole.mean())}
-    return out
+@lru_cache(maxsize=256)
+def _epoch(seed: int, stage: str, slot: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which a slot shows the photographs."""
+    return permutation(derive_seed(seed, stage, slot, "photographs", epoch), count)
 
 
-class _Order:
-    """Assigns photographs to slots: each slot iterates over all of them, shuffled anew in every epoch.
+def photo_rows(draw: Draw, count: int) -> np.ndarray:
+    """(B,) photographs of the slots: each slot shows all of them, shuffled anew in every epoch.
 
     A function of (seed, stage, slot, step), so it does not depend on processes or micro-batches."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.orders: dict[tuple[int, str, int], tuple[int, np.ndarray]] = {}
-
-    def rows(self, draw: Draw) -> np.ndarray:
-        """(B,) indices."""
-        epoch, position = divmod(draw.step, self.count)
-        out = []
-        for slot in draw.slots:
-            key = (draw.seed, draw.stage, slot)
-            if self.orders.get(key, (-1,))[0] != epoch:
-                self.orders[key] = (epoch, permutation(derive_seed(*key, "photographs", epoch), self.count))
-            out.append(self.orders[key][1][position])
-        return np.array(out)
+    epoch, position = divmod(draw.step, count)
+    return np.array([_epoch(draw.seed, draw.stage, slot, epoch, count)[position] for slot in draw.slots])
 
 
 class PhotoPictures(Batches):
     """Photographs for the autoencoder, half of them mirrored."""
 
     def __init__(self, photos: SmallPhotos):
-        self.photos, self.order = photos, _Order(len(photos.keys))
+        self.photos = photos
 
     def batch(self, draw: Draw) -> torch.Tensor:
         """(B,3,64,64) in [-1, 1]."""
-        pixels = from_images(self.photos.images[self.order.rows(draw)])
+        pixels = from_images(self.photos.images[photo_rows(draw, len(self.photos.keys))])
         mirrored = (draw.uniforms("mirror") < 0.5)[:, None, None, None]
         return torch.where(mirrored, pixels.flip(3), pixels)
-
-
-class _Encoded(NamedTuple):
-    latents: torch.Tensor
-    masked_latents: torch.Tensor
-    mask: torch.Tensor
 
 
 class PhotoBatches(Batches):
     """Photographs and their mirror images, encoded by the frozen autoencoder when the first batch is requested."""
 
     def __init__(self, vae: Any, photos: SmallPhotos):
-        self.vae, self.photos, self.order = vae, photos, _Order(len(photos.keys))
-        self.encoded: _Encoded | None = None
+        self.vae, self.photos = vae, photos
 
-    @torch.no_grad()
-    def _encode(self) -> _Encoded:
+    @cached_property
+    def _encoded(self) -> SceneBatch:
         """2N rows: the photographs, then their mirror images."""
-        parts = []
-        for flipped in (False, True):
-            pixels = from_images(self.photos.images)
-            masks = torch.from_numpy(self.photos.masks)[:, None].float()
-            for image, mask in zip(pixels.split(64), masks.split(64), strict=True):
-                both = (image.flip(3), mask.flip(3)) if flipped else (image, mask)
-                image, mask = (part.to(self.vae.device) for part in both)
-                latents = encode_images(self.vae, image)
-                masked = encode_images(self.vae, masked_pixels(image, mask))
-                parts.append(_Encoded(latents, masked, mask_at_latents(mask, latents)))
-        return _Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        pixels, masks = from_images(self.photos.images), torch.from_numpy(self.photos.masks)
+        prompts = self.photos.prompts  # each is used as local and as global prompt
+        plain = encode_scenes(self.vae, pixels, masks, prompts, prompts)
+        mirrored = encode_scenes(self.vae, pixels.flip(3), masks.flip(2), prompts, prompts)
+        latents, masked_latents, mask = (torch.cat(pair) for pair in zip(plain[:3], mirrored[:3], strict=True))
+        return SceneBatch(latents, masked_latents, mask, 2 * prompts, 2 * prompts)
 
     def batch(self, draw: Draw) -> SceneBatch:
-        """One photograph for each slot; its prompt is used as local and as global prompt."""
-        if self.encoded is None:
-            self.encoded = self._encode()
-        rows = self.order.rows(draw)
-        mirrored = (draw.uniforms("mirror") < 0.5).numpy()
-        index = torch.from_numpy(rows + mirrored * len(self.photos.keys)).to(self.encoded.latents.device)
-        prompts = [self.photos.prompts[row] for row in rows]
-        latents, masked_latents, mask = (part[index] for part in self.encoded)
-        return SceneBatch(latents, masked_latents, mask, prompts, prompts)
+        """One photograph for each slot."""
+        count, mirrored = len(self.photos.keys), (draw.uniforms("mirror") < 0.5).numpy()
+        return self._encoded.take(photo_rows(draw, count) + mirrored * count)
