@@ -114,4 +114,4 @@ def test_a_row_of_reproduce_is_written_and_read(folder, quick, tmp_path):
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_that_repaints(folder):
     baseline = load_baseline(folder, device="cpu")
-    assert baseline_cost._peak_in_fresh_process(baseline, None) > 100 * 2**20
+    assert baseline_cost._peak_in_fresh_process(baseline) > 100 * 2**20

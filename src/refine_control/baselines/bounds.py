@@ -22,12 +22,11 @@ Bounds = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def decoded(backbone: Backbone, images: Images) -> Images:
-    """(N, H, W, 3) uint8 encoded and decoded: what the autoencoder keeps of a picture."""
+    """(N, H, W, 3) uint8 through the autoencoder and back."""
     out = []
     for first in range(0, len(images), _BATCH):
-        pixels = from_images(images[first : first + _BATCH])
-        back = backbone.decode_latents(backbone.encode_images(pixels)).float().cpu()
-        out.append(to_images(back))
+        latents = backbone.encode_images(from_images(images[first : first + _BATCH]))
+        out.append(to_images(backbone.decode_latents(latents).float().cpu()))
     return np.concatenate(out)
 
 
@@ -40,24 +39,20 @@ def filled(images: Images, masks: Mask) -> Images:
 
 
 def psnr_bounds(backbone: Backbone, photos: Sequence[Photo]) -> Bounds:
-    """Means over photos, which may differ in size."""
-    values: dict[tuple[str, str], list[np.ndarray]] = {}
+    """The bounds of photos of any sizes."""
+    scores: dict[str, list[np.ndarray]] = {"floor": [], "ceiling": []}
     for numbers in grouped(p.mask.shape for p in photos).values():
         images, masks = (np.stack([getattr(photos[n], part) for n in numbers]) for part in ("image", "mask"))
-        for name, images_of_bound in (("floor", filled(images, masks)), ("ceiling", decoded(backbone, images))):
-            values.setdefault((name, "psnr_region"), []).append(psnr(images, images_of_bound, masks))
-            values.setdefault((name, "psnr"), []).append(psnr(images, images_of_bound))
-    out: Bounds = {"floor": {}, "ceiling": {}}
-    for (name, metric), parts in values.items():
-        out[name][metric] = float(np.concatenate(parts).mean())
-    return out
+        for name, bound in (("floor", filled(images, masks)), ("ceiling", decoded(backbone, images))):
+            scores[name].append(np.stack([psnr(images, bound, masks), psnr(images, bound)]))
+    means = {name: np.concatenate(parts, 1).mean(1).tolist() for name, parts in scores.items()}
+    return {name: {"psnr_region": region, "psnr": whole} for name, (region, whole) in means.items()}
 
 
 def bounds_note(bounds: Bounds) -> str:
     """The sentence under a table."""
-    floor, ceiling = bounds["floor"], bounds["ceiling"]
+    floor, ceiling = ("{psnr_region:.2f} and {psnr:.2f} dB".format(**bounds[name]) for name in ("floor", "ceiling"))
     return (
-        f"Of PSNR in the region and on the whole picture: filling the hole with the mean of what is kept gives "
-        f"{floor['psnr_region']:.2f} and {floor['psnr']:.2f} dB (the kept pixels untouched), the autoencoder alone "
-        f"{ceiling['psnr_region']:.2f} and {ceiling['psnr']:.2f} dB; no row can pass the latter by skill."
+        f"Of PSNR in the region and on the whole picture: filling the hole with the mean of what is kept gives {floor} "
+        f"(the kept pixels untouched), the autoencoder alone {ceiling}; no row can pass the latter by skill."
     )

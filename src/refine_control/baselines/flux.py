@@ -1,8 +1,8 @@
 """FLUX.1 inpainting by a ControlNet that sees the masked picture and its mask, as alimama-creative publishes it.
 
 Published with FLUX.1-dev-Controlnet-Inpainting-Beta: six double blocks and no single ones, trained at 1024 pixels;
-control input as in `control_tokens`; 28 Euler steps, embedded guidance 3.5, conditioning scale 0.9 to 1, true guidance
-1, which is none (the Alpha weights: 3.5). Stock diffusers runs the transformer and its ControlNets but knows no control
+control input as in `control_tokens`; 28 Euler steps, embedded guidance 3.5, conditioning scale 0.9 to 1, no true
+guidance. Stock diffusers runs the transformer and its ControlNets but knows no control
 input with a mask: `FluxInpaintingControlNet` is the stock one with a wider first layer.
 """
 
@@ -10,7 +10,8 @@ input with a mask: `FluxInpaintingControlNet` is the stock one with a wider firs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -66,15 +67,6 @@ class FluxInpaintingControlNet(FluxControlNetModel):
         nn.init.zeros_(self.controlnet_x_embedder.bias)
 
 
-class FluxText(NamedTuple):
-    """What the text encoders make of B prompts."""
-
-    embeds: torch.Tensor
-    """(B,T,D_text) of T5."""
-    pooled: torch.Tensor
-    """(B,D_pooled) of CLIP."""
-
-
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """(B,C,h,w) -> tokens (B,N,4C): a token is a 2 x 2 square, channel by channel, each row by row."""
     return nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
@@ -112,18 +104,15 @@ def position_ids(height: int, width: int) -> torch.Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
 
 
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> FluxText:
-    """By the pipeline's own code: T5's hidden states of 512 tokens and CLIP's pooled output."""
-    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    return FluxText(embeds, pooled)
-
-
 class Condition(NamedTuple):
     """What a picture's velocity depends on beside its noisy tokens."""
 
     control: torch.Tensor
     """(B,N,68), of `control_tokens`."""
-    text: FluxText
+    prompt_embeds: torch.Tensor
+    """(B,T,D_text) of T5."""
+    pooled_prompt_embeds: torch.Tensor
+    """(B,D_pooled) of CLIP."""
     guidance_scale: float
     """A number that a guidance-distilled network reads."""
     conditioning_scale: float
@@ -131,18 +120,18 @@ class Condition(NamedTuple):
     """h w of the latents."""
 
 
-def _shared_arguments(network: Any, tokens: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> dict[str, Any]:
-    """The arguments that transformer and ControlNet share; the guidance scale only to a network that embeds it."""
+def _inputs(network: Any, tokens: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> Mapping[str, Any]:
+    """The inputs that transformer and ControlNet share; the guidance scale only for a network that embeds it."""
     dtype, device, batch = network.dtype, tokens.device, len(tokens)
     guidance = torch.full((batch,), condition.guidance_scale, device=device)
     return {
         "hidden_states": tokens.to(dtype),
         "timestep": sigma.to(device).expand(batch),
         "guidance": guidance if network.config["guidance_embeds"] else None,
-        "encoder_hidden_states": condition.text.embeds.to(dtype),
-        "pooled_projections": condition.text.pooled.to(dtype),
+        "encoder_hidden_states": condition.prompt_embeds.to(dtype),
+        "pooled_projections": condition.pooled_prompt_embeds.to(dtype),
         "img_ids": position_ids(*condition.size).to(device),
-        "txt_ids": torch.zeros(condition.text.embeds.shape[1], 3, device=device),
+        "txt_ids": torch.zeros(condition.prompt_embeds.shape[1], 3, device=device),
         "return_dict": False,
     }
 
@@ -154,7 +143,7 @@ def control_residuals(
     return cast(Any, controlnet)(
         controlnet_cond=condition.control.to(controlnet.dtype),
         conditioning_scale=condition.conditioning_scale,
-        **_shared_arguments(controlnet, tokens, sigma, condition),
+        **_inputs(controlnet, tokens, sigma, condition),
     )
 
 
@@ -164,10 +153,9 @@ def predict_velocity(pipeline: Any, tokens: torch.Tensor, sigma: torch.Tensor, c
     Residual j of the ControlNet's L feeds the transformer's blocks i with i // ceil(blocks / L) = j: stock diffusers
     does as the published code."""
     double, single = control_residuals(pipeline.controlnet, tokens, sigma, condition)
-    shared = _shared_arguments(pipeline.transformer, tokens, sigma, condition)
-    return pipeline.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **shared)[
-        0
-    ].float()
+    inputs = _inputs(pipeline.transformer, tokens, sigma, condition)
+    out = pipeline.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **inputs)
+    return out[0].float()
 
 
 @torch.no_grad()
@@ -178,37 +166,28 @@ def complete(
     prompts: Sequence[str],
     sampler: SamplerConfig,
     noise: torch.Tensor,
-    true_guidance_scale: float = 1.0,
 ) -> torch.Tensor:
     """Repaints: pixels (B,3,H,W) in [-1,1], mask (B,1,H,W) 1 = inpaint, noise (B,16,h,w) -> latents (B,16,h,w).
 
-    `sampler.guidance_scale` is the embedded one, a number that the distilled transformer reads. A true guidance scale
-    beyond 1 runs ControlNet and transformer once more on the empty prompt, as published. Noise, steps and VAE are fp32
-    whatever the type of transformer and ControlNet."""
+    `sampler.guidance_scale` is the embedded one, a number that the distilled transformer reads. Noise, steps and VAE
+    are fp32 whatever the type of transformer and ControlNet."""
     size = (noise.shape[-2], noise.shape[-1])
     control = control_tokens(pipeline.vae, pixel_values, mask)
-    scales = (sampler.guidance_scale, sampler.conditioning_scale)
-    condition = Condition(control, encode_prompts(pipeline, prompts), *scales, size)
-    guided = true_guidance_scale > 1
-    without = condition._replace(text=encode_prompts(pipeline, [""] * len(prompts))) if guided else condition
+    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    condition = Condition(control, embeds, pooled, sampler.guidance_scale, sampler.conditioning_scale, size)
     tokens = pack(noise)
     sigmas = schedule(pipeline.scheduler, sampler.num_inference_steps, tokens.shape[1]).to(tokens.device)
     for sigma, following in pairwise(sigmas):
         v = predict_velocity(pipeline, tokens, sigma, condition)
-        if guided:
-            v_without = predict_velocity(pipeline, tokens, sigma, without)
-            v = v_without + true_guidance_scale * (v - v_without)
         tokens = flow.euler_step(tokens, v, sigma[None], following[None])
     return unpack(tokens, *size)
 
 
 def blank(transformer: Any, controlnet: Any, side: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Tokens, sigma and condition of one empty picture whose latents have `side` rows: what a measurement runs on."""
-    given: dict[str, Any] = {"device": transformer.device, "dtype": transformer.dtype}
     config, tokens = transformer.config, side * side // 4
-    extra = controlnet.config["extra_condition_channels"]
-    embeds = torch.zeros(1, MAX_SEQUENCE_LENGTH, config["joint_attention_dim"], **given)
-    text = FluxText(embeds, torch.zeros(1, config["pooled_projection_dim"], **given))
-    control = torch.zeros(1, tokens, config["in_channels"] + extra, **given)
-    noisy = torch.zeros(1, tokens, config["in_channels"], **given)
-    return noisy, torch.tensor(0.5), Condition(control, text, 3.5, 1.0, (side, side))
+    channels, extra = config["in_channels"], controlnet.config["extra_condition_channels"]
+    zeros = partial(torch.zeros, 1, device=transformer.device, dtype=transformer.dtype)
+    embeds, pooled = zeros(MAX_SEQUENCE_LENGTH, config["joint_attention_dim"]), zeros(config["pooled_projection_dim"])
+    condition = Condition(zeros(tokens, channels + extra), embeds, pooled, 3.5, 1.0, (side, side))
+    return zeros(tokens, channels), torch.tensor(0.5), condition

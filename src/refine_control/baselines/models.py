@@ -24,6 +24,7 @@ from refine_control.baselines.flux import FluxInpaintingControlNet
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.components import load_network, read_json
+from refine_control.models.devices import best_device
 from refine_control.models.hub import folder_of
 
 Kind = Literal["stable_diffusion", "flux"]
@@ -35,8 +36,6 @@ class Card(NamedTuple):
     title: str
     hub_id: str
     kind: Kind
-    size: int
-    """Side in pixels that it was trained for."""
     num_inference_steps: int
     """As its authors recommend or, where they are silent, as its pipeline defaults; so the two scales below."""
     guidance_scale: float
@@ -55,7 +54,6 @@ KNOWN: Mapping[str, Card] = MappingProxyType(
             "DreamShaper 8 inpainting",
             "Lykon/dreamshaper-8-inpainting",
             "stable_diffusion",
-            512,
             25,
             7.5,
             1.0,
@@ -66,7 +64,6 @@ KNOWN: Mapping[str, Card] = MappingProxyType(
             "SD2 inpainting",
             "sd2-community/stable-diffusion-2-inpainting",
             "stable_diffusion",
-            512,
             50,
             7.5,
             1.0,
@@ -77,7 +74,6 @@ KNOWN: Mapping[str, Card] = MappingProxyType(
             "FLUX.1-dev with alimama-creative's inpainting ControlNet, beta",
             "black-forest-labs/FLUX.1-dev",
             "flux",
-            1024,
             28,
             3.5,
             0.95,
@@ -87,6 +83,8 @@ KNOWN: Mapping[str, Card] = MappingProxyType(
         ),
     }
 )
+FLUX_SIZE = 1024
+"""Side in pixels that FLUX's ControlNet was trained for."""
 _KINDS: Mapping[str, Kind] = {
     "StableDiffusionInpaintPipeline": "stable_diffusion",
     "FluxPipeline": "flux",
@@ -108,8 +106,6 @@ class Baseline:
     pipeline: Any = field(repr=False)
     size: int
     """Side in pixels at which it works; of a picture that is no square, the shorter side."""
-    true_guidance_scale: float = 1.0
-    """FLUX alone: guidance by a second pass on the empty prompt; 1 is none, as published with the beta ControlNet."""
 
     @property
     def denoiser(self) -> Any:
@@ -138,33 +134,34 @@ class MeanInpaintPipeline(StableDiffusionInpaintPipeline):
 def load_baseline(
     name: str | Path,
     *,
-    controlnet: str | Path | None = None,
     size: int | None = None,
     precision: Precision = "fp32",
     device: str | torch.device | None = None,
-    true_guidance_scale: float = 1.0,
 ) -> Baseline:
     """A baseline by a short name of KNOWN, a folder in diffusers layout, or a hub id, loaded strictly.
 
-    What it is, model_index.json says. A FLUX folder holds its ControlNet in `controlnet/`, unless `controlnet` names a
-    folder or a hub id. `size` is the side at which it works, its own by default; `precision` the type that FLUX's
-    transformer, ControlNet and text encoders are held in; `device` the GPU where there is one.
+    model_index.json says what it is. A FLUX folder holds its ControlNet in `controlnet/`. `size` is the side at which
+    the baseline works, by default the one it was trained for; `precision` is the type of FLUX's transformer, ControlNet
+    and text encoders; `device` is by default the GPU where there is one.
     Raises MissingError for weights that are not there, InvalidInputError for a folder of something else."""
     card, folder = KNOWN.get(str(name)), _folder(name)
     kind = _read_kind(folder)
     if kind == "stable_diffusion":
         pipeline = _load_stable_diffusion(folder)
-        usual = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
+        trained_size = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
     else:
-        pipeline = _load_flux(folder, controlnet or (card.controlnet if card else None), precision)
-        usual = KNOWN["flux"].size
+        pipeline, trained_size = _load_flux(folder, card.controlnet if card else None, precision), FLUX_SIZE
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    card = card or _describe_folder(folder, kind)
-    baseline = Baseline(str(name), card, pipeline, size or usual, true_guidance_scale)
+    pipeline.to(torch.device(device or best_device()))
+    if card is None:  # the usual steps and scales of its kind
+        like = KNOWN["sd2" if kind == "stable_diffusion" else "flux"]
+        card = like._replace(
+            title=folder.name, hub_id=str(folder), license="as the folder says", paper={}, controlnet=None
+        )
+    baseline = Baseline(str(name), card, pipeline, size or trained_size)
     if baseline.size < baseline.multiple or baseline.size % baseline.multiple:
         raise InvalidInputError(
             f"the size {baseline.size} does not suit {name}; give a multiple of {baseline.multiple} pixels"
@@ -186,8 +183,8 @@ def cannot_be_had(name: str | Path) -> str | None:
 
 def _folder(name: str | Path) -> Path:
     card = KNOWN.get(str(name))
-    accepted = f"one of {', '.join(KNOWN)}, a folder in diffusers layout with model_index.json, or a hub id"
-    return folder_of(card.hub_id if card else name, _FILES, accepted)
+    expected = f"one of {', '.join(KNOWN)}, a folder in diffusers layout with model_index.json, or a hub id"
+    return folder_of(card.hub_id if card else name, _FILES, expected)
 
 
 def _read_kind(folder: Path) -> Kind:
@@ -197,13 +194,6 @@ def _read_kind(folder: Path) -> Kind:
             f"{folder} holds a {class_name}, which is no inpainting baseline; name a folder of {' or '.join(_KINDS)}"
         )
     return _KINDS[class_name]
-
-
-def _describe_folder(folder: Path, kind: Kind) -> Card:
-    """The card of a folder that is not KNOWN, with the usual steps and scales of its kind."""
-    like = KNOWN["sd2" if kind == "stable_diffusion" else "flux"]
-    described = {"title": folder.name, "hub_id": str(folder), "license": "as the folder says", "controlnet": None}
-    return like._replace(paper={}, **described)
 
 
 def _load_pipeline(pipeline: Any, folder: Path, **parts: Any) -> Any:
@@ -230,7 +220,7 @@ def _load_stable_diffusion(folder: Path) -> MeanInpaintPipeline:
     return _load_pipeline(MeanInpaintPipeline, folder, unet=unet, vae=vae, text_encoder=text_encoder, **unused)
 
 
-def _load_flux(folder: Path, controlnet: str | Path | None, precision: str) -> FluxControlNetPipeline:
+def _load_flux(folder: Path, controlnet: str | None, precision: Precision) -> FluxControlNetPipeline:
     from transformers import CLIPTextModel, T5EncoderModel
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -250,12 +240,11 @@ def _load_flux(folder: Path, controlnet: str | Path | None, precision: str) -> F
     )
 
 
-def _controlnet_folder(name: str | Path) -> Path:
+def _controlnet_folder(name: str) -> Path:
     return folder_of(name, ["config.json", *_WEIGHTS], "a ControlNet folder in diffusers layout or a hub id")
 
 
 def recommended(baseline: Baseline, sampler: SamplerConfig) -> SamplerConfig:
     """The sampler with the steps and scales that suit the baseline; seed and precision stay."""
-    card = baseline.card
-    chosen = {name: getattr(card, name) for name in ("num_inference_steps", "guidance_scale", "conditioning_scale")}
-    return sampler.model_copy(update=chosen)
+    names = ("num_inference_steps", "guidance_scale", "conditioning_scale")
+    return sampler.model_copy(update={name: getattr(baseline.card, name) for name in names})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from refine_control.baselines import flux as flux_inpainting
 from refine_control.baselines.models import Baseline
-from refine_control.config import SamplerConfig
+from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.models.words import cut_warnings
 from refine_control.pixels import from_images, to_images
@@ -41,7 +42,7 @@ def facts(baseline: Baseline, height: int, width: int, sampler: SamplerConfig) -
     card = baseline.card
     guidance = f"guidance {sampler.guidance_scale:g}"
     if card.kind == "flux":
-        guidance = f"embedded {guidance}, true guidance {baseline.true_guidance_scale:g}, conditioning scale "
+        guidance = f"embedded {guidance}, true guidance 1, conditioning scale "
         guidance += f"{sampler.conditioning_scale:g}"
     return {
         "model": f"{card.title} ({card.hub_id})",
@@ -97,21 +98,28 @@ def paint(
     Raises InvalidInputError for `latents: sample` and for a FLUX that was loaded in another precision."""
     if sampler.latents != "mean":
         raise InvalidInputError("sampler.latents is sample; baselines encode by the posterior's mean, set it to mean")
-    held = "bf16" if baseline.denoiser.dtype == torch.bfloat16 else "fp32"
-    if baseline.card.kind == "flux" and held != sampler.precision:
+    if baseline.card.kind == "flux" and (held := held_precision(baseline)) != sampler.precision:
         raise InvalidInputError(
             f"{baseline.name} was loaded in {held} and sampler.precision is {sampler.precision}; load it in that"
         )
     _warn_cut(baseline, prompts)
-    repaint = _repaint_stable_diffusion if baseline.card.kind == "stable_diffusion" else _repaint_flux
-    (high, wide), device = working_size(baseline, *masks.shape[1:]), baseline.denoiser.device
+    (high, wide), device, vae = (
+        working_size(baseline, *masks.shape[1:]),
+        baseline.denoiser.device,
+        baseline.pipeline.vae,
+    )
+    channels, factor = vae.config["latent_channels"], baseline.pipeline.vae_scale_factor
     out = []
     for a in range(0, len(images), batch_size):
         b = min(a + batch_size, len(images))
-        pixels, mask = model_pixels(images[a:b], masks[a:b], high, wide)
+        pixels, mask = (part.to(device) for part in model_pixels(images[a:b], masks[a:b], high, wide))
         slots = range(first + a, first + b)
-        painted = repaint(baseline, pixels.to(device), mask.to(device), prompts[a:b], sampler, slots)
-        out.append(to_pictures(painted, *masks.shape[1:]))
+        noise = slot_normals((channels, high // factor, wide // factor), slots, sampler.seed, "initial noise")
+        given = (baseline.pipeline, pixels, mask, prompts[a:b], sampler, noise.to(device))
+        flux = baseline.card.kind == "flux"
+        latents = flux_inpainting.complete(*given) if flux else _complete_stable_diffusion(*given, slots)
+        latents = latents.float() / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0)
+        out.append(to_pictures(vae.decode(latents).sample, *masks.shape[1:]))
         if progress:
             progress(b, len(images), "inpaint")
     return np.concatenate(out)
@@ -128,59 +136,41 @@ def _warn_cut(baseline: Baseline, prompts: Sequence[str]) -> None:
         logger.warning(warning)
 
 
-def _noise(baseline: Baseline, pixels: torch.Tensor, seed: int, slots: Sequence[int]) -> torch.Tensor:
-    channels, factor = baseline.pipeline.vae.config["latent_channels"], baseline.pipeline.vae_scale_factor
-    shape = (channels, *(side // factor for side in pixels.shape[-2:]))
-    return slot_normals(shape, slots, seed, "initial noise").to(pixels.device)
+def held_precision(baseline: Baseline) -> Precision:
+    """The type of the U-Net's or the transformer's weights."""
+    return "bf16" if baseline.denoiser.dtype == torch.bfloat16 else "fp32"
 
 
-def _repaint_stable_diffusion(
-    baseline: Baseline,
-    pixels: torch.Tensor,
+def _complete_stable_diffusion(
+    pipeline: Any,
+    pixel_values: torch.Tensor,
     mask: torch.Tensor,
     prompts: Sequence[str],
     sampler: SamplerConfig,
+    noise: torch.Tensor,
     slots: Sequence[int],
 ) -> torch.Tensor:
-    """By the stock pipeline, from pure noise: pixels (B,3,S,s), mask (B,1,S,s) -> (B,3,S,s), about [-1,1].
+    """By the stock pipeline, from pure noise: pixels (B,3,S,s) in [-1,1], mask (B,1,S,s) -> latents (B,4,h,w).
 
     A scheduler that draws on its way has a generator for each picture."""
-    pipeline, device = baseline.pipeline, pixels.device
+    device, (height, width) = pixel_values.device, pixel_values.shape[-2:]
     embeds, empty = pipeline.encode_prompt(list(prompts), device, 1, sampler.guidance_scale > 1)
     seeds = [derive_seed(sampler.seed, "noise of the steps", slot) for slot in slots]
     with torch.autocast(device.type, torch.bfloat16, enabled=sampler.precision == "bf16"):
-        latents = pipeline(
+        return pipeline(
             prompt_embeds=embeds,
             negative_prompt_embeds=empty,
-            image=pixels / 2 + 0.5,
+            image=pixel_values / 2 + 0.5,
             mask_image=mask,
-            height=pixels.shape[-2],
-            width=pixels.shape[-1],
+            height=height,
+            width=width,
             strength=1.0,
             num_inference_steps=sampler.num_inference_steps,
             guidance_scale=sampler.guidance_scale,
-            latents=_noise(baseline, pixels, sampler.seed, slots),
+            latents=noise,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
         ).images
-    return pipeline.vae.decode(latents.float() / pipeline.vae.config["scaling_factor"]).sample
-
-
-def _repaint_flux(
-    baseline: Baseline,
-    pixels: torch.Tensor,
-    mask: torch.Tensor,
-    prompts: Sequence[str],
-    sampler: SamplerConfig,
-    slots: Sequence[int],
-) -> torch.Tensor:
-    """Pixels (B,3,S,s), mask (B,1,S,s) -> (B,3,S,s), about [-1,1]."""
-    noise = _noise(baseline, pixels, sampler.seed, slots)
-    latents = flux_inpainting.complete(
-        baseline.pipeline, pixels, mask, prompts, sampler, noise, baseline.true_guidance_scale
-    )
-    config = baseline.pipeline.vae.config
-    return baseline.pipeline.vae.decode(latents / config["scaling_factor"] + config["shift_factor"]).sample
 
 
 def denoising_step(baseline: Baseline) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
@@ -193,7 +183,7 @@ def denoising_step(baseline: Baseline) -> tuple[Callable[[], Any] | None, Callab
         blank = flux_inpainting.blank(network, baseline.controlnet, side)
         controlled = no_grad(lambda: flux_inpainting.control_residuals(baseline.controlnet, *blank))
         return controlled, no_grad(lambda: flux_inpainting.predict_velocity(pipeline, *blank))
-    given: dict[str, Any] = {"device": network.device, "dtype": network.dtype}
-    noisy = torch.zeros(1, network.config["in_channels"], side, side, **given)
-    embeds = torch.zeros(1, pipeline.tokenizer.model_max_length, network.config["cross_attention_dim"], **given)
+    zeros = partial(torch.zeros, 1, device=network.device, dtype=network.dtype)
+    noisy = zeros(network.config["in_channels"], side, side)
+    embeds = zeros(pipeline.tokenizer.model_max_length, network.config["cross_attention_dim"])
     return None, no_grad(lambda: network(noisy, 500, encoder_hidden_states=embeds).sample)
