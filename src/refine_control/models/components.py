@@ -11,7 +11,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ _UNSEEN = {
     "FlowMatchEulerDiscreteScheduler": ("shift",),
 }
 """Options that a config must state: their defaults may be another model's, and no shape would show it."""
+_DEFAULTS = {"SD3ControlNetModel": {"extra_conditioning_channels": 1}}
+"""Of options that published configs leave out (docs/paper.md, trap 6)."""
 
 
 class Header(NamedTuple):
@@ -65,8 +68,16 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     return content
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+@contextmanager
+def _refused(fault: str, advice: str) -> Iterator[None]:
+    """Any error of a library (they have no common class) becomes an InvalidInputError."""
+    try:
+        yield
+    except InvalidInputError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InvalidInputError(f"{fault} ({why}); {advice}") from error
 
 
 def _check_class(path: Path, config: Mapping[str, Any], component: Any) -> None:
@@ -135,19 +146,15 @@ def _read_headers(files: Iterable[Path]) -> dict[str, Header]:
 
     headers: dict[str, Header] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    if name in headers:
-                        raise InvalidInputError(f"{file} and {headers[name].file.name} both hold the tensor {name}")
-                    tensor = opened.get_slice(name)
-                    headers[name] = Header(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
-        except InvalidInputError:
-            raise
-        except Exception as error:  # safetensors raises a Rust error type for a cut or foreign file
-            raise InvalidInputError(
-                f"{file} is cut or not a safetensors file ({_one_line(error)}); copy the weights again"
-            ) from error
+        with (
+            _refused(f"{file} is cut or not a safetensors file", "copy the weights again"),
+            safe_open(file, "pt") as opened,
+        ):
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name in headers:
+                    raise InvalidInputError(f"{file} and {headers[name].file.name} both hold the tensor {name}")
+                tensor = opened.get_slice(name)
+                headers[name] = Header(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return headers
 
 
@@ -172,25 +179,19 @@ def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str
     headers = {n: h for n, h in headers.items() if n in expected or not any(p.search(n) for p in ignored)}
     known = {**optional, **expected}
     both = sorted(known.keys() & headers.keys())
-    for names, complaint in (
-        (sorted(expected.keys() - headers.keys() - {*optional, *tied}), "it lacks {} tensors, first {}"),
-        (sorted(headers.keys() - known.keys()), "it holds unknown {} tensors, first {}"),
-        (
-            [n for n in both if headers[n].shape != tuple(known[n].shape)],
-            "it has another shape for {} tensors, first {}",
-        ),
-        (
-            [n for n in both if known[n].is_floating_point() and headers[n].dtype not in _FLOATS],
-            "it has another type for {} tensors, first {}",
-        ),
-    ):
+    disagreements = {
+        "lacks": sorted(expected.keys() - headers.keys() - {*optional, *tied}),
+        "holds unknown": sorted(headers.keys() - known.keys()),
+        "has another shape for": [n for n in both if headers[n].shape != tuple(known[n].shape)],
+        "has another type for": [n for n in both if known[n].is_floating_point() and headers[n].dtype not in _FLOATS],
+    }
+    for complaint, names in disagreements.items():
         if names:
-            details = complaint.format(len(names), names[0])
-            if "type" in details or "shape" in details:
-                details += f" ({headers[names[0]].dtype} {list(headers[names[0]].shape)})"
+            first = names[0]
+            details = f" ({headers[first].dtype} {list(headers[first].shape)})" if first in both else ""
             raise InvalidInputError(
-                f"the weights in {folder} disagree with its config.json: {details}; use the config that belongs to "
-                "these weights"
+                f"the weights in {folder} disagree with its config.json: it {complaint} {len(names)} tensors, first "
+                f"{first}{details}; use the config that belongs to these weights"
             )
     return {name: headers[name] for name in both if name in expected}
 
@@ -200,18 +201,15 @@ def _read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
-    for file in dict.fromkeys(header.file for header in headers.values()):
-        with safe_open(file, "pt") as opened:
-            for name, header in headers.items():
-                if header.file != file:
-                    continue
-                tensor = opened.get_tensor(header.name)
-                tensor = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-                if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
-                    raise InvalidInputError(
-                        f"{file}: the tensor {name} holds values that are not finite; use another checkpoint"
-                    )
-                tensors[name] = tensor
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {each.file for each in headers.values()}}
+        for name, header in headers.items():
+            tensor = files[header.file].get_tensor(header.name)
+            tensors[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensors[name])):
+                raise InvalidInputError(
+                    f"{header.file}: the tensor {name} holds values that are not finite; use another checkpoint"
+                )
     return tensors
 
 
@@ -224,27 +222,22 @@ def read_config(component: Any, folder: Path, name: str = "config.json") -> dict
     return config
 
 
-def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float32, **defaults: Any) -> Any:
+def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A network of the class `component` (diffusers or transformers) on the CPU, floats in `dtype`, for inference.
 
-    `defaults` stand in for options that its config.json leaves out. Raises MissingError for files that are not there,
-    InvalidInputError for a config or weights that cannot be used or disagree."""
+    Raises MissingError for files that are not there, InvalidInputError for a config or weights that cannot be used or
+    disagree."""
     from accelerate import init_empty_weights
 
-    path, config = folder / "config.json", {**defaults, **read_config(component, folder)}
+    path, config = folder / "config.json", {**_DEFAULTS.get(component.__name__, {}), **read_config(component, folder)}
     of_transformers = hasattr(component, "config_class")
     stem = "model" if of_transformers else "diffusion_pytorch_model"
     headers = _read_headers(find_weights(folder, stem))
     if deep := [n for n, v in config.items() if "layers" in n and isinstance(v, int) and v > max(1, len(headers))]:
         raise InvalidInputError(f"{path}: {deep[0]} is {config[deep[0]]}, more layers than {folder} holds tensors")
-    try:
-        with torch.device("meta"):
-            network = _build(component, config)
-    except Exception as error:  # any failure of the constructor is the config's fault
-        raise InvalidInputError(
-            f"{path} does not describe a {component.__name__} ({_one_line(error)}); use the config that belongs to "
-            "these weights"
-        ) from error
+    advice = "use the config that belongs to these weights"
+    with _refused(f"{path} does not describe a {component.__name__}", advice), torch.device("meta"):
+        network = _build(component, config)
     headers = _compare(_renamed(headers, network), network, folder)
     computed = {name: buffer for name, buffer in network.named_buffers() if name not in headers}
     if too_large := [name for name, buffer in computed.items() if buffer.numel() > _MOST_TABLE_ELEMENTS]:
@@ -272,12 +265,8 @@ def load_scheduler(component: Any, folder: Path) -> Any:
     """A scheduler of the class `component`, every option checked as a network's. Raises as `load_network`."""
     path = folder / "scheduler_config.json"
     config = read_config(component, folder, path.name)
-    try:
+    with _refused(f"{path} does not describe a {component.__name__}", "copy it again"):
         return component.from_config(config)
-    except Exception as error:  # as of a network
-        raise InvalidInputError(
-            f"{path} does not describe a {component.__name__} ({_one_line(error)}); copy it again"
-        ) from error
 
 
 def load_tokenizer(component: Any, folder: Path) -> Any:
@@ -290,13 +279,9 @@ def load_tokenizer(component: Any, folder: Path) -> Any:
         raise MissingError(
             f"{folder} has no tokenizer.json (nor vocab.json with merges.txt, nor spiece.model); fetch it"
         )
-    try:
+    with _refused(f"{folder} does not hold a {component.__name__}", "copy it again"):
         tokenizer = component.from_pretrained(folder, local_files_only=True)
         tokenizer("a red circle")
-    except Exception as error:  # tokenizers, transformers and sentencepiece share no error
-        raise InvalidInputError(
-            f"{folder} does not hold a {component.__name__} ({_one_line(error)}); copy it again"
-        ) from error
     if absent := _unreachable_tokens(tokenizer):
         raise InvalidInputError(
             f"{folder} has no merges for {len(absent)} of its tokens, first {absent[0]!r}: one of its files is "

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import (
@@ -34,7 +33,6 @@ from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
 SD3_MAX_SEQUENCE_LENGTH = 256
-_CONTROLNET_DEFAULTS = {"extra_conditioning_channels": 1}
 
 
 def resolve(model: str | Path) -> Path:
@@ -42,7 +40,7 @@ def resolve(model: str | Path) -> Path:
 
     Raises MissingError when a hub id is neither cached nor reachable, InvalidInputError for a missing folder."""
     if str(model) == "mini":
-        if not (BUNDLE / "model_index.json").is_file():
+        if not (BUNDLE / INDEX).is_file():
             raise MissingError(f"the mini bundle is not in {BUNDLE}; make it with `refine-control mini train`")
         return BUNDLE
     files = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -84,7 +82,7 @@ def load_controlnet(folder: str | Path) -> SD3ControlNetModel:
     if not (path / CONFIG).is_file():
         raise InvalidInputError(f"{path} has no {CONFIG}; give a ControlNet folder in diffusers layout")
     verify_folder(path)
-    return load_network(SD3ControlNetModel, path, **_CONTROLNET_DEFAULTS)
+    return load_network(SD3ControlNetModel, path)
 
 
 def weights_mark(name: str | Path) -> str:
@@ -124,31 +122,20 @@ def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: in
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
 
 
-class _Part(NamedTuple):
-    """A component of an SD3 pipeline."""
-
-    load: Callable[[Any, Path], Any]
-    classes: Mapping[str, Any]
-    """By the names that a model_index.json may give; tokenizers have two."""
-
-
-def _parts() -> Mapping[str, _Part]:
-    """By name, the small ones first, so that a wrong folder is refused before gigabytes are read."""
+def _classes() -> dict[str, Any]:
+    """The classes of SD3's components, the small ones first: a wrong folder is refused before gigabytes are read."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-    clip_tokenizer = _Part(load_tokenizer, {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer})
-    t5_tokenizer = _Part(load_tokenizer, {"T5TokenizerFast": T5Tokenizer, "T5Tokenizer": T5Tokenizer})
-    clip = _Part(load_network, {"CLIPTextModelWithProjection": CLIPTextModelWithProjection})
     return {
-        "scheduler": _Part(load_scheduler, {"FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler}),
-        "tokenizer": clip_tokenizer,
-        "tokenizer_2": clip_tokenizer,
-        "tokenizer_3": t5_tokenizer,
-        "vae": _Part(load_network, {"AutoencoderKL": AutoencoderKL}),
-        "text_encoder": clip,
-        "text_encoder_2": clip,
-        "transformer": _Part(load_network, {"SD3Transformer2DModel": SD3Transformer2DModel}),
-        "text_encoder_3": _Part(load_network, {"T5EncoderModel": T5EncoderModel}),
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": CLIPTokenizer,
+        "tokenizer_3": T5Tokenizer,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "transformer": SD3Transformer2DModel,
+        "text_encoder_3": T5EncoderModel,
     }
 
 
@@ -162,17 +149,19 @@ def _read_index(path: Path) -> dict[str, str | None]:
         raise InvalidInputError(
             f"{path / INDEX} describes a {index.get('_class_name')}; give a folder of SD3's pipeline"
         )
-    classes: dict[str, str | None] = {}
-    for name, part in {**_parts(), "controlnet": None}.items():
+    components, named = _classes(), dict[str, str | None]()
+    for name in (*components, "controlnet"):
         entry = index.get(name, [None, None])
-        classes[name] = entry[1] if isinstance(entry, list) and len(entry) == 2 else str(entry)
-        if part and classes[name] not in part.classes and not (classes[name] is None and name.endswith("_3")):
+        named[name] = entry[1] if isinstance(entry, list) and len(entry) == 2 else str(entry)
+    for name, component in components.items():
+        optional = named[name] is None and name.endswith("_3")
+        if not optional and str(named[name]).removesuffix("Fast") != component.__name__:
             raise InvalidInputError(
-                f"{path / INDEX} names {classes[name]} as {name}; SD3 has a {next(iter(part.classes))} there"
+                f"{path / INDEX} names {named[name]} as {name}; SD3 has a {component.__name__} there"
             )
-    if (classes["text_encoder_3"] is None) != (classes["tokenizer_3"] is None):
+    if (named["text_encoder_3"] is None) != (named["tokenizer_3"] is None):
         raise InvalidInputError(f"{path / INDEX} names one of text_encoder_3 and tokenizer_3; name both or none")
-    return classes
+    return named
 
 
 def load_pipeline(
@@ -182,36 +171,22 @@ def load_pipeline(
 
     The folder may lack a ControlNet (plain SD3) if one is given. Raises what `load_controlnet` raises."""
     path = resolve(model)
-    classes = _read_index(path)
-    if controlnet is None and classes["controlnet"] is None:
+    named = _read_index(path)
+    if controlnet is None and named["controlnet"] is None:
         raise InvalidInputError(
             f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
         )
     verify_folder(path)
     components: dict[str, Any] = {}
-    for name, part in _parts().items():
-        if (named := classes[name]) and not (path / name).is_dir():
-            advice = (
-                f"fetch it, or write [null, null] for {name} and its tokenizer" if name.endswith("_3") else "fetch it"
-            )
-            raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; {advice}")
-        components[name] = part.load(part.classes[named], path / name) if named else None
-    components["controlnet"] = controlnet or load_network(
-        SD3ControlNetModel, path / "controlnet", **_CONTROLNET_DEFAULTS
-    )
+    for name, component in _classes().items():
+        if named[name] and not (path / name).is_dir():
+            advice = f", or write [null, null] for {name} and its tokenizer" if name.endswith("_3") else ""
+            raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; fetch it{advice}")
+        load = {"scheduler": load_scheduler, "tokenizer": load_tokenizer}.get(name.split("_")[0], load_network)
+        components[name] = load(component, path / name) if named[name] else None
+    components["controlnet"] = controlnet or load_network(SD3ControlNetModel, path / "controlnet")
     check_neighbours(components, path)
     return StableDiffusion3ControlNetInpaintingPipeline(**components)
-
-
-def _card(model: str | Path) -> dict[str, Any]:
-    """What a bundle of this project says of itself; other models say nothing."""
-    card = resolve(model) / CARD
-    return json.loads(card.read_text()) if card.is_file() else {}
-
-
-def _vocabulary(card: dict[str, Any]) -> frozenset[str] | None:
-    """The words that a bundle's text encoders were trained on; None where any word may be read."""
-    return frozenset(card["vocabulary"]) if card.get("vocabulary") else None
 
 
 def read_geometry(model: str | Path) -> Geometry:
@@ -219,11 +194,8 @@ def read_geometry(model: str | Path) -> Geometry:
     config what `load_network` does."""
     path = resolve(model)
     _read_index(path)
-    configs = []
-    for component in (AutoencoderKL, SD3Transformer2DModel):
-        folder = path / {AutoencoderKL: "vae"}.get(component, "transformer")
-        configs.append(read_config(component, folder))
-    return geometry(*configs)
+    vae = read_config(AutoencoderKL, path / "vae")
+    return geometry(vae, read_config(SD3Transformer2DModel, path / "transformer"))
 
 
 def load_backbone(
@@ -235,16 +207,13 @@ def load_backbone(
 ) -> Backbone:
     """The frozen parts of a model, put on `device` as `Backbone.to` does.
 
-    `cpu_kernels` takes the operators that are fast on a CPU, where the model runs there.
-
-    Raises what `load_pipeline` raises, and InvalidInputError for a VAE that does not say how SD3 scales its latents."""
-    pipeline = load_pipeline(model, controlnet)
-    card = _card(model)
-    backbone = Backbone(
-        pipeline,
-        card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH),
-        vocabulary=_vocabulary(card),
-    ).to(device, painting)
+    `cpu_kernels` uses the operators that are fast on a CPU, where the model runs there. A bundle of this project
+    states its closed vocabulary in its card. Raises what `load_pipeline` raises."""
+    pipeline, file = load_pipeline(model, controlnet), resolve(model) / CARD
+    card = json.loads(file.read_text()) if file.is_file() else {}
+    vocabulary = frozenset(card.get("vocabulary") or ()) or None
+    length = card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH)
+    backbone = Backbone(pipeline, length, vocabulary).to(device, painting)
     if cpu_kernels and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, pipeline.controlnet)
     return backbone
