@@ -12,13 +12,7 @@ from refine_control.miniature.networks import TRANSFORMER
 from refine_control.models import cpu_kernels
 from refine_control.models.backbone import predict_velocity
 from refine_control.models.controlnet import control_residuals
-from refine_control.models.cpu_kernels import (
-    FusedGelu,
-    PlainJointAttention,
-    linear,
-    use_cpu_kernels,
-    use_plain_attention,
-)
+from refine_control.models.cpu_kernels import FusedGelu, PlainJointAttention, linear, use_cpu_kernels
 
 
 def layer(kind=GELU, approximate="tanh"):
@@ -164,7 +158,7 @@ def test_outputs_and_gradients_are_those_of_diffusers(tiny_backbone, block):
 
 def test_every_attention_of_a_network_is_set():
     controlnet = SD3ControlNetModel(**{**TRANSFORMER, "num_layers": 3})
-    use_plain_attention(controlnet)
+    use_cpu_kernels(controlnet)
     assert [type(b.attn.processor) for b in controlnet.transformer_blocks] == [PlainJointAttention] * 3
 
 

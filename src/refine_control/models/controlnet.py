@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any, Literal, cast
 
 import torch
@@ -14,9 +13,8 @@ from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
 from torch import nn
 
 from refine_control.errors import InvalidInputError
-from refine_control.injection import Injection, expand_residuals, groups, stock_injects_exactly
+from refine_control.injection import Injection, expand_residuals, groups
 
-logger = logging.getLogger(__name__)
 ControlNet = SD3ControlNetModel
 """Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
 StudentInit = Literal["transformer", "teacher", "random"]
@@ -76,13 +74,10 @@ def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injecti
 def trainable_parameters(controlnet: SD3ControlNetModel) -> dict[str, nn.Parameter]:
     """Parameters by name, without the last block's six that never get a gradient; those are frozen here."""
     last = f"transformer_blocks.{len(controlnet.transformer_blocks) - 1}."
-    out = {}
+    dead = tuple(last + part for part in _NO_GRADIENT)
     for name, parameter in controlnet.named_parameters():
-        dead = name.startswith(last) and name.removeprefix(last).startswith(_NO_GRADIENT)
-        parameter.requires_grad_(not dead)
-        if not dead:
-            out[name] = parameter
-    return out
+        parameter.requires_grad_(not name.startswith(dead))
+    return {name: parameter for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
 
 
 def from_transformer(
@@ -132,14 +127,3 @@ def build_student(
             student.transformer_blocks[layer].load_state_dict(teacher.transformer_blocks[source].state_dict())
             student.controlnet_blocks[layer].load_state_dict(teacher.controlnet_blocks[source].state_dict())
     return student
-
-
-def warn_if_stock_differs(num_layers: int, num_blocks: int) -> None:
-    """Logs a warning when stock diffusers would inject this layer count differently."""
-    if not stock_injects_exactly(num_layers, num_blocks):
-        logger.warning(
-            "stock diffusers injects a ControlNet of %d layers into %d blocks shifted; run it by refine-control, "
-            "or choose 1, 2, 3, 4, 6, 8 or 12 layers",
-            num_layers,
-            num_blocks,
-        )

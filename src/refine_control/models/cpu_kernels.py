@@ -1,10 +1,9 @@
 """Operators that make SD3's blocks fast on a CPU, results unchanged: oneDNN's linear layers, and plain joint attention.
 
-oneDNN computes tanh GELU on the result of a product while that is still in the cache; torch's own takes four times as
-long as the product before it. torch gives fp32 products to MKL, which on an AMD processor reaches 40 % of oneDNN's
-speed. In bf16 the backward of torch's fused attention takes longer than all other operations of a small SD3 block
-together; batched products and an fp32 softmax take a fifth of it. One product computes query, key and value of a
-stream, and one copy brings both streams into the layout of the heads. Measure with `refine-control bench step`.
+oneDNN fuses tanh GELU with the product before it; torch's own GELU takes four times as long as that product. torch
+gives fp32 products to MKL, which on an AMD processor reaches 40 % of oneDNN's speed. In bf16 the backward of torch's
+fused attention is slower than the rest of a small SD3 block; batched products and an fp32 softmax take a fifth of it.
+Measure with `refine-control bench step`.
 """
 
 # B batch, N image tokens, M text tokens, T = N + M, D width, F width of the result, H heads
@@ -127,23 +126,12 @@ class PlainJointAttention:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if attention_mask is not None or attn.norm_q is not None or encoder_hidden_states is None:
             raise ValueError("PlainJointAttention supports SD3's joint blocks without query norms or masks")
-        projections: Any = attn  # diffusers leaves the types of its projections open
-        image = _fused_linear(hidden_states, (projections.to_q, projections.to_k, projections.to_v))
-        text = _fused_linear(
-            encoder_hidden_states, (projections.add_q_proj, projections.add_k_proj, projections.add_v_proj)
-        )
+        layers: Any = attn  # diffusers leaves the types of its projections open
+        image = _fused_linear(hidden_states, (layers.to_q, layers.to_k, layers.to_v))
+        text = _fused_linear(encoder_hidden_states, (layers.add_q_proj, layers.add_k_proj, layers.add_v_proj))
         image, text = _JointAttention.apply(image, text, attn.heads)
-        return projections.to_out[1](
-            projections.to_out[0](image)
-        ), text if attn.context_pre_only else projections.to_add_out(text)
-
-
-def use_plain_attention(*modules: nn.Module) -> None:
-    """Sets `PlainJointAttention` on every joint attention of the given transformers and ControlNets."""
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, Attention):
-                part.set_processor(PlainJointAttention())  # type: ignore[arg-type]
+        image = layers.to_out[1](layers.to_out[0](image))
+        return image, text if attn.context_pre_only else layers.to_add_out(text)
 
 
 class FusedLinear(nn.Linear):
@@ -168,10 +156,11 @@ def use_cpu_kernels(*modules: nn.Module) -> None:
     """Gives transformers and ControlNets, in place, the operators that are fast on a CPU.
 
     Parameters and their names stay. On another device the modules give the same results, more slowly."""
-    use_plain_attention(*modules)
     for module in modules:
         for part in module.modules():
-            if type(part) is GELU:
+            if isinstance(part, Attention):
+                part.set_processor(PlainJointAttention())  # type: ignore[arg-type]
+            elif type(part) is GELU:
                 part.__class__ = FusedGelu
             elif type(part) is nn.Linear:
                 part.__class__ = FusedLinear

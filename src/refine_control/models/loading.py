@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from diffusers import (
 
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CONTROLNET, A_MODEL, refuse_other_kind
+from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, CARD
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
-from refine_control.models.controlnet import warn_if_stock_differs
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_neighbours, geometry
 from refine_control.models.hub import folder_of
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
+logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG, INDEX = "diffusion_pytorch_model.safetensors", "config.json", "model_index.json"
 SD3_MAX_SEQUENCE_LENGTH = 256
 
@@ -117,7 +119,14 @@ def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: in
     """Publishes a folder that stock `SD3ControlNetModel.from_pretrained` loads; warns where stock injects wrongly.
 
     `described` goes into the folder's manifest: what made it."""
-    warn_if_stock_differs(len(controlnet.transformer_blocks), num_blocks)
+    layers = len(controlnet.transformer_blocks)
+    if not stock_injects_exactly(layers, num_blocks):
+        logger.warning(
+            "stock diffusers injects a ControlNet of %d layers into %d blocks shifted; run it by refine-control, "
+            "or choose 1, 2, 3, 4, 6, 8 or 12 layers",
+            layers,
+            num_blocks,
+        )
     with publish_folder(folder, **described) as temporary:
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,9 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.devices import best_device
 from refine_control.pipeline.painting import make_pipeline, run_pipeline
 
-_FORMATS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        ".png": {"format": "PNG"},
-        ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-        ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-        ".webp": {"format": "WEBP", "lossless": True},
-    }
-)
+_JPEG = {"quality": 95, "subsampling": 0}
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": {"lossless": True}}
+"""How a picture is written, by the end of its file's name."""
 
 
 def inpaint_file(
@@ -54,8 +48,8 @@ def inpaint_file(
             raise InvalidInputError(f"no file at {path}; give a photograph and its mask (white = inpaint)")
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty; describe the content of the masked region")
-    if out.suffix.lower() not in _FORMATS:
-        raise InvalidInputError(f"{out} ends in none of {', '.join(_FORMATS)}; name the picture to write so")
+    if out.suffix.lower() not in _OPTIONS:
+        raise InvalidInputError(f"{out} ends in none of {', '.join(_OPTIONS)}; name the picture to write so")
     sizes = read_geometry(model)
     side = sizes.side if size is None else size
     sizes.check(side, side)
@@ -72,7 +66,7 @@ def inpaint_file(
     painted = run_pipeline(pipeline, backbone, photo.image, photo.mask, prompt, sampler)
     if composite:
         painted = np.where(photo.mask[..., None], painted, photo.image)
-    buffer = io.BytesIO()
-    Image.fromarray(painted).save(buffer, **_FORMATS[out.suffix.lower()])
+    buffer, kind = io.BytesIO(), Image.registered_extensions()[out.suffix.lower()]
+    Image.fromarray(painted).save(buffer, kind, **_OPTIONS[out.suffix.lower()])
     write_output(out, buffer.getvalue())
     return out

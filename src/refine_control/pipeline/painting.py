@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -26,15 +26,9 @@ from refine_control.pixels import from_images, to_images
 from refine_control.progress import Progress
 from refine_control.randomness import slot_normals
 
-logger = logging.getLogger(__name__)
-
 
 class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
-    """Stock but for one method: `prepare_image_with_mask` may use the posterior's mean instead of a draw.
-
-    With `latents_mode` "sample" every step is stock's, and so is the picture, bit for bit (docs/paper.md, trap 3)."""
-
-    latents_mode: Literal["mean", "sample"] = "mean"
+    """Stock but for `prepare_image_with_mask`, which uses the posterior's mean instead of a draw (paper.md, trap 3)."""
 
     def prepare_image_with_mask(
         self,
@@ -50,26 +44,12 @@ class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
         guess_mode: bool = False,
     ) -> torch.Tensor:
         """Image and mask (1 = inpaint) -> control_cond (B,17,h,w), twice where guidance asks for it."""
-        if self.latents_mode == "sample":
-            return super().prepare_image_with_mask(
-                image,
-                mask,
-                width,
-                height,
-                batch_size,
-                num_images_per_prompt,
-                device,
-                dtype,
-                do_classifier_free_guidance,
-                guess_mode,
-            )
         if not isinstance(image, torch.Tensor):
             image = self.image_processor.preprocess(image, height=height, width=width)
         if not isinstance(mask, torch.Tensor):
             mask = self.mask_processor.preprocess(mask, height=height, width=width)
         repeats = batch_size if len(image) == 1 else num_images_per_prompt
-        image = image.repeat_interleave(repeats, dim=0).to(device, dtype)
-        mask = mask.repeat_interleave(repeats, dim=0).to(device, dtype)
+        image, mask = (each.repeat_interleave(repeats, dim=0).to(device, dtype) for each in (image, mask))
         cond = control_cond(encode_images(self.vae, masked_pixels(image, mask)), mask).to(dtype)
         return torch.cat([cond] * 2) if do_classifier_free_guidance and not guess_mode else cond
 
@@ -79,19 +59,21 @@ def make_pipeline(
     controlnet: SD3ControlNetModel,
     injection: Injection = "exact",
     latents_mode: Literal["mean", "sample"] = "mean",
-) -> InpaintingPipeline:
-    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters, on the backbone's device."""
+) -> StableDiffusion3ControlNetInpaintingPipeline:
+    """The pipeline of a frozen backbone and any ControlNet, sharing all their parameters, on the backbone's device.
+
+    Of the masked latents it takes the mean of the posterior or, as stock does, a `sample`."""
     controlnet.to(backbone.device)  # type: ignore[arg-type]
     components = {**backbone.pipeline.components, "controlnet": injected(controlnet, backbone.num_blocks, injection)}
-    pipeline = InpaintingPipeline(**components)
-    pipeline.latents_mode = latents_mode
+    kind = InpaintingPipeline if latents_mode == "mean" else StableDiffusion3ControlNetInpaintingPipeline
+    pipeline = kind(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
 def run_pipeline(
-    pipeline: InpaintingPipeline,
+    pipeline: StableDiffusion3ControlNetInpaintingPipeline,
     backbone: Backbone,
     image: np.ndarray,
     mask: np.ndarray,
@@ -99,11 +81,8 @@ def run_pipeline(
     sampler: SamplerConfig,
 ) -> np.ndarray:
     """One picture through the pipeline: image (H,W,3) uint8, mask (H,W) bool True = inpaint -> (H,W,3) uint8."""
-    height, width = mask.shape
-    shape = (
-        pipeline.transformer.config["in_channels"],
-        *(side // pipeline.vae_scale_factor for side in (height, width)),
-    )
+    (height, width), factor = mask.shape, pipeline.vae_scale_factor
+    shape = (pipeline.transformer.config["in_channels"], height // factor, width // factor)
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
     dtype = pipeline.transformer.dtype
     text: dict[str, torch.Tensor] = {}  # by itself the pipeline would encode where the transformer is
@@ -141,14 +120,11 @@ def inpaint(
 ) -> np.ndarray:
     """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
 
-    The pictures of `InpaintingPipeline` but for rounding; the transformer and the ControlNet may be in bf16, the VAE
-    and the steps stay in fp32. The initial noise of picture i is a function of (sampler.seed, first + i) alone, so any
-    two models, batch sizes and subsets are compared on the same noise. The ControlNet is moved to the backbone's
-    device, in place; a GPU takes smaller batches of large pictures. Raises InvalidInputError for `sample`."""
+    The pictures of `InpaintingPipeline` but for rounding; the VAE and the steps are in fp32. The initial noise of
+    picture i is a function of (sampler.seed, first + i) alone, so models, batch sizes and subsets are compared on the
+    same noise. Moves the ControlNet to the backbone's device. Raises InvalidInputError for `sample`."""
     if sampler.latents != "mean":
-        raise InvalidInputError(
-            "sampler.latents is sample; batches are encoded by the posterior's mean, set it to mean"
-        )
+        raise InvalidInputError("sampler.latents is sample; batches take the posterior's mean: set it to mean")
     controlnet.to(backbone.device)  # type: ignore[arg-type]
     encode, guided = _encoder(backbone), sampler.guidance_scale > 1
     height, width = masks.shape[1:]
@@ -159,16 +135,8 @@ def inpaint(
         mask = torch.from_numpy(masks[a:b])[:, None].float()
         masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
         noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
-        latents = complete_latents(
-            backbone,
-            controlnet,
-            masked_latents,
-            mask,
-            encode(prompts[a:b]),
-            encode([""] * (b - a)) if guided else None,
-            sampler,
-            noise,
-        )
+        text, empty = encode(prompts[a:b]), encode([""] * (b - a)) if guided else None
+        latents = complete_latents(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise)
         out.append(to_images(backbone.decode_latents(latents)))
         if progress:
             progress(b, len(images), "inpaint")
@@ -176,10 +144,9 @@ def inpaint(
 
 
 def _encoder(backbone: Backbone) -> Encode:
-    """`Backbone.encode_prompts` that does not encode twice: on a GPU each distinct prompt once.
+    """`Backbone.encode_prompts` that does not encode twice: on a GPU each distinct prompt, on the CPU the last batches.
 
-    On the CPU a batch stays one, for alone the last digits of a prompt are others; the last two batches are
-    remembered, and with them the empty prompts."""
+    On the CPU the last digits of an embedding depend on its batch, so batches stay together."""
     if backbone.device.type != "cpu":
         return PromptMemory(backbone.encode_prompts)
     remembered = lru_cache(maxsize=2)(backbone.encode_prompts)
@@ -199,9 +166,9 @@ def complete_latents(
 ) -> torch.Tensor:
     """What a ControlNet paints, in latents: the x0 of stage 2 where there is no ground truth.
 
-    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint; `text` and `empty` are (prompt_embeds,
-    pooled_prompt_embeds) of B samples, `empty` None where there is no guidance -> latents (B,16,h,w), by Euler steps
-    on the scheduler's own sigmas. The arguments may be on any device; the result is on the backbone's."""
+    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w), on the backbone's device, by
+    Euler steps on the scheduler's sigmas. `text` and `empty` are (prompt_embeds, pooled_prompt_embeds) of B samples,
+    `empty` None without guidance."""
     device = backbone.device
     scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
     scheduler.set_timesteps(sampler.num_inference_steps, device=device)
@@ -210,18 +177,15 @@ def complete_latents(
     assert empty is not None or not guided
     conditional, unconditional = ([part.to(device) for part in pair or ()] for pair in (text, empty))
 
-    def answer(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        sigmas = sigma.expand(len(at))
-        residuals = control_residuals(
-            controlnet, at, sigmas, embeds, cond, backbone.pooled_width, sampler.conditioning_scale
-        )
-        v = predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection)
-        return v.float()
+    def velocity(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        sigmas, scale = sigma.expand(len(at)), sampler.conditioning_scale
+        residuals = control_residuals(controlnet, at, sigmas, embeds, cond, backbone.pooled_width, scale)
+        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection).float()
 
-    for sigma, following in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
-        v = answer(latents, sigma, *conditional)
+    for sigma, following in pairwise(scheduler.sigmas):
+        v = velocity(latents, sigma, *conditional)
         if guided:
-            v_empty = answer(latents, sigma, *unconditional)
+            v_empty = velocity(latents, sigma, *unconditional)
             v = v_empty + sampler.guidance_scale * (v - v_empty)
         latents = flow.euler_step(latents, v, sigma[None], following[None])
     return latents
