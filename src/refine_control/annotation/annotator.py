@@ -1,7 +1,7 @@
-"""What `data annotate` does with one part of the photographs, in any process: propose regions and describe them.
+"""Annotation of one part of the photographs, in any process: propose regions and describe them.
 
-The id of a row depends on the bytes of its photo, and of its region where that is given, so a decision about a photo
-does not apply to another photo of the same name. The id of the source is kept as `source_id`.
+The id of a row depends on the bytes of its photo, and of its region where that is given: a decision about a photo does
+not apply to another photo of the same name. The id of the source is kept as `source_id`.
 """
 
 # H W pixels of a photo as shown
@@ -93,8 +93,7 @@ class Annotator:
         self.selection = Selection(min_area=chosen.min_area, max_area=chosen.max_area, per_photo=chosen.per_photo)
 
     def __call__(self, part: Part) -> PartResult:
-        given = self.propose is None
-        photos: list[Done | None] = []
+        given, photos = self.propose is None, list[Done | None]()
         questions: list[Question] = []
         for group in part.photos:
             files = states(group, given)  # before anything is read: a change from here on is seen later
@@ -128,7 +127,7 @@ class Annotator:
         return replace(entry, problem=None) if replaced and entry.problem and entry.problem[0] in OF_PROMPT else entry
 
     def _questions(self, photo: int, entry: Entry, image: np.ndarray, rows: Sequence[Region]) -> list[Question]:
-        """What is to be asked about a photo."""
+        """The questions about a photo."""
         if self.describer is None:
             return []
         questions = [Question(photo, [row], local_request(image, mask), "local_prompt") for row, mask in rows]
@@ -206,7 +205,7 @@ def _without(done: Done, rows: Sequence[ManifestRow], why: str) -> Done:
     """The photo with `rows` moved to its rejects; those that were moved before stay where they are."""
     moved = {row["id"]: row["image"] for row in done.rows if row in rows}
     rejects = [Reject(id, image, RejectReason.MODEL_FAILED.value, why) for id, image in moved.items()]
-    return done._replace(rows=[row for row in done.rows if row["id"] not in moved], rejects=done.rejects + rejects)
+    return replace(done, rows=[row for row in done.rows if row["id"] not in moved], rejects=done.rejects + rejects)
 
 
 def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> ManifestRow:

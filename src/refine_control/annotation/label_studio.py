@@ -1,12 +1,10 @@
 """A review in Label Studio instead of on our page: rows -> tasks, annotations -> decisions.
 
-`export_tasks` writes `tasks.json` and `labels.xml`, the labelling configuration that belongs to them. A task shows the
-photo with its region as a brush mask, the prompt as an editable text, and the choice accept | reject, all filled in as
-a prediction. `import_annotations` reads Label Studio's JSON export and appends to `decisions.jsonl`. A region that was
-changed there is counted and reported but not imported: decisions concern prompts, and masks stay as they are.
+A task shows the photo with its region as a brush mask, the prompt as an editable text, and the choice accept | reject,
+all filled in as a prediction. A region that was changed there is reported but not imported: decisions concern prompts.
 
-Label Studio's own converter and SDK would bring some forty packages for its brush format, which `annotation.brush`
-reads and writes in fifty lines.
+Label Studio's own converter and SDK would bring some forty packages for its brush format; `annotation.brush` has fifty
+lines.
 """
 
 # H W pixels of the photo as shown
@@ -23,11 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from refine_control.annotation.brush import decode_brush, encode_brush
-from refine_control.annotation.parts import publishing
-from refine_control.annotation.review_rows import LONGEST_PROMPT, Row, load_view, read_rows
+from refine_control.annotation.review_rows import Row, decide_row, grey_mask, load_view, read_rows
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decisions import (
     ACCEPT,
@@ -37,12 +33,11 @@ from refine_control.photos.decisions import (
     Decision,
     DecisionLog,
     append_decision,
-    decide,
 )
 from refine_control.photos.load import load_mask
 from refine_control.photos.values import whole
 from refine_control.records import Rejected, one_line
-from refine_control.storage import storage_errors, write_atomic
+from refine_control.storage import open_atomic, storage_errors, write_atomic
 
 TASKS, LABELS = "tasks.json", "labels.xml"
 CONFIG = """<View>
@@ -105,37 +100,32 @@ class _Annotation(NamedTuple):
 
 def _mask_at(row: Row, size: tuple[int, int]) -> np.ndarray:
     """The row's mask, (H, W) bool, at `size` (W, H). Raises Rejected."""
-    mask = load_mask(row.entry)
-    if size == mask.shape[::-1]:
-        return mask
-    grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    return np.asarray(grey) > 127
+    return np.asarray(grey_mask(load_mask(row.entry), size)) > 127
 
 
 # Out
 
 
 def export_tasks(folder: Path, out: Path) -> ExportSummary:
-    """Writes tasks and configuration for the rows of `folder` (see `review_rows.read_rows`) into the folder `out`.
+    """Writes `tasks.json` and `labels.xml`, their labelling configuration, into the folder `out`.
 
-    The photos are part of the tasks, at most 1024 pixels long."""
-    log = DecisionLog(Path(folder) / DECISIONS_NAME)
+    The rows are those of `folder` (see `review_rows.read_rows`); tasks contain the photos, at most 1024 pixels long."""
+    log, rows = DecisionLog(folder / DECISIONS_NAME), read_rows(folder)
     tasks, refused = 0, Counter[str]()
-    rows = read_rows(folder)
     with storage_errors(out):
-        Path(out).mkdir(parents=True, exist_ok=True)
-    with publishing(Path(out) / TASKS) as file:
-        file.write("[")
+        out.mkdir(parents=True, exist_ok=True)
+    with open_atomic(out / TASKS) as file:
+        file.write(b"[")
         for row in rows:
             try:
                 task = _task(row, log.counting(row.id))
             except Rejected as error:
                 refused[error.reason.value] += 1
                 continue
-            file.write((",\n" if tasks else "\n") + json.dumps(task))
+            file.write((b",\n" if tasks else b"\n") + json.dumps(task).encode())
             tasks += 1
-        file.write("\n]\n")
-    write_atomic(Path(out) / LABELS, CONFIG)
+        file.write(b"\n]\n")
+    write_atomic(out / LABELS, CONFIG)
     return ExportSummary(tasks, dict(refused))
 
 
@@ -143,10 +133,9 @@ def _task(row: Row, decision: Decision | None) -> dict[str, Any]:
     """One task, whose prediction is the decision so far. Raises Rejected where there is no picture or no region."""
     view = load_view(row.entry)
     mask = _mask_at(row, view.size)
-    width, height = view.size
     words = (decision.prompt if decision else None) or row.entry.prompt or ""
     verdict = REJECT if decision and decision.action == REJECT else ACCEPT
-    where = {"original_width": width, "original_height": height, "image_rotation": 0}
+    where = {"original_width": view.size[0], "original_height": view.size[1], "image_rotation": 0}
     values = (
         ("region", "brushlabels", {"format": "rle", "rle": encode_brush(mask), "brushlabels": ["region"]}, where),
         ("prompt", "textarea", {"text": [words]}, {}),
@@ -170,7 +159,7 @@ def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
     The reviewer is who completed the annotation. Raises InvalidInputError, before anything is appended, for a file
     that is no such export, and for one with values that no export has."""
     rows = {row.id: row for row in read_rows(folder)}
-    log, summary, annotations = DecisionLog(Path(folder) / DECISIONS_NAME), ImportSummary(), list[_Annotation]()
+    log, summary, annotations = DecisionLog(folder / DECISIONS_NAME), ImportSummary(), list[_Annotation]()
     for task in _tasks(json_path):
         id = _spelled(task["data"].get("id"), rows)
         if id not in rows:
@@ -187,7 +176,8 @@ def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
                 annotations.append(annotation)
     for decision, repainted in sorted(annotations, key=lambda each: datetime.fromisoformat(each.decision.time)):
         previous = log.of(decision.id).get(decision.reviewer)
-        if previous and (previous.verdict == decision.verdict or _later(previous, decision)):
+        same = previous and previous.verdict == decision.verdict
+        if previous and (same or datetime.fromisoformat(previous.time) > datetime.fromisoformat(decision.time)):
             summary.known += 1
         else:
             append_decision(log.path, decision)
@@ -198,14 +188,10 @@ def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
     return summary
 
 
-def _later(one: Decision, other: Decision) -> bool:
-    return datetime.fromisoformat(one.time) > datetime.fromisoformat(other.time)
-
-
 def _tasks(path: Path) -> list[dict[str, Any]]:
     """The tasks of an export, each with its data and annotations."""
     try:
-        tasks = json.loads(Path(path).read_bytes())
+        tasks = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path} cannot be read as JSON ({error}); export as JSON from Label Studio") from None
     tasks = tasks if isinstance(tasks, list) else [tasks]
@@ -236,8 +222,7 @@ def _spelled(id: object, rows: Container[str]) -> str:
 
 def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
     """What an annotation decides on its row, None where nothing is decided."""
-    values: dict[str, Any] = {}
-    brushes = []
+    values, brushes = dict[str, Any](), []
     for part in annotation.get("result", ()):
         if part.get("type") == "brushlabels":
             brushes.append(part)
@@ -247,10 +232,8 @@ def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
     verdict, text = values.get("verdict"), one_line(values.get("prompt"))
     if annotation.get("was_cancelled") or verdict not in (ACCEPT, REJECT):
         return None
-    if len(text) > LONGEST_PROMPT:
-        raise InvalidInputError(f"the prompt has more than {LONGEST_PROMPT} characters; shorten it")
-    action = EDIT if verdict == ACCEPT and text and text != row.entry.prompt else verdict
-    decision = decide(row.id, action, _reviewer(annotation.get("completed_by")), text)
+    action = EDIT if verdict == ACCEPT and text else verdict
+    decision = decide_row(row, action, _reviewer(annotation.get("completed_by")), text)
     time = annotation.get("updated_at") or annotation.get("created_at")
     return _Annotation(replace(decision, time=time) if isinstance(time, str) else decision, _repainted(row, brushes))
 

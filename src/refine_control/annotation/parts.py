@@ -1,13 +1,11 @@
-"""What of an annotation is done, photo by photo, and of which bytes: so the same command again does only the rest.
+"""What of an annotation is done, photo by photo, and of which bytes: the same command again does only the rest.
 
-Photos are taken in parts of `PHOTOS_PER_PART`. A part that is done is a file under `.parts`, which a later run takes
-over; `manifest.jsonl`, `rejects.jsonl` and `photos.jsonl` are put together from the parts, the manifest last.
+A part of `PHOTOS_PER_PART` photos that is done is a file under `.parts`. When all are done, `rejects.jsonl`,
+`photos.jsonl` and, last, `manifest.jsonl` are written from the parts.
 
-Each photo has a mark: size and times of its files as they were before they were read, and the hash of their bytes.
-The hash costs nothing where the photo is annotated, for its bytes are read there anyway. To compare it again a run
-would have to read the whole source, half a megabyte a photo; so a photo whose files have the size and times of the
-mark is taken for the same, and only the others are hashed. Where the bytes differ the photo is annotated anew: when
-all was done already, the published rows go back into parts, and stay published until the new ones take their place.
+Each photo has a mark: size and times of its files before they were read, and the hash of their bytes. A photo whose
+files still have that size and these times counts as unchanged; only the others are hashed. A photo with other bytes is
+annotated again: the published rows go back into parts, and stay published until the new ones replace them.
 """
 
 from __future__ import annotations
@@ -16,23 +14,23 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from refine_control.errors import InvalidInputError
 from refine_control.photos.files import locate, read_bytes
 from refine_control.photos.sources import MANIFEST_NAME
 from refine_control.records import Entry, Rejected, RejectReason
-from refine_control.storage import TEMPORARY, fsync_path, storage_errors, write_atomic
+from refine_control.storage import TEMPORARY, open_atomic, storage_errors, write_atomic
 
 PHOTOS_PER_PART = 16
 REJECTS = "rejects.jsonl"
 MARKS = "photos.jsonl"
-_PARTS = ".parts"
+_PARTS, _PART = ".parts", "{:07d}.json"
 _REOPENED = "reopened"
 _ABSENT = "-"
 _Item = TypeVar("_Item")
@@ -53,7 +51,8 @@ ManifestRow = dict[str, Any]
 """A line of the manifest: what is known of a region, and whatever else the source says of it."""
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True)
+class Mark:
     """What a photo was when it was annotated."""
 
     files: list[Any]
@@ -62,7 +61,8 @@ class Mark(NamedTuple):
     """Of `Contents.whole`."""
 
 
-class Reject(NamedTuple):
+@dataclass(frozen=True)
+class Reject:
     """A line of `rejects.jsonl`."""
 
     key: str
@@ -72,21 +72,13 @@ class Reject(NamedTuple):
     detail: str
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True)
+class Done:
     """One photo that has been annotated."""
 
     mark: Mark
     rows: list[ManifestRow]
     rejects: list[Reject]
-
-
-def _as_json(done: Done) -> dict[str, Any]:
-    rejects = [reject._asdict() for reject in done.rejects]
-    return {"mark": done.mark._asdict(), "rows": done.rows, "rejects": rejects}
-
-
-def _from_json(mark: dict[str, Any], rows: list[ManifestRow], rejects: list[dict[str, Any]]) -> Done:
-    return Done(Mark(**mark), rows, [Reject(**reject) for reject in rejects])
 
 
 class Contents(NamedTuple):
@@ -105,10 +97,9 @@ def _hash(data: bytes) -> str:
 
 
 def _hash_file(root: Path, name: str | None) -> str:
-    try:
+    with contextlib.suppress(Rejected):
         return _ABSENT if name is None else _hash(read_bytes(root, name))
-    except Rejected:
-        return _ABSENT
+    return _ABSENT
 
 
 def contents(group: Sequence[Entry], given: bool) -> Contents:
@@ -130,11 +121,10 @@ def states(group: Sequence[Entry], given: bool) -> list[Any]:
 
 
 def _state(root: Path, name: str) -> list[int] | None:
-    try:
+    with contextlib.suppress(Rejected, OSError):
         state = locate(root, name).path.stat()
-    except (Rejected, OSError):
-        return None
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    return None
 
 
 def _still(mark: Mark, group: Sequence[Entry], given: bool) -> Mark | None:
@@ -142,7 +132,7 @@ def _still(mark: Mark, group: Sequence[Entry], given: bool) -> Mark | None:
     now = states(group, given)
     if now == mark.files:
         return mark
-    return mark._replace(files=now) if contents(group, given).whole == mark.content else None
+    return replace(mark, files=now) if contents(group, given).whole == mark.content else None
 
 
 def _failed(done: Done) -> bool:
@@ -153,9 +143,8 @@ def _failed(done: Done) -> bool:
 class Parts:
     """The parts of one annotation in `out`; hold `storage.only_writer` around it.
 
-    `photos()` goes through the source; `given`: its regions are what is annotated; `retry_failed`: photos that a model
-    failed on are to be done again. Raises StorageError when the disk refuses, InvalidInputError where what was
-    published is not whole."""
+    `photos()` iterates over the source; `given`: its regions are annotated; `retry_failed`: photos that a model failed
+    on are done again. Raises StorageError when the disk refuses, InvalidInputError where published files lack lines."""
 
     def __init__(
         self, out: Path, photos: Callable[[], Iterator[list[Entry]]], given: bool, retry_failed: bool = False
@@ -169,9 +158,8 @@ class Parts:
 
     def begin(self) -> bool:
         """Whether anything is to be done: all of it, the rest of it, or the photos that have changed."""
-        published = (self.out / MANIFEST_NAME).is_file()
         with storage_errors(self.out):
-            if published and not (self.folder / _REOPENED).is_file():
+            if (self.out / MANIFEST_NAME).is_file() and not (self.folder / _REOPENED).is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return self._reopen_where_changed()
             self.folder.mkdir(exist_ok=True)
@@ -214,18 +202,18 @@ class Parts:
             previous = photos[place]
             if done and previous and previous.mark.content == done.mark.content:
                 former = {row["id"]: row for row in previous.rows}
-                done = done._replace(rows=[former.get(row["id"], row) for row in done.rows])
+                done = replace(done, rows=[former.get(row["id"], row) for row in done.rows])
             photos[place] = done or previous
         self._write(part.number, photos)
 
     def publish(self, header: dict[str, Any], count: int) -> None:
         """The parts of `count` photos in their order as rejects, marks and, last, the manifest; then the parts go."""
         for name, first, lines_of in (
-            (REJECTS, [], lambda done: _as_json(done)["rejects"]),
+            (REJECTS, [], lambda done: map(asdict, done.rejects)),
             (MARKS, [], lambda done: [_marked(done.mark, len(done.rows), len(done.rejects))]),
             (MANIFEST_NAME, [header], lambda done: done.rows),
         ):
-            with publishing(self.out / name) as file:
+            with open_atomic(self.out / name) as file:
                 _write_lines(file, first)
                 for start in range(0, count, PHOTOS_PER_PART):
                     for done in self._read(start // PHOTOS_PER_PART, min(PHOTOS_PER_PART, count - start)):
@@ -237,24 +225,24 @@ class Parts:
     def _read(self, number: int, size: int) -> list[Done | None]:
         """What is done of a part of `size` photos, a Done each; None for what is not."""
         try:
-            photos = json.loads(self._file(number).read_bytes())["photos"]
-            done = [None if photo is None else _from_json(**photo) for photo in photos]
+            photos = json.loads((self.folder / _PART.format(number)).read_bytes())["photos"]
+            done = [
+                each and Done(Mark(**each["mark"]), each["rows"], [Reject(**reject) for reject in each["rejects"]])
+                for each in photos
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             done = []
         return done if len(done) == size else [None] * size
 
     def _write(self, number: int, photos: Sequence[Done | None]) -> None:
-        content = [None if photo is None else _as_json(photo) for photo in photos]
-        write_atomic(self._file(number), json.dumps({"photos": content}, sort_keys=True))
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:07d}.json"
+        content = [photo and asdict(photo) for photo in photos]
+        write_atomic(self.folder / _PART.format(number), json.dumps({"photos": content}, sort_keys=True))
 
     def _changed(self) -> Sequence[int]:
         """The numbers of the published photos that have other bytes now; where there is none, the marks are renewed."""
         changed, touched = array("Q"), False
         temporary = self.out / f".{MARKS}{TEMPORARY}"
-        with temporary.open("w") as file, (self.out / MARKS).open() as lines:
+        with temporary.open("wb") as file, (self.out / MARKS).open() as lines:
             for number, (group, line) in enumerate(zip(self.photos(), lines, strict=True)):
                 mark, *counts = _unmarked(line)
                 now = _still(mark, group, self.given)
@@ -290,7 +278,7 @@ class Parts:
 
 def _marked(mark: Mark, rows: int, rejects: int) -> dict[str, Any]:
     """A line of `photos.jsonl`."""
-    return {**mark._asdict(), "rows": rows, "rejects": rejects}
+    return {**asdict(mark), "rows": rows, "rejects": rejects}
 
 
 def _unmarked(line: str) -> tuple[Mark, int, int]:
@@ -304,18 +292,5 @@ def _batched(items: Iterator[_Item]) -> Iterator[list[_Item]]:
         yield chunk
 
 
-def _write_lines(file: TextIO, values: Iterable[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(value, sort_keys=True) + "\n" for value in values)
-
-
-@contextlib.contextmanager
-def publishing(path: Path) -> Iterator[TextIO]:
-    """A file to write into, which gets its name when all is written."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    with storage_errors(path.parent):
-        with temporary.open("w") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_path(path.parent)
+def _write_lines(file: BinaryIO, values: Iterable[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(value, sort_keys=True).encode() + b"\n" for value in values)

@@ -17,7 +17,7 @@ from PIL import Image
 from refine_control.annotation.masks import box_of
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ROWS_TO_REVIEW, refuse_other_kind
-from refine_control.photos.decisions import id_of
+from refine_control.photos.decisions import ACCEPT, EDIT, REJECT, Decision, decide, id_of
 from refine_control.photos.load import load_mask, load_whole
 from refine_control.photos.sources import MANIFEST_NAME, entries
 from refine_control.records import Entry, Rejected, RejectReason, one_line
@@ -43,6 +43,7 @@ class Row:
     problems: tuple[str, ...]
     """What an annotator found doubtful in the prompt, and what the source's reader found wrong."""
     scores: dict[str, float]
+    """Its fractional numbers, to sort by."""
 
 
 class View(NamedTuple):
@@ -63,11 +64,11 @@ def read_rows(folder: Path) -> list[Row]:
     Lines that name no photo or repeat an earlier one are left out. Raises InvalidInputError where no row is left, and
     where two different rows have one id: a decision would be about both."""
     refuse_other_kind(folder, ROWS_TO_REVIEW)
-    path = Path(folder) / MANIFEST_NAME
+    path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InvalidInputError(f"{folder} holds no {MANIFEST_NAME}; make one with `data annotate`")
     rows: dict[str, Row] = {}
-    for entry, (prompt, problems) in zip(entries(Path(folder)), _as_written(path), strict=False):
+    for entry, (prompt, problems) in zip(entries(folder), _as_written(path), strict=False):
         reason = entry.problem[0] if entry.problem else None
         if reason in (RejectReason.BAD_ROW, RejectReason.DUPLICATE):
             continue
@@ -75,7 +76,8 @@ def read_rows(folder: Path) -> list[Row]:
             entry = replace(entry, problem=None)
         elif entry.problem is not None:
             problems = (*problems, f"{entry.problem[0].value}: {entry.problem[1]}")
-        row = Row(id_of(entry), replace(entry, prompt=prompt), problems, _scores(entry.meta))
+        scores = {name: value for name, value in entry.meta.items() if isinstance(value, float)}  # whole ones are sizes
+        row = Row(id_of(entry), replace(entry, prompt=prompt), problems, scores)
         if row.id in rows:
             raise InvalidInputError(f"two rows of {path} have the id {row.id!r}; decisions go by it: give each its own")
         rows[row.id] = row
@@ -101,11 +103,6 @@ def _as_written(path: Path) -> Iterator[tuple[str | None, tuple[str, ...]]]:
                 yield one_line(row.get("local_prompt")) or None, problems
 
 
-def _scores(meta: dict[str, Any]) -> dict[str, float]:
-    """The fractional numbers of a row: what can be sorted by. Whole numbers are sizes and ids."""
-    return {name: value for name, value in meta.items() if isinstance(value, float)}
-
-
 def load_view(entry: Entry, close: bool = False) -> View:
     """The photo, or with `close` its region and MARGIN around it, at most LONGEST pixels long, never enlarged.
 
@@ -124,14 +121,29 @@ def load_view(entry: Entry, close: bool = False) -> View:
     scale = min(1.0, LONGEST / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0) if scale < 1 else picture
-    jpeg = io.BytesIO()
-    small.save(jpeg, "JPEG", quality=_QUALITY)
-    return View(jpeg.getvalue(), None if mask is None else _mask_png(mask, size), size, problem)
+    png = None if mask is None else _file(grey_mask(mask, size), "PNG", compress_level=3)
+    return View(_file(small, "JPEG", quality=_QUALITY), png, size, problem)
 
 
-def _mask_png(mask: np.ndarray, size: tuple[int, int]) -> bytes:
-    """(H, W) bool -> grey PNG of `size` (w, h), each pixel the masked share of what it covers."""
+def _file(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def grey_mask(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """(H, W) bool -> grey picture of `size` (w, h), each pixel the masked share of what it covers."""
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    png = io.BytesIO()
-    (grey if grey.size == size else grey.resize(size, Image.Resampling.BOX)).save(png, "PNG", compress_level=3)
-    return png.getvalue()
+    return grey if grey.size == size else grey.resize(size, Image.Resampling.BOX)
+
+
+def decide_row(row: Row, action: str, reviewer: str, prompt: str | None) -> Decision:
+    """A decision made now; an edit that changes nothing is an acceptance. Raises InvalidInputError."""
+    text = one_line(prompt)
+    if action not in (ACCEPT, EDIT, REJECT):
+        raise InvalidInputError(f"the action is {action!r}; it must be {ACCEPT}, {EDIT} or {REJECT}")
+    if action == EDIT and not text:
+        raise InvalidInputError("the prompt is empty; write what belongs in the hole, or reject the region")
+    if action == EDIT and len(text) > LONGEST_PROMPT:
+        raise InvalidInputError(f"the prompt has more than {LONGEST_PROMPT} characters; shorten it")
+    return decide(row.id, ACCEPT if text == row.entry.prompt and action == EDIT else action, reviewer, text)

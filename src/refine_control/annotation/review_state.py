@@ -8,19 +8,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from refine_control.annotation.review_rows import LONGEST_PROMPT, Row, View, load_view, read_rows
+from refine_control.annotation.review_rows import Row, View, decide_row, load_view, read_rows
 from refine_control.errors import InvalidInputError, StorageError
-from refine_control.photos.decisions import (
-    ACCEPT,
-    DECISIONS_NAME,
-    EDIT,
-    REJECT,
-    UNDO,
-    DecisionLog,
-    append_decision,
-    as_json,
-    decide,
-)
+from refine_control.photos.decisions import DECISIONS_NAME, UNDO, DecisionLog, append_decision, as_json, decide
 from refine_control.records import Rejected, one_line
 
 _VIEWS_KEPT = 24
@@ -32,7 +22,7 @@ class Review:
     One photo is decoded at a time, so memory in pixels is that of one photo."""
 
     def __init__(self, folder: Path, reviewer: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = folder
         self.reviewer = one_line(reviewer) or None
         self.rows: dict[str, Row] = {row.id: row for row in read_rows(self.folder)}
         self.path = self.folder / DECISIONS_NAME
@@ -87,16 +77,7 @@ class Review:
 
     def decide(self, id: str, action: str, reviewer: str, prompt: str | None = None) -> dict[str, Any]:
         """Writes a decision and then answers as `row`. An edit that changes nothing is an acceptance."""
-        row, reviewer = self._row(id), self._name(reviewer)
-        if action not in (ACCEPT, EDIT, REJECT):
-            raise InvalidInputError(f"the action is {action!r}; it must be {ACCEPT}, {EDIT} or {REJECT}")
-        if action == EDIT and not one_line(prompt):
-            raise InvalidInputError("the prompt is empty; write what belongs in the hole, or reject the region")
-        if action == EDIT and len(one_line(prompt)) > LONGEST_PROMPT:
-            raise InvalidInputError(f"the prompt has more than {LONGEST_PROMPT} characters; shorten it")
-        if action == EDIT and one_line(prompt) == row.entry.prompt:
-            action = ACCEPT
-        append_decision(self.path, decide(id, action, reviewer, prompt))
+        append_decision(self.path, decide_row(self._row(id), action, self._name(reviewer), prompt))
         return self.row(id, reviewer)
 
     def undo(self, reviewer: str) -> dict[str, Any] | None:
@@ -119,9 +100,9 @@ class Review:
                     self._views[key] = load_view(row.entry, close)
                 except Rejected as error:
                     self._views[key] = error
-                while len(self._views) > _VIEWS_KEPT:
-                    self._views.popitem(last=False)
             self._views.move_to_end(key)
+            if len(self._views) > _VIEWS_KEPT:
+                self._views.popitem(last=False)
             view = self._views[key]
         if isinstance(view, Rejected):
             raise view
