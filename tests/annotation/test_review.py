@@ -58,8 +58,8 @@ def write_rows(folder: Path, rows: list[dict], header: dict | None = None) -> No
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def client_of(folder: Path, **options) -> TestClient:
-    return TestClient(make_app(folder, **options), base_url=HERE)
+def client_of(folder: Path, reviewer: str | None = None, **options) -> TestClient:
+    return TestClient(make_app(review_state.Review(folder, reviewer), **options), base_url=HERE)
 
 
 def post(client: TestClient, id: str, action: str, reviewer: str = "ann", prompt: str | None = None):
@@ -259,7 +259,8 @@ def test_a_body_that_no_decision_has_is_refused_before_it_is_read(folder):
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/api/decide", "query_string": b"", "headers": headers}
-    asyncio.run(make_app(folder)({**scope, "http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send))
+    app = make_app(review_state.Review(folder))
+    asyncio.run(app({**scope, "http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send))
     assert sent[0]["status"] == 413
     assert pieces <= 4
     client, body = client_of(folder), {"id": "r0", "action": ACCEPT, "reviewer": "ann", "more": "x" * 300_000}
@@ -301,7 +302,7 @@ def test_hosts_that_others_reach_and_taken_ports_are_refused(folder, monkeypatch
     assert (folder / SECRET_NAME).stat().st_mode & 0o077 == 0
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(MissingError, match=r"refine-control\[review\]"):
-        make_app(folder)
+        make_app(review_state.Review(folder))
 
 
 # The page itself, in a browser, by keyboard

@@ -108,8 +108,10 @@ class Annotator:
         self, group: Sequence[Entry], content: Contents
     ) -> tuple[list[Region], list[Reject], np.ndarray | None]:
         """The rows of a photo with their masks, its rejects, and the photo itself where a model is to see it."""
-        entries = [self._without_prompt_problem(entry) for entry in group]
-        rejects: list[Reject] = []
+        entries, rejects = list(group), list[Reject]()
+        if self.propose or self.describer:  # the prompts are replaced, and with them their problems
+            of_prompt = [entry.problem is not None and entry.problem[0] in OF_PROMPT for entry in group]
+            entries = [replace(e, problem=None) if bad else e for e, bad in zip(group, of_prompt, strict=True)]
         rows = [] if self.propose else _given(entries, content, rejects)
         if self.propose is None and not (rows and self.describer):
             return rows, rejects, None
@@ -120,11 +122,6 @@ class Annotator:
             known = {reject.key for reject in rejects}
             at_fault = [entries[0]] if self.propose else [each for each in entries if each.key not in known]
             return [], rejects + [_reject(each, error) for each in at_fault], None
-
-    def _without_prompt_problem(self, entry: Entry) -> Entry:
-        """The entry without a problem of its prompt, where that prompt is going to be replaced."""
-        replaced = self.propose or self.describer
-        return replace(entry, problem=None) if replaced and entry.problem and entry.problem[0] in OF_PROMPT else entry
 
     def _questions(self, photo: int, entry: Entry, image: np.ndarray, rows: Sequence[Region]) -> list[Question]:
         """The questions about a photo."""

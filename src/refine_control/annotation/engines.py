@@ -1,7 +1,6 @@
 """Where the parts of a long job are done: in this process, in a pool of processes, or by the actors of a Ray cluster.
 
-A part is picklable and gives the same result in any process. An engine decides where it is done and in which order
-results arrive, so every engine leaves the same files.
+A part is picklable and gives the same result in any process, so every engine leaves the same files.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
 from refine_control.errors import MissingError, WorkerDiedError
@@ -49,10 +48,8 @@ def local(count: int = 1) -> Engine:
 
     def engine(parts: Iterator[Part], make_worker: MakeWorker) -> Iterator[tuple[Part, Any]]:
         if count == 1:
-            work = None
-            for part in parts:
-                work = work or make_worker()
-                yield part, work(part)
+            make_once = cache(make_worker)
+            yield from ((part, make_once()(part)) for part in parts)
             return
         with workers(count) as in_order:
             yield from in_order(partial(_run, make_worker), parts)
@@ -66,13 +63,8 @@ class _Actor:
     def __init__(self, make_worker: MakeWorker) -> None:
         self.work = make_worker()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
-
-        results = np.empty(len(batch["part"]), object)
-        for index, part in enumerate(batch["part"]):
-            results[index] = self.work(part)
-        return {"part": batch["part"], "result": results}
+    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**row, "result": self.work(row["part"])}
 
 
 def ray_actors(count: int, gpus: float = 0.0) -> Engine:
@@ -99,13 +91,8 @@ def ray_actors(count: int, gpus: float = 0.0) -> Engine:
         try:
             while window := list(itertools.islice(parts, _WINDOW)):
                 rows = ray.data.from_items([{"part": part} for part in window], override_num_blocks=len(window))
-                done = rows.map_batches(
-                    _Actor,
-                    fn_constructor_args=(make_worker,),
-                    batch_size=1,
-                    concurrency=min(count, len(window)),
-                    num_gpus=gpus or None,
-                )
+                actors = min(count, len(window))
+                done = rows.map(_Actor, fn_constructor_args=(make_worker,), concurrency=actors, num_gpus=gpus or None)
                 for row in done.iter_rows():
                     yield row["part"], row["result"]
         except RayError as error:

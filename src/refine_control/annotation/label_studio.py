@@ -7,18 +7,16 @@ Label Studio's own converter and SDK would bring some forty packages for its bru
 lines.
 """
 
-# H W pixels of the photo as shown
-
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -91,13 +89,6 @@ class ImportSummary:
         return text
 
 
-class _Annotation(NamedTuple):
-    """What one annotation decides."""
-
-    decision: Decision
-    repainted: bool
-
-
 def _mask_at(row: Row, size: tuple[int, int]) -> np.ndarray:
     """The row's mask, (H, W) bool, at `size` (W, H). Raises Rejected."""
     return np.asarray(grey_mask(load_mask(row.entry), size)) > 127
@@ -159,22 +150,21 @@ def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
     The reviewer is who completed the annotation. Raises InvalidInputError, before anything is appended, for a file
     that is no such export, and for one with values that no export has."""
     rows = {row.id: row for row in read_rows(folder)}
-    log, summary, annotations = DecisionLog(folder / DECISIONS_NAME), ImportSummary(), list[_Annotation]()
+    log, summary, annotations = DecisionLog(folder / DECISIONS_NAME), ImportSummary(), list[tuple[Decision, bool]]()
     for task in _tasks(json_path):
-        id = _spelled(task["data"].get("id"), rows)
+        name = task["data"].get("id")
+        number = whole(name)
+        id = str(name if number is None or str(name) in rows else number)  # as the rows spell it
         if id not in rows:
             summary.strangers.append(id)
             continue
-        for record in task["annotations"]:
-            try:
-                annotation = _read(rows[id], record)
-            except InvalidInputError as error:
-                raise InvalidInputError(f"{json_path}, the task with the id {id}: {error}") from None
-            if annotation is None:
-                summary.undecided += 1
-            else:
-                annotations.append(annotation)
-    for decision, repainted in sorted(annotations, key=lambda each: datetime.fromisoformat(each.decision.time)):
+        try:
+            read = [_read(rows[id], record) for record in task["annotations"]]
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{json_path}, the task with the id {id}: {error}") from None
+        summary.undecided += read.count(None)
+        annotations += filter(None, read)
+    for decision, repainted in sorted(annotations, key=lambda each: datetime.fromisoformat(each[0].time)):
         previous = log.of(decision.id).get(decision.reviewer)
         same = previous and previous.verdict == decision.verdict
         if previous and (same or datetime.fromisoformat(previous.time) > datetime.fromisoformat(decision.time)):
@@ -214,14 +204,8 @@ def _records(value: object) -> bool:
     )
 
 
-def _spelled(id: object, rows: Container[str]) -> str:
-    """The id as the rows spell it."""
-    number = whole(id)
-    return str(id) if str(id) in rows or number is None else str(number)
-
-
-def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
-    """What an annotation decides on its row, None where nothing is decided."""
+def _read(row: Row, annotation: dict[str, Any]) -> tuple[Decision, bool] | None:
+    """What an annotation decides on its row, and whether the region was changed; None where nothing is decided."""
     values, brushes = dict[str, Any](), []
     for part in annotation.get("result", ()):
         if part.get("type") == "brushlabels":
@@ -235,7 +219,7 @@ def _read(row: Row, annotation: dict[str, Any]) -> _Annotation | None:
     action = EDIT if verdict == ACCEPT and text else verdict
     decision = decide_row(row, action, _reviewer(annotation.get("completed_by")), text)
     time = annotation.get("updated_at") or annotation.get("created_at")
-    return _Annotation(replace(decision, time=time) if isinstance(time, str) else decision, _repainted(row, brushes))
+    return replace(decision, time=time) if isinstance(time, str) else decision, _repainted(row, brushes)
 
 
 def _reviewer(person: object) -> str:
@@ -259,9 +243,6 @@ def _repainted(row: Row, brushes: list[dict[str, Any]]) -> bool:
             raise InvalidInputError("a brush mask without its size or its bytes; export as JSON")
         one = decode_brush(brush, height, width)
         painted = one if painted is None or painted.shape != one.shape else painted | one
-    if painted is None:
-        return True
-    try:
-        return not np.array_equal(painted, _mask_at(row, painted.shape[::-1]))
-    except Rejected:
-        return True
+    with contextlib.suppress(Rejected):
+        return painted is None or not np.array_equal(painted, _mask_at(row, painted.shape[::-1]))
+    return True

@@ -159,39 +159,36 @@ class Parts:
     def begin(self) -> bool:
         """Whether anything is to be done: all of it, the rest of it, or the photos that have changed."""
         with storage_errors(self.out):
-            if (self.out / MANIFEST_NAME).is_file() and not (self.folder / _REOPENED).is_file():
-                shutil.rmtree(self.folder, ignore_errors=True)
-                return self._reopen_where_changed()
-            self.folder.mkdir(exist_ok=True)
-        return True
-
-    def _reopen_where_changed(self) -> bool:
-        try:
-            changed = self._changed()
-            failed = self.retry_failed and any(map(_failed, self._published()))
-            if changed or failed:
-                self._reopen(changed)
-        except InvalidInputError:  # of the source
-            raise
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError):
-            raise InvalidInputError(
-                f"{self.out} lacks lines of {MARKS}, {REJECTS} or {MANIFEST_NAME}; delete it and annotate again"
-            ) from None
-        return len(changed) > 0 or failed
+            if not (self.out / MANIFEST_NAME).is_file() or (self.folder / _REOPENED).is_file():
+                self.folder.mkdir(exist_ok=True)
+                return True
+            shutil.rmtree(self.folder, ignore_errors=True)
+            try:
+                changed = self._changed()
+                to_do = len(changed) > 0 or (self.retry_failed and any(map(_failed, self._published())))
+                if to_do:
+                    self._reopen(changed)
+                return to_do
+            except InvalidInputError:  # of the source
+                raise
+            except (FileNotFoundError, ValueError, KeyError, TypeError, RuntimeError):
+                raise InvalidInputError(
+                    f"{self.out} lacks lines of {MARKS}, {REJECTS} or {MANIFEST_NAME}; delete it and annotate again"
+                ) from None
 
     def missing(self, skipped: Callable[[int], None]) -> Iterator[Part]:
         """What is to be done; `skipped` is called with the number of photos of every part that is done."""
         for number, chunk in enumerate(_batched(self.photos())):
             previous = zip(self._read(number, len(chunk)), chunk, strict=True)
-            places = [i for i, (done, group) in enumerate(previous) if not (done and self._stands(done, group))]
+            places = [
+                i
+                for i, (done, group) in enumerate(previous)
+                if not done or (self.retry_failed and _failed(done)) or not _still(done.mark, group, self.given)
+            ]
             if places:
                 yield Part(number, [chunk[place] for place in places], places, len(chunk))
             else:
                 skipped(len(chunk))
-
-    def _stands(self, done: Done, group: Sequence[Entry]) -> bool:
-        """Whether a photo need not be done again."""
-        return not (self.retry_failed and _failed(done)) and _still(done.mark, group, self.given) is not None
 
     def add(self, part: Part, results: Iterable[Done | None]) -> None:
         """Keeps the results of a part beside what is done of it already; None is a photo that is still to be done.

@@ -59,19 +59,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def make_app(
-    folder: Path, reviewer: str | None = None, *, secret: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK
-) -> FastAPI:
-    """The application for `folder`, which holds manifest.jsonl.
+def make_app(review: Review, secret: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> FastAPI:
+    """The application: addresses -> what `review` answers.
 
-    With `reviewer` the page asks nobody's name. With `secret` every address needs `?secret=`. `hosts` are the names
-    under which a browser may know this machine, None: any. Raises MissingError without the extra `review`, and what
-    `Review` raises."""
-    return _build_app(Review(folder, reviewer), secret, hosts)
-
-
-def _build_app(review: Review, secret: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
-    """Addresses -> what `Review` answers."""
+    With `secret` every address needs `?secret=`. `hosts` are the names under which a browser may know this machine,
+    None: any. Raises MissingError without the extra `review`."""
     try:
         from fastapi import Body, FastAPI
         from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -212,9 +204,8 @@ def serve(
     *,
     reviewer: str | None = None,
     allow_remote: bool = False,
-    announce: Callable[[str], None] = lambda address: print(address, flush=True),
 ) -> None:
-    """Serves the review of `folder` until a signal; `port` 0 takes a free one, `announce` is called with the address.
+    """Serves the review of `folder` until a signal and prints the address; `port` 0 takes a free one.
 
     Raises InvalidInputError for a host that others can reach unless `allow_remote`, and for a taken port; MissingError
     without the extra `review`; StorageError where the folder cannot be written."""
@@ -228,13 +219,13 @@ def serve(
     except ImportError as error:
         raise _missing(error) from error
     review = Review(folder, reviewer)
-    secret = _read_secret(review.folder)
-    app = _build_app(review, secret, LOOPBACK if host in LOOPBACK else None)
+    secret = _read_secret(folder)
+    app = make_app(review, secret, LOOPBACK if host in LOOPBACK else None)
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     with listening, _stopped_by_signal():
-        announce(f"http://{shown}:{listening.getsockname()[1]}/?secret={quote(secret)}")
+        print(f"http://{shown}:{listening.getsockname()[1]}/?secret={quote(secret)}", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
 
 
