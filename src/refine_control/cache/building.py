@@ -61,10 +61,9 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
 def _warn_small(sizes: Iterable[Size], backbone: Backbone) -> None:
     """Warns about samples, latents (h, w), of less than half of the side that the model was trained with."""
     longest = max(map(max, sizes)) * backbone.pipeline.vae_scale_factor
-    if 2 * longest < backbone.side:
-        logger.warning(
-            "samples of %d pixels for a model of %d: build them with --size %d", longest, backbone.side, backbone.side
-        )
+    side = backbone.geometry.side
+    if 2 * longest < side:
+        logger.warning("samples of %d pixels for a model of %d: build them with --size %d", longest, side, side)
 
 
 def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,28 +12,19 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control.injection import Injection, expand_residuals
-from refine_control.models.devices import (
-    ENCODED_PIXELS,
-    USABLE,
-    exact_convolutions,
-    free_bytes,
-    missing_bytes,
-    pictures_at_once,
-)
+from refine_control.models.devices import ENCODED_PIXELS, USABLE, free_bytes, missing_bytes, pictures_at_once
 from refine_control.models.fit import Geometry, geometry
 from refine_control.models.words import cut_warnings, only_known, unknown_words_warning
 
 logger = logging.getLogger(__name__)
-_NO_ROOM = "%s has %.1f GB for weights, and %s need %.1f: they stay where they are"
 _MOST_PROMPT_WARNINGS = 3
-"""Of prompts that come in batches; whoever knows all of them asks for one warning by `warn_unread`."""
+"""For prompts that come in batches; a caller that knows all of them calls `warn_unread` for one warning."""
 
 
 class Backbone:
-    """A stock inpainting pipeline seen as the functions that training needs.
+    """A stock inpainting pipeline as the functions that training needs, all of its networks frozen.
 
-    Everything in it is frozen; `predict_velocity` stays in the graph for gradients to residuals. What it is given may
-    lie on any device; each network runs where it is."""
+    Arguments may be on any device; each network runs where it is."""
 
     def __init__(
         self,
@@ -62,11 +53,6 @@ class Backbone:
         return self.transformer.device
 
     @property
-    def side(self) -> int:
-        """Pixels of a side of the square pictures that the model was made for."""
-        return self.geometry.side
-
-    @property
     def geometry(self) -> Geometry:
         """The sizes that it paints."""
         return geometry(self.vae.config, self.transformer.config)
@@ -74,21 +60,21 @@ class Backbone:
     def to(self, device: torch.device | str, painting: bool = True) -> Backbone:
         """Moves the networks in their types, in place; without `painting` only the VAE and the text encoders.
 
-        Text encoders that a GPU's free memory does not hold beside the rest (T5 has 19 GB in fp32) stay and encode
-        where they are. Where not even the rest fits nothing is moved. A warning says so."""
-        device, encoders = torch.device(device), self.text_encoders
+        Networks, and text encoders after them (T5 has 19 GB in fp32), for which a GPU has no memory left stay and run
+        where they are; a warning says so."""
+        device = torch.device(device)
         painters = [self.transformer, self.pipeline.controlnet] if painting else []
         first = [part for part in (self.vae, *painters) if part is not None]
         room = USABLE * free_bytes(device)
-        needed, text = missing_bytes(device, first), missing_bytes(device, encoders)
-        if needed > room:
-            logger.warning(_NO_ROOM, device, room / 1e9, "the networks", needed / 1e9)
-            return self
-        if needed + text > room:
-            logger.warning(_NO_ROOM, device, (room - needed) / 1e9, "the text encoders", text / 1e9)
-            encoders = []
-        for part in (*first, *encoders):
-            part.to(device)
+        for name, parts in (("the networks", first), ("the text encoders", self.text_encoders)):
+            needed = missing_bytes(device, parts)
+            if needed > room:
+                text = "%s has %.1f GB for weights, and %s need %.1f: they stay where they are"
+                logger.warning(text, device, room / 1e9, name, needed / 1e9)
+                break
+            for part in parts:
+                part.to(device)
+            room -= needed
         return self
 
     @property
@@ -113,10 +99,11 @@ class Backbone:
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B,16,h,w) -> pixels (B,3,H,W), about [-1, 1]."""
         vae, scale, shift = self.vae, self.vae.config["scaling_factor"], self.vae.config["shift_factor"]
-        side = self.pipeline.vae_scale_factor
-        return by_parts(
-            vae, lambda part: vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample, latents, side
-        )
+
+        def decode(part: torch.Tensor) -> torch.Tensor:
+            return vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample
+
+        return by_parts(vae, decode, latents, self.pipeline.vae_scale_factor)
 
     def readable(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
@@ -125,8 +112,7 @@ class Backbone:
     def warn_unread(self, prompts: Sequence[str]) -> None:
         """Logs what of the prompts the model does not read: unknown words, and what its text encoders cut off.
 
-        A prompt is examined once. `encode_prompts` calls this; a caller that knows all its prompts calls it before,
-        for one warning about all of them."""
+        A prompt is examined once, here or by `encode_prompts`."""
         unexamined = [prompt for prompt in dict.fromkeys(prompts) if hash(prompt) not in self._examined]
         self._examined.update(map(hash, unexamined))
         if not unexamined or self._prompt_warnings >= _MOST_PROMPT_WARNINGS:
@@ -139,9 +125,9 @@ class Backbone:
         if self.vocabulary is not None and (ignored := unknown_words_warning(unexamined, self.vocabulary)):
             warnings.append(ignored)
         self._prompt_warnings += bool(warnings)
-        last = self._prompt_warnings == _MOST_PROMPT_WARNINGS
+        ending = " (no more prompts are reported)" if self._prompt_warnings == _MOST_PROMPT_WARNINGS else ""
         for warning in warnings:
-            logger.warning("%s%s", warning, " (no more prompts are reported)" if last else "")
+            logger.warning("%s%s", warning, ending)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """B prompts -> prompt_embeds (B,T,D_text) and pooled_prompt_embeds (B,D_pooled), by the pipeline's own code.
@@ -156,12 +142,13 @@ class Backbone:
 def by_parts(
     vae: Any, apply: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor, side: int = 1
 ) -> torch.Tensor:
-    """`apply` to as many pictures (B,C,H,W) at a time as a GPU takes, without TF32; `side` pixels a side of each place.
+    """`apply` to as many pictures (B,C,H,W) at a time as a GPU takes, without TF32; on the CPU to all of them.
 
-    On the CPU to all of them."""
+    Each place of `pictures` stands for `side` x `side` pixels."""
     height, width = (side * n for n in pictures.shape[-2:])
     count = pictures_at_once(vae.device, height, width, max(1, len(pictures)), ENCODED_PIXELS)
-    with exact_convolutions():
+    # cuDNN would round the arguments to TF32's ten bits
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return torch.cat([apply(part) for part in pictures.split(count)])
 
 
@@ -177,14 +164,9 @@ def encode_prompts(
     """The pipeline's `encode_prompt` without guidance: (B,T,D_text), (B,D_pooled); differentiable.
 
     On the device of the text encoders: by itself the pipeline would look for them where the transformer is."""
-    texts = list(prompts)
+    texts, device = list(prompts), pipeline.text_encoder.device
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        texts,
-        texts,
-        texts,
-        device=pipeline.text_encoder.device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_sequence_length,
+        *[texts] * 3, device=device, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
     )
     return embeds, pooled
 
@@ -199,8 +181,7 @@ def predict_velocity(
     injection: Injection = "exact",
 ) -> torch.Tensor:
     """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly."""
-    dtype = transformer.dtype
-    blocks = len(transformer.transformer_blocks)
+    dtype, blocks = transformer.dtype, len(transformer.transformer_blocks)
     return transformer(
         hidden_states=noisy_latents.to(dtype),
         timestep=sigmas * 1000,

@@ -7,8 +7,7 @@ The CPU is asked for nothing here: there everything fits, and batches are what t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -48,10 +47,3 @@ def missing_bytes(device: torch.device, modules: Iterable[torch.nn.Module]) -> i
 def pictures_at_once(device: torch.device, height: int, width: int, most: int, pixels: int = PAINTED_PIXELS) -> int:
     """How many pictures (H, W) of a batch of `most` go through together: all on the CPU, else as `pixels` says."""
     return most if device.type == "cpu" else max(1, min(most, pixels // (height * width)))
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """fp32 convolutions on a GPU as on the CPU: cuDNN would round what goes in to TF32's ten bits."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield

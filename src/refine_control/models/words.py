@@ -42,14 +42,12 @@ def unknown_words_warning(prompts: Sequence[str], vocabulary: Collection[str]) -
 
 def cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> dict[str, str]:
     """What lies beyond `limit` tokens, special ones included, by prompt; prompts that fit are left out."""
-    cut = {}
+    cut, fast = {}, tokenizer.is_fast
     for prompt in prompts:
-        tokens = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
-        if len(tokens["input_ids"]) > limit:
-            lost = tokens["input_ids"][limit - 1 : -1]
-            cut[prompt] = (
-                prompt[tokens["offset_mapping"][limit - 1][0] :] if tokenizer.is_fast else tokenizer.decode(lost)
-            )
+        tokens = tokenizer(prompt, return_offsets_mapping=fast)
+        if len(ids := tokens["input_ids"]) > limit:
+            lost = tokenizer.decode(ids[limit - 1 : -1])
+            cut[prompt] = prompt[tokens["offset_mapping"][limit - 1][0] :] if fast else lost
     return cut
 
 

@@ -96,7 +96,7 @@ def _main(model: str, folder: str, precision: str) -> None:
     torch.set_num_threads(1)
     loaded = load_controlnet(folder) if folder else None
     backbone = load_backbone(model, loaded, device=best_device())
-    controlnet, side = loaded or backbone.pipeline.controlnet, backbone.side
+    controlnet, side = loaded or backbone.pipeline.controlnet, backbone.geometry.side
     in_precision(precision, backbone, controlnet)
     image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
