@@ -240,7 +240,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(copied, tmp_path):
     with pytest.raises(InvalidInputError, match=f"not a '{MODEL_TYPE}'"):
         load_describer(copied)
     (copied / "config.json").write_text("[1]")
-    with pytest.raises(InvalidInputError, match="not a JSON object"):
+    with pytest.raises(InvalidInputError, match="does not hold a JSON object"):
         load_describer(copied)
 
 

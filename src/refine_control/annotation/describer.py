@@ -9,7 +9,6 @@ its merged patches. Sequences are padded on the left, so an answer does not depe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +17,8 @@ import torch
 
 from refine_control.annotation.refusals import CONTROL, Unanswered, fault_of_picture
 from refine_control.errors import InvalidInputError, MissingError, RefineControlError
+from refine_control.models.components import read_json
+from refine_control.models.devices import best_device
 from refine_control.models.hub import folder_of, revision
 from refine_control.records import Request
 
@@ -125,13 +126,8 @@ class Describer:
         tokens = self.tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         is_image = tokens["input_ids"] == self.image_token_id
         assert int(is_image.sum()) == int(merged.sum())  # no question of ours holds a special token
-        return Inputs(
-            tokens["input_ids"],
-            tokens["attention_mask"],
-            is_image.long(),
-            seen["pixel_values"],
-            seen["image_grid_thw"],
-        )
+        ids, pixels = (tokens["input_ids"], tokens["attention_mask"]), (seen["pixel_values"], seen["image_grid_thw"])
+        return Inputs(*ids, is_image.long(), *pixels)
 
     def _text(self, request: Request, counts: Sequence[int]) -> str:
         """The question as one turn of a chat, with a token for each merged patch; `counts`: of each picture."""
@@ -173,7 +169,7 @@ def load_describer(
 
     folder = folder_of(name_or_folder, _FILES, f"a folder with Qwen2.5-VL, or a hub id like {_EXAMPLE}")
     _check(folder)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or best_device())
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -198,13 +194,9 @@ def load_describer(
 
 def _check(folder: Path) -> None:
     """Refuses a folder without weights, or of another model."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        kind = config.get("model_type")
-    except FileNotFoundError:
-        raise InvalidInputError(f"{folder} has no config.json; name a folder with Qwen2.5-VL") from None
-    except (ValueError, AttributeError):
-        raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object; copy the model again") from None
+    if not (folder / "config.json").is_file():
+        raise InvalidInputError(f"{folder} has no config.json; name a folder with Qwen2.5-VL")
+    kind = read_json(folder / "config.json", "copy the model again").get("model_type")
     if kind != MODEL_TYPE:
         raise InvalidInputError(f"{folder} holds a {kind!r}, not a {MODEL_TYPE!r}; name a folder with Qwen2.5-VL")
     if not any(folder.glob("*.safetensors")):

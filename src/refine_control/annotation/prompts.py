@@ -190,7 +190,6 @@ def _tidy(words: str) -> str:
 
 # Whether that is a prompt
 
-_DRAWN = "|".join(COLOURS)
 _MASK = re.compile(
     r"\b(masked|(the|this|binary) mask|mask(ed)? (area|region)|outlin(e|es|ed|ing)|contour(s|ed)?|regions?|highlighted"
     r"|selected|encircled|circled|cropped|bounding box|segmentation|(marked|indicated|specified|given) (part|area)"

@@ -10,7 +10,7 @@ are kept are resized to the photo: outlines move by less than one pixel of the d
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from PIL import Image
 
 from refine_control.annotation.masks import keep_best
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.components import read_json
+from refine_control.models.devices import best_device
 from refine_control.models.hub import folder_of, revision
 from refine_control.records import Proposal
 
@@ -100,10 +102,6 @@ class _Candidates(NamedTuple):
     boxes: torch.Tensor
     """(N, 4), on the decoder's masks."""
 
-    def at(self, index: torch.Tensor) -> _Candidates:
-        """Some of them."""
-        return _Candidates(*(values[index] for values in self))
-
 
 class Segmenter:
     """A Segment Anything model with the settings of its grid. Made by `load_segmenter`."""
@@ -113,8 +111,8 @@ class Segmenter:
     ) -> None:
         self.model, self.name, self.preparation, self.settings = model, name, preparation, settings
         self.dtype = dtype
-        given = settings.predicted_iou
-        self.predicted_iou = _PREDICTED_IOU[generation] if given is None else given
+        chosen = settings.predicted_iou
+        self.predicted_iou = _PREDICTED_IOU[generation] if chosen is None else chosen
 
     @torch.inference_mode()
     def propose(self, image: np.ndarray) -> list[Proposal]:
@@ -124,18 +122,14 @@ class Segmenter:
         with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
             encoded = self.model.get_image_embeddings(pixels)
         levels = encoded.float() if isinstance(encoded, torch.Tensor) else [level.float() for level in encoded]
-        return self._regions(levels, *image.shape[:2])
-
-    def _regions(self, encoded: torch.Tensor | list[torch.Tensor], height: int, width: int) -> list[Proposal]:
-        """One encoded photo -> its proposals."""
+        height, width = image.shape[:2]
         points = self.preparation.points(height, width, self.settings.points_per_side).to(self.model.device)
-        parts = [
-            self._candidates(encoded, part, height, width) for part in points.split(self.settings.points_per_batch)
-        ]
+        batches = points.split(self.settings.points_per_batch)
+        parts = [self._candidates(levels, points, height, width) for points in batches]
         candidates = _Candidates(*(torch.cat(values) for values in zip(*parts, strict=True)))
         overlaps, scores = box_overlaps(candidates.boxes).cpu().numpy(), candidates.predicted_iou.cpu().numpy()
         kept = torch.tensor(keep_best(overlaps, scores, self.settings.overlap), dtype=torch.long)
-        candidates = candidates.at(kept.to(self.model.device))
+        candidates = _Candidates(*(values[kept.to(self.model.device)] for values in candidates))
         at_once = max(1, _PIXELS_AT_ONCE // (height * width))
         masks = (mask for part in candidates.logits.split(at_once) for mask in self._full_size(part, height, width))
         scores = zip(candidates.predicted_iou.tolist(), candidates.stability.tolist(), strict=True)
@@ -202,14 +196,12 @@ def load_segmenter(
     `dtype` is the precision of the encoder: by default bfloat16 on a GPU, float32 elsewhere. Raises MissingError for
     weights that are not there, InvalidInputError for a model of another kind or with weights that do not fit."""
     chosen = Settings(**settings)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device().type
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise MissingError(f"device is {device} and torch sees no GPU here; use device cpu or a machine with a GPU")
     example = "a hub id such as facebook/sam2.1-hiera-large, or the folder that `hf download` of it prints"
     folder = folder_of(name, ["*.json", "*.safetensors"], example)
-    config = _read_json(folder / "config.json")
-    if config is None:
-        raise MissingError(f"{folder} has no config.json; fetch a SAM 2 with `hf download facebook/sam2.1-hiera-large`")
+    config = read_json(folder / "config.json", "fetch a SAM 2 with `hf download facebook/sam2.1-hiera-large`")
     kind = config.get("model_type")
     if kind not in _GENERATIONS:
         raise InvalidInputError(
@@ -260,19 +252,13 @@ def _preparation(folder: Path, config: Any, generation: int) -> Preparation:
     """Side from the model, which works at no other; colour statistics from the checkpoint's processor, if there."""
     config = getattr(config, "tracker_config", None) or config
     side = config.vision_config.image_size if generation == 1 else config.prompt_encoder_config.image_size
-    processor = _read_json(folder / "preprocessor_config.json")
+    processor = _optional(folder / "preprocessor_config.json")
     if processor is None:
-        processor = (_read_json(folder / "processor_config.json") or {}).get("image_processor", {})
+        processor = (_optional(folder / "processor_config.json") or {}).get("image_processor", {})
     mean, std = _HALVES if generation == 3 else _IMAGENET
     mean, std = processor.get("image_mean") or mean, processor.get("image_std") or std
     return Preparation(side, tuple(mean), tuple(std), keeps_shape=generation == 1)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None without a file."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise InvalidInputError(f"{path} is not JSON; download the model again") from None
+def _optional(path: Path) -> Mapping[str, Any] | None:
+    return read_json(path, "download the model again") if path.is_file() else None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -63,7 +63,7 @@ def data_url(picture: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def chat(model: str, request: Request) -> dict[str, Any]:
+def chat(model: str, request: Request) -> Mapping[str, Any]:
     """The body of one request: the pictures, then the text, with greedy decoding and a JSON answer."""
     pictures = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in request.pictures]
     return {
