@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
-from refine_control.metrics.distances import cmmd, drawn_distance
+from refine_control.metrics.distances import cmmd, drawn_distance, frechet_distance
 from refine_control.metrics.features import (
     FOLDER_VARIABLE,
     Inception,
@@ -429,7 +429,7 @@ def test_scene_distances_are_zero_for_equal_pictures_and_order_worse_ones(render
         images = (rendered.images + amount * noise).clip(0, 255).astype(np.uint8)
         worse = scene.scene_features(classifier, images, rendered.masks)
         measured = (
-            scene.scene_frechet(reference, worse),
+            frechet_distance(reference, worse),
             scene.scene_mmd(reference, worse),
             scene.scene_perceptual(reference, worse).mean(),
         )

@@ -38,6 +38,11 @@ from refine_control.storage import only_writer, publish_folder, write_json
 from refine_control.training.loop import fit
 from refine_control.training.run import is_main_process, training_device
 
+OPTIMIZER = OptimizerConfig(
+    betas=(0.9, 0.99), weight_decay=0.01, schedule="cosine", warmup_steps=100, final_fraction=0.02
+)
+"""Of every stage, but for its learning rate."""
+
 
 def run_stage(
     name: str,
@@ -63,14 +68,7 @@ def run_stage(
             f"{folder} was trained with other steps, seed, start or images; choose another --out, or delete {work}"
         )
     if not result.exists():
-        optimizer = OptimizerConfig(
-            learning_rate=stage.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=0.01,
-            schedule="cosine",
-            warmup_steps=100,
-            final_fraction=0.02,
-        )
+        optimizer = OPTIMIZER.model_copy(update={"learning_rate": stage.learning_rate})
         training = TrainingConfig(
             stage=name,
             steps=stage.steps,
@@ -139,7 +137,7 @@ def train_bundle(
         return weights
 
     if "autoencoder" in stages:
-        weights = run("autoencoder", AutoencoderObjective(pipeline.vae, torch.bfloat16), world.pictures())
+        weights = run("autoencoder", AutoencoderObjective(pipeline.vae), world.pictures)
         pipeline.vae.to(torch.float32).load_state_dict(weights)
         normalise_latents(pipeline.vae, world.some(seed, 1024))
     pipeline.vae.requires_grad_(False).to(torch.float32)
@@ -147,7 +145,7 @@ def train_bundle(
     if pipeline.device.type == "cpu":
         use_cpu_kernels(pipeline.transformer, pipeline.controlnet)
     if "base" in stages:
-        objective = BaseObjective(pipeline, torch.bfloat16)
+        objective = BaseObjective(pipeline)
         _load(pipeline, list(objective.parts), run("base", objective, batches))
         if not any(block.weight.any() for block in pipeline.controlnet.controlnet_blocks):  # not trained yet
             controlnet = from_transformer(pipeline.transformer, 23).to(pipeline.device)  # type: ignore[arg-type]
@@ -155,17 +153,17 @@ def train_bundle(
             if pipeline.device.type == "cpu":
                 use_cpu_kernels(controlnet)
     if "teacher" in stages:
-        weights = run("teacher", TeacherObjective(pipeline, torch.bfloat16), batches)
+        weights = run("teacher", TeacherObjective(pipeline), batches)
         pipeline.controlnet.float().load_state_dict(weights, strict=False)
     if "joint" in stages:
-        weights = run("joint", JointObjective(pipeline, torch.bfloat16), batches)
+        weights = run("joint", JointObjective(pipeline), batches)
         _load(pipeline, ("transformer", "controlnet"), weights)
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.controlnet):
         part.float().requires_grad_(False).eval()
     return pipeline.to("cpu")
 
 
-def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: dict[str, Any]) -> None:
+def save_bundle(pipeline: Any, classifier: Any, folder: Path, card: Mapping[str, Any]) -> None:
     """Publishes a complete diffusers pipeline folder in fp16, with the classifier and the card."""
     parts = ("vae", "transformer", "text_encoder", "text_encoder_2", "controlnet")
     halves = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in parts}
@@ -195,7 +193,7 @@ def make_bundle(
     count: int = 1000,
     world: World | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Trains the stages in `stages` (all by default), publishes `out/bundle` and returns its card.
 
     The bundle is published, measured on `count` images of its world, and published again with what was measured.
@@ -211,7 +209,7 @@ def make_bundle(
             return {}
         history = json.loads((start / CARD).read_text())["sittings"] if start else []
         sitting = {path.parent.name: json.loads(path.read_text()) for path in sorted(work.glob("*/stage.json"))}
-        card: dict[str, Any] = {
+        card = {
             **world.card,
             "max_sequence_length": 0,  # no T5: no zero tokens are appended, in training and inference alike
             "sittings": [*history, sitting],
@@ -219,7 +217,7 @@ def make_bundle(
         }
         save_bundle(pipeline, classifier, out / "bundle", card)
         if count:
-            card["skill"] = world.skill(out / "bundle", count)
+            card |= {"skill": world.skill(out / "bundle", count)}
             save_bundle(pipeline, classifier, out / "bundle", card)
     write_json(out / "card.json", card)
     return card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def measure_skill(backbone: Backbone, classifier: Classifier, count: int, seed: 
     texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
         away = permutation(derive_seed(seed, "wrong"), count)
-        colours, shapes = len(COLOURS), len(SHAPES)
-        texts["wrong"] = [
-            local_prompt(int(c + 1 + r % (colours - 1)) % colours, int(s + 1 + r % (shapes - 1)) % shapes)
-            for c, s, r in zip(rendered.colour, rendered.shape, away, strict=True)
-        ]
+        colour, shape = (
+            (right + 1 + away % (len(names) - 1)) % len(names)
+            for right, names in ((rendered.colour, COLOURS), (rendered.shape, SHAPES))
+        )
+        texts["wrong"] = list(map(local_prompt, colour.tolist(), shape.tolist()))
     images, masks = rendered.images.numpy(), rendered.masks.numpy()
     painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts[prompts], CHECK_SAMPLER)
     obeyed = obedience(classifier, painted, masks, rendered.colour, rendered.shape)
@@ -65,13 +66,13 @@ CHANCE_SCENES = 200
 CHECK_SAMPLER = SamplerConfig(**SAMPLING)
 
 
-def photo_crops(folder: Path, seed: int, size: int = 64) -> np.ndarray:
+def photo_crops(folder: Path, seed: int) -> np.ndarray:
     """One random crop of every JPEG under `folder` that is large enough, at full resolution: (N,64,64,3) uint8.
 
     Raises InvalidInputError if there is none."""
     from PIL import Image, ImageOps
 
-    crops = []
+    size, crops = scenes.SIZE, []
     for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
         with Image.open(path) as opened:
             image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
@@ -93,7 +94,7 @@ def check_bundle(
     prompts: tuple[str, ...] = ("local", "empty", "wrong"),
     precision: Precision = "fp32",
     photos: Path | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Measures VAE, classifier and teacher of a bundle on `count` unseen scenes, on the GPU if there is one.
 
     With `photos` it also measures the VAE on a crop of every JPEG in that folder."""
@@ -105,7 +106,7 @@ def check_bundle(
     images, masks = rendered.images.numpy(), rendered.masks.numpy()
     noise = np.random.default_rng(seed).integers(0, 256, images.shape, dtype=np.uint8)
     clean, noisy = (obedience(classifier, each, masks, rendered.colour, rendered.shape) for each in (images, noise))
-    out: dict[str, Any] = {
+    out = {
         "scenes": count,
         "autoencoder_psnr": decoded_psnr(backbone, images),
         "oracle_clean": _per_cent(clean, "colour", "shape"),

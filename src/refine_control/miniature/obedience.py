@@ -9,6 +9,7 @@ on noise.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from refine_control.errors import MissingError
+from refine_control.metrics.image_pairs import Images, Mask
 from refine_control.miniature.vocabulary import COLOURS, SHAPES
 from refine_control.pixels import from_images
 
@@ -108,21 +110,21 @@ def load_classifier(bundle: Path) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
+def crop_batches(images: Images, masks: Mask, batch_size: int = 256) -> Iterator[torch.Tensor]:
+    """Yields what the classifier reads, (B,3,32,32): images (N,H,W,3) uint8, masks (N,H,W) bool."""
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        yield region_crops(from_images(images[part]), torch.from_numpy(np.ascontiguousarray(masks[part])))
+
+
 @torch.no_grad()
-def read_regions(classifier: Classifier, images: np.ndarray, masks: np.ndarray, batch_size: int = 256) -> Reading:
+def read_regions(classifier: Classifier, images: Images, masks: Mask) -> Reading:
     """Reads colour and shape of each region: images (N,H,W,3) uint8, masks (N,H,W) bool."""
-    colours, shapes = [], []
-    for a in range(0, len(images), batch_size):
-        pixels = from_images(images[a : a + batch_size])
-        colour, shape = classifier(region_crops(pixels, torch.from_numpy(masks[a : a + batch_size])))
-        colours.append(colour.argmax(1).numpy())
-        shapes.append(shape.argmax(1).numpy())
-    return Reading(np.concatenate(colours), np.concatenate(shapes))
+    logits = zip(*(classifier(crops) for crops in crop_batches(images, masks)), strict=True)
+    return Reading(*(torch.cat(parts).argmax(1).numpy() for parts in logits))
 
 
-def obedience(
-    classifier: Classifier, images: np.ndarray, masks: np.ndarray, colour: np.ndarray, shape: np.ndarray
-) -> Obedience:
+def obedience(classifier: Classifier, images: Images, masks: Mask, colour: np.ndarray, shape: np.ndarray) -> Obedience:
     """Compares the regions with the colours and shapes of the prompts, (N,) indices each."""
     reading = read_regions(classifier, images, masks)
     return Obedience(reading.colour == colour, reading.shape == shape)

@@ -27,6 +27,13 @@ from refine_control.training.loop import Batches, Draw, Objective
 from refine_control.training.objectives import noised
 from refine_control.training.optimizer import Trainable, compute_in
 
+EACH, REPEATS = 16, 2
+"""A slot's scenes in a pool, and how often each is shown."""
+INSIDE_WEIGHT = 4.0
+"""How many times a latent in the hole counts in the losses of the teacher."""
+FREE = 0.15
+"""Share of the samples without control in the joint stage, so that the base remains a text-to-image model."""
+
 
 class StageLosses(NamedTuple):
     """The logged terms of base, teacher and joint."""
@@ -85,17 +92,16 @@ class PictureBatches(Batches):
 
 
 class SceneBatches(Batches):
-    """Rendered scenes, encoded by the frozen autoencoder in pools and shown `repeats` times with new noise.
+    """Rendered scenes, encoded by the frozen autoencoder in pools and shown REPEATS times with new noise.
 
     A slot's scenes are a function of (seed, stage, slot, step), so they do not depend on the number of processes."""
 
-    def __init__(self, vae: Any, steps_in_pool: int = 32, repeats: int = 2):
-        self.vae, self.steps_in_pool, self.repeats = vae, steps_in_pool, repeats
+    def __init__(self, vae: Any):
+        self.vae = vae
         self.pool: tuple[Any, SceneBatch] | None = None
 
     def _encode(self, draw: Draw, number: int) -> SceneBatch:
-        each = self.steps_in_pool // self.repeats
-        rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * each, each) for slot in draw.slots]
+        rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * EACH, EACH) for slot in draw.slots]
         return encode_scenes(
             self.vae,
             from_images(torch.cat([r.images for r in rows])),
@@ -106,20 +112,20 @@ class SceneBatches(Batches):
 
     def batch(self, draw: Draw) -> SceneBatch:
         """One scene for each slot."""
-        number, within = divmod(draw.step, self.steps_in_pool)
+        number, within = divmod(draw.step, REPEATS * EACH)
         key = (draw.seed, draw.stage, number, tuple(draw.slots))
         if self.pool is None or self.pool[0] != key:
             self.pool = (key, self._encode(draw, number))
-        each = self.steps_in_pool // self.repeats
-        turn = permutation(derive_seed(draw.seed, draw.stage, "turn", number, within // each), each)[within % each]
-        return self.pool[1].take(np.arange(len(draw.slots)) * each + int(turn))
+        repeat, turn = divmod(within, EACH)
+        order = permutation(derive_seed(draw.seed, draw.stage, "turn", number, repeat), EACH)
+        return self.pool[1].take(np.arange(len(draw.slots)) * EACH + int(order[turn]))
 
 
-def draw_prompts(batch: SceneBatch, draw: Draw, local: float = 0.6, empty: float = 0.1) -> list[str]:
-    """A prompt for each slot: empty, local or global."""
+def draw_prompts(batch: SceneBatch, draw: Draw) -> list[str]:
+    """A prompt for each slot: 10 % empty, 60 % local, 30 % global."""
     picks = draw.uniforms("prompt").tolist()
     return [
-        "" if u < empty else (l if u < empty + local else g)
+        "" if u < 0.1 else (l if u < 0.1 + 0.6 else g)
         for u, l, g in zip(picks, batch.local_prompts, batch.global_prompts, strict=True)
     ]
 
@@ -137,8 +143,8 @@ class StageObjective(Objective):
 class AutoencoderObjective(StageObjective):
     """Squared and 0.05 x absolute error of the reconstruction, with a small divergence from the unit normal."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype):
-        self.vae, self.parameters = vae, compute_in(vae, dtype)
+    def __init__(self, vae: Any):
+        self.vae, self.parameters = vae, compute_in(vae, torch.bfloat16)
 
     def losses(self, batch: torch.Tensor, draw: Draw, statistics: torch.Tensor | None = None) -> AutoencoderLosses:
         """The loss of a reparametrised reconstruction; batch (B,3,H,W) in [-1, 1]."""
@@ -153,7 +159,7 @@ class AutoencoderObjective(StageObjective):
 
 
 def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: float) -> StageLosses:
-    """Mean squared error in which the hole counts `inside_weight` times: error (B,16,h,w), mask (B,1,h,w)."""
+    """Mean squared error in which the hole counts INSIDE_WEIGHT times: error (B,16,h,w), mask (B,1,h,w)."""
     square = error.float().square().mean(1, keepdim=True)
     loss = (square * (1 + (inside_weight - 1) * mask)).mean()
     return StageLosses(
@@ -164,10 +170,10 @@ def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: floa
 class BaseObjective(StageObjective):
     """Text to image: the transformer and both text encoders are trained together on the velocity."""
 
-    def __init__(self, pipeline: Any, dtype: torch.dtype):
+    def __init__(self, pipeline: Any):
         self.pipeline = pipeline
         self.parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
-        trained = {name: compute_in(part.requires_grad_(True), dtype) for name, part in self.parts.items()}
+        trained = {name: compute_in(part.requires_grad_(True), torch.bfloat16) for name, part in self.parts.items()}
         self.parameters = Trainable.joined(**trained)
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
@@ -179,16 +185,16 @@ class BaseObjective(StageObjective):
 
 
 class TeacherObjective(StageObjective):
-    """The 23-layer inpainting ControlNet on the frozen base; the hole counts `inside_weight` times.
+    """The 23-layer inpainting ControlNet on the frozen base; the hole counts INSIDE_WEIGHT times.
 
     The text stream of its last block is not trained."""
 
-    def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0):
-        self.pipeline, self.inside_weight = pipeline, inside_weight
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
-            part.to(dtype).requires_grad_(False)
+            part.to(torch.bfloat16).requires_grad_(False)
         self.controlnet: Any = pipeline.controlnet
-        self.parameters = compute_in(pipeline.controlnet, dtype, trainable_parameters(pipeline.controlnet))
+        self.parameters = compute_in(pipeline.controlnet, torch.bfloat16, trainable_parameters(pipeline.controlnet))
 
     def losses(self, batch: SceneBatch, draw: Draw, statistics: torch.Tensor | None = None) -> StageLosses:
         """E ||v - v_hat||^2 with the base's prompts; both networks get the same prompt."""
@@ -199,7 +205,7 @@ class TeacherObjective(StageObjective):
         residuals = control_residuals(self.controlnet, at.noisy_latents, at.sigmas, embeds, cond, pooled.shape[-1])
         residuals = self.controlled(residuals, draw)
         predicted = predict_velocity(self.pipeline.transformer, at.noisy_latents, at.sigmas, embeds, pooled, residuals)
-        return weighted_losses(predicted.float() - at.target, batch.mask, self.inside_weight)
+        return weighted_losses(predicted.float() - at.target, batch.mask, INSIDE_WEIGHT)
 
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
         """The residuals that are injected: those of every sample."""
@@ -207,20 +213,17 @@ class TeacherObjective(StageObjective):
 
 
 class JointObjective(TeacherObjective):
-    """Base and teacher together, so that the base learns to draw what prompt and control ask for.
+    """Base and teacher together, so that the base learns to draw what prompt and control ask for."""
 
-    A share `free` of the samples has no control, so that the base remains a text-to-image model."""
-
-    def __init__(self, pipeline: Any, dtype: torch.dtype, inside_weight: float = 4.0, free: float = 0.15):
-        base = compute_in(pipeline.transformer.requires_grad_(True), dtype)
-        super().__init__(pipeline, dtype, inside_weight)
-        self.free = free
+    def __init__(self, pipeline: Any):
+        base = compute_in(pipeline.transformer.requires_grad_(True), torch.bfloat16)
+        super().__init__(pipeline)
         pipeline.transformer.requires_grad_(True)
         self.parameters = Trainable.joined(transformer=base, controlnet=self.parameters)
 
     def controlled(self, residuals: list[torch.Tensor], draw: Draw) -> list[torch.Tensor]:
         """Zero residuals for the free samples."""
-        keep = (draw.uniforms("free") >= self.free).to(residuals[0])[:, None, None]
+        keep = (draw.uniforms("free") >= FREE).to(residuals[0])[:, None, None]
         return [residual * keep for residual in residuals]
 
 

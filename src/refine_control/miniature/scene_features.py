@@ -13,11 +13,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.distances import Features, Rows, check_features, frechet_distance, gaussian_mmd
+from refine_control.metrics.distances import Features, Rows, check_features, gaussian_mmd
 from refine_control.metrics.drawn_sets import gaussian_mmd_of_draws
 from refine_control.metrics.image_pairs import Images, Mask, PerImage, check_mask
-from refine_control.miniature.obedience import Classifier, region_crops
-from refine_control.pixels import from_images
+from refine_control.miniature.obedience import Classifier, crop_batches
 from refine_control.progress import Progress
 
 SCENE_SIGMA = 1.0
@@ -32,18 +31,8 @@ def scene_features(classifier: Classifier, images: Images, masks: Mask, batch_si
     Raises InvalidInputError for a mask that does not fit or has no inpainted pixel."""
     check_mask(masks, images)
     device = next(classifier.parameters()).device
-    parts = []
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        pixels = from_images(images[part])
-        crops = region_crops(pixels, torch.from_numpy(np.ascontiguousarray(masks[part])))
-        parts.append(classifier.features(crops.to(device)).float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def scene_frechet(reference: ArrayLike, generated: ArrayLike) -> float:
-    """Fréchet distance of the classifier's features, not normalised. Raises as `distances.frechet_distance` does."""
-    return frechet_distance(reference, generated)
+    crops = crop_batches(images, masks, batch_size)
+    return np.concatenate([classifier.features(part.to(device)).float().cpu().numpy() for part in crops])
 
 
 def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:

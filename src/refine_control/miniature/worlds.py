@@ -7,10 +7,11 @@ A world provides the initial pipeline, the images of every stage, and the evalua
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cached_property, lru_cache
+from collections.abc import Collection, Mapping
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,68 +32,38 @@ from refine_control.training.loop import Batches, Draw
 from refine_control.training.run import fast_precision
 
 
-class World(Protocol):
-    """What `bundle.train_bundle` needs."""
-
-    card: dict[str, Any]
-    """Its entry in the bundle's card."""
-    mark: str
-    """Identifies its images in fingerprints."""
-    has_oracle: bool
-    """Whether its bundles have a classifier."""
-
-    def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
-        """The initial pipeline of a training of `stages`: the networks of `start`, or new ones."""
-        ...
-
-    def pictures(self) -> Any:
-        """Batches (B,3,64,64) in [-1, 1] for the autoencoder."""
-        ...
-
-    def batches(self, vae: Any) -> Any:
-        """SceneBatch for base and teacher."""
-        ...
-
-    def some(self, seed: int, count: int) -> torch.Tensor:
-        """(count,3,64,64) in [-1, 1], used to normalise latents."""
-        ...
-
-    def skill(self, bundle: Path, count: int) -> dict[str, Any]:
-        """Measures a finished bundle on `count` images that were not used in training."""
-        ...
-
-
 class SceneWorld:
     """Rendered scenes, for the shipped miniature."""
 
     mark = "scenes"
+    """Identifies its images in fingerprints."""
     has_oracle = True
-    card: dict[str, Any] = {  # noqa: RUF012
-        "name": "mini",
-        "vocabulary": list(vocabulary.WORDS),
-        "trained_on": "rendered scenes and rendered textures; no photograph was seen",
-        "license": "Apache-2.0",
-    }
+    """Whether its bundles have a classifier."""
+    card: Mapping[str, Any] = MappingProxyType(
+        {
+            "name": "mini",
+            "vocabulary": list(vocabulary.WORDS),
+            "trained_on": "rendered scenes and rendered textures; no photograph was seen",
+            "license": "Apache-2.0",
+        }
+    )
+    """Its entry in the bundle's card."""
+    pictures = PictureBatches()
+    """Batches for the autoencoder."""
+    batches = SceneBatches
+    """Given the autoencoder, batches for base and teacher."""
 
     def pipeline(self, start: Path | None, work: Path, seed: int, stages: Collection[str]) -> Any:
-        """The pipeline of `start`, or a new one."""
+        """The initial pipeline of a training of `stages`: that of `start`, or a new one."""
         del stages
         return load_pipeline(start) if start else new_pipeline(work, seed)
 
-    def pictures(self) -> PictureBatches:
-        """Scenes, and images with the statistics of photographs."""
-        return PictureBatches()
-
-    def batches(self, vae: Any) -> SceneBatches:
-        """Scenes rendered on demand."""
-        return SceneBatches(vae)
-
     def some(self, seed: int, count: int) -> torch.Tensor:
-        """Scenes of a separate seed."""
+        """(count,3,64,64) in [-1, 1], used to normalise latents: scenes of a separate seed."""
         return from_images(scenes.render(derive_seed(seed, "normalise"), 0, count).images)
 
-    def skill(self, bundle: Path, count: int) -> dict[str, Any]:
-        """`mini check`."""
+    def skill(self, bundle: Path, count: int) -> Mapping[str, Any]:
+        """`mini check` on `count` scenes that were not used in training."""
         return check_bundle(count, bundle=bundle, precision=fast_precision(torch.device("cpu")))
 
 
@@ -107,6 +78,7 @@ class PhotoWorld:
     def __init__(self, folder: Path, progress: Progress | None = None):
         self.folder, self.mark = folder, small_photos_mark(folder)
         self.photos = read_small_photos(folder, "teacher", progress=progress)
+        self.pictures, self.batches = PhotoPictures(self.photos), partial(PhotoBatches, photos=self.photos)
         self.card = {
             "name": "mini, photographs",
             "trained_on": f"{len(self.photos.keys)} small photographs with a category and a box each",
@@ -134,34 +106,27 @@ class PhotoWorld:
             )
         return with_new_words(pipeline, words, work, seed)
 
-    def pictures(self) -> PhotoPictures:
-        """The teacher's photographs."""
-        return PhotoPictures(self.photos)
-
-    def batches(self, vae: Any) -> PhotoBatches:
-        """The teacher's photographs, encoded once."""
-        return PhotoBatches(vae, self.photos)
-
     def some(self, seed: int, count: int) -> torch.Tensor:
         """A random subset of the teacher's photographs."""
         rows = permutation(derive_seed(seed, "normalise"), len(self.photos.keys))[:count]
         return from_images(self.photos.images[rows])
 
-    def skill(self, bundle: Path, count: int) -> dict[str, Any]:
+    def skill(self, bundle: Path, count: int) -> Mapping[str, Any]:
         """Mean PSNR in dB on test photographs: the autoencoder, and the teacher with right, empty and wrong prompts."""
         photos = read_small_photos(self.folder, "test", limit=count)
         backbone, half = load_backbone(bundle, cpu_kernels=True), len(photos.keys) // 2
         prompts = {"category": photos.prompts, "empty": [""] * len(photos.keys)}
         prompts["wrong"] = [*photos.prompts[half:], *photos.prompts[:half]]
-        skill: dict[str, Any] = {
-            "photographs": len(photos.keys),
-            "autoencoder_psnr": decoded_psnr(backbone, photos.images),
-        }
+        images, masks = photos.images, photos.masks
+        teacher = {}
         for name, texts in prompts.items():
-            images, masks = photos.images, photos.masks
             painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts, CHECK_SAMPLER)
-            skill[f"teacher_{name}"] = painted_psnr(images, painted, masks)
-        return skill
+            teacher[f"teacher_{name}"] = painted_psnr(images, painted, masks)
+        return {"photographs": len(images), "autoencoder_psnr": decoded_psnr(backbone, images), **teacher}
+
+
+World = SceneWorld | PhotoWorld
+"""What `bundle.train_bundle` needs."""
 
 
 @lru_cache(maxsize=256)

@@ -91,7 +91,7 @@ SET_METRICS: Mapping[str, SetMetric] = {
     "fid": SetMetric(INCEPTION, frechet_distance, frechet_of_draws),
     "kid": SetMetric(INCEPTION, _scaled_kid, _scaled_kid_of_draws),
     "cmmd": SetMetric(CLIP, cmmd, cmmd_of_draws),
-    "scene_frechet": SetMetric(SCENE, scene_features.scene_frechet, frechet_of_draws),
+    "scene_frechet": SetMetric(SCENE, frechet_distance, frechet_of_draws),
     "scene_mmd": SetMetric(SCENE, scene_features.scene_mmd, scene_features.scene_mmd_of_draws),
 }
 
