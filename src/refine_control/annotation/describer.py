@@ -156,21 +156,21 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> int:
 def load_describer(
     name_or_folder: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 64,
 ) -> Describer:
     """Loads a Qwen2.5-VL from a folder or by its hub id, strictly.
 
-    `device`: the GPU where there is one. `dtype`: bfloat16 on a GPU, float32 on the CPU. Raises MissingError where
-    the weights are missing, InvalidInputError where they are no Qwen2.5-VL or disagree with their config."""
+    `device`: by default the GPU where there is one, on which it computes in bfloat16; on the CPU in float32. Raises
+    MissingError for weights that are missing, InvalidInputError where they are no Qwen2.5-VL or disagree with their
+    config."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     folder = folder_of(name_or_folder, _FILES, f"a folder with Qwen2.5-VL, or a hub id like {_EXAMPLE}")
     _check(folder)
     device = torch.device(device or best_device())
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)

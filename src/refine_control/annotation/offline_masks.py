@@ -252,5 +252,4 @@ def _worth(masks: np.ndarray, edge: np.ndarray) -> np.ndarray:
 
 def _enlarged(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) bool -> (H, W) bool with smooth outlines."""
-    grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
+    return np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BILINEAR)) > 127

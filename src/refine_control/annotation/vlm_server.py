@@ -42,10 +42,6 @@ LONGEST_WAIT = 30.0
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
 _ADDRESS = "the server's address must look like http://host:8000"
-RESPONSE_FORMAT = {
-    "type": "json_schema",
-    "json_schema": {"name": "prompt", "strict": True, "schema": ANSWER_SCHEMA},
-}
 
 
 class _Failure(Exception):
@@ -72,7 +68,10 @@ def chat(model: str, request: Request) -> Mapping[str, Any]:
         "temperature": 0.0,
         "seed": 0,
         "max_tokens": MAX_TOKENS,
-        "response_format": RESPONSE_FORMAT,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "prompt", "strict": True, "schema": ANSWER_SCHEMA},
+        },
     }
 
 
