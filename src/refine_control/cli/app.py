@@ -5,35 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce
-from refine_control.cli.options import (
-    DryRun,
-    Guidance,
-    InFile,
-    Injection,
-    Json,
-    Model,
-    Scale,
-    Seed,
-    SmallPhotos,
-    Steps,
-    make_app,
-    output_file,
-    output_folder,
-    sampling,
-)
 from refine_control.cli.output import progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
 
-app = make_app(help="Distil large ControlNets into small ones and measure the loss of quality.")
-mini_app = make_app(help="The miniature SD3 that ships with the package.")
+app = opt.make_app(help="Distil large ControlNets into small ones and measure the loss of quality.")
+mini_app = opt.make_app(help="The miniature SD3 that ships with the package.")
 app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
 app.add_typer(bench_app, name="bench")
@@ -42,14 +27,12 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 @interruptible()
 def demo(
-    out: Annotated[Path, typer.Option(callback=output_folder("EVALUATION"), help="Folder of the report.")] = Path(
-        "runs/demo"
-    ),
-    seed: Seed = 0,
+    out: Annotated[Path, opt.output_option("Folder of the report.", "EVALUATION")] = Path("runs/demo"),
+    seed: opt.Seed = 0,
     budget: Annotated[str, typer.Option(help="A row of recipes/mini/budgets.yaml: demo or long.")] = "demo",
-    steps: Annotated[int | None, typer.Option(min=2, help="Number of training steps; default: the budget's.")] = None,
-    as_json: Json = False,
-    dry_run: DryRun = False,
+    steps: Annotated[int | None, opt.number("Number of training steps; default: the budget's.", 2)] = None,
+    as_json: opt.Json = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Distil the mini ControlNet into half its size, evaluate it and write a report: minutes on a CPU, offline."""
     if dry_run:
@@ -64,12 +47,10 @@ def demo(
 @interruptible()
 def train(
     recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(callback=output_folder("RUN"), help="Folder of the run; default: runs/<name>.")
-    ] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    overrides: opt.Overrides = None,
+    run_dir: Annotated[Path | None, opt.output_option("Folder of the run; default: runs/<name>.", "RUN")] = None,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Train a student by RECIPE. The same command continues an interrupted run and leaves a finished one as it is."""
     from refine_control.config import resolved_yaml
@@ -81,61 +62,57 @@ def train(
     from refine_control.training.run import train as run
 
     folder = run_dir or Path("runs") / resolved.name
-    output_folder("RUN")(folder)
+    opt.output_folder("RUN")(folder)
     show(run(resolved, folder, progress_bar("train")), as_json)
 
 
 @app.command()
 @interruptible("nothing is written")
 def inpaint(
-    image: Annotated[Path, InFile],
-    mask: Annotated[Path, InFile],
+    image: opt.InFile,
+    mask: opt.InFile,
     prompt: Annotated[str, typer.Option(help="Prompt for the masked region.")],
-    out: Annotated[Path, typer.Option(callback=output_file, help="PNG to write.")],
-    model: Model = "mini",
-    controlnet: Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")] = None,
-    size: Annotated[
-        int | None, typer.Option(min=16, help="Side of the image in pixels; default: the model's own.")
-    ] = None,
-    composite: Annotated[
-        bool, typer.Option("--composite", help="Restore the original pixels outside the mask.")
-    ] = False,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    scale: Scale = None,
-    injection: Injection = "exact",
-    seed: Seed = 0,
-    dry_run: DryRun = False,
+    out: Annotated[Path, opt.output_file("PNG to write.")],
+    model: opt.Model = "mini",
+    controlnet: opt.Network = None,
+    size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,
+    composite: Annotated[bool, opt.flag("--composite", "Restore the original pixels outside the mask.")] = False,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    scale: opt.Scale = None,
+    injection: opt.Injection = "exact",
+    seed: opt.Seed = 0,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Inpaint the white region of a mask in one image."""
-    sampler = sampling(model, steps, guidance, scale, seed=seed, injection=injection)
-    options: dict[str, Any] = {"model": model, "controlnet": controlnet, "size": size, "composite": composite}
+    sampler = opt.sampling(model, steps, guidance, scale, seed=seed, injection=injection)
     if dry_run:
-        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, **options, **sampler.model_dump()}
-        return show(plan, as_json=False)
+        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, "model": model, "controlnet": controlnet}
+        return show({**plan, "size": size, "composite": composite, **sampler.model_dump()}, as_json=False)
     from refine_control.pipeline.files import inpaint_file
 
-    print(inpaint_file(image, mask, prompt, out, sampler=sampler, **options))
+    written = inpaint_file(
+        image, mask, prompt, out, model=model, controlnet=controlnet, sampler=sampler, size=size, composite=composite
+    )
+    print(written)
 
 
 @mini_app.command("train")
 @interruptible()
 def mini_train(
-    source: Annotated[
-        Path | None, typer.Option("--from", exists=True, file_okay=False, help="Bundle to start from.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(callback=output_folder("TRAINED_MODEL"), help="Output folder; the bundle is OUT/bundle.")
-    ] = Path("runs/mini"),
-    seed: Seed = 0,
+    source: Annotated[Path | None, opt.folder("Bundle to start from.", "--from")] = None,
+    out: Annotated[Path, opt.output_option("Output folder; the bundle is OUT/bundle.", "TRAINED_MODEL")] = Path(
+        "runs/mini"
+    ),
+    seed: opt.Seed = 0,
     stage: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME=STEPS; may be repeated; default: all stages.")
     ] = None,
     world: Annotated[Literal["scenes", "photos"], typer.Option(help="Training images.")] = "scenes",
-    photos: SmallPhotos = None,
-    check: Annotated[int, typer.Option(min=0, help="Number of images to evaluate the result on; 0: none.")] = 1000,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    photos: opt.SmallPhotos = None,
+    check: Annotated[int, opt.number("Number of images to evaluate the result on; 0: none.", 0)] = 1000,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Train the mini bundle from scratch or from another bundle, and report cost and quality."""
     from refine_control.miniature.stages import named_stages
@@ -158,15 +135,11 @@ def mini_train(
 @interruptible("nothing is written")
 def mini_check(
     n: Annotated[int, typer.Option("--n", min=2, help="Number of scenes to inpaint.")] = 200,
-    bundle: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Bundle to check; default: the shipped one.")
-    ] = None,
-    photos: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of JPEGs to test the VAE on.")
-    ] = None,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the teacher.")] = "fp32",
-    seed: Seed = 0,
-    as_json: Json = False,
+    bundle: Annotated[Path | None, opt.folder("Bundle to check; default: the shipped one.")] = None,
+    photos: Annotated[Path | None, opt.folder("Folder of JPEGs to test the VAE on.")] = None,
+    precision: Annotated[opt.Precision, typer.Option(help="Precision of the teacher.")] = "fp32",
+    seed: opt.Seed = 0,
+    as_json: opt.Json = False,
 ) -> None:
     """Measure whether the mini teacher follows its prompt, and is at chance level with an empty or a wrong one."""
     from refine_control.miniature.check import check_bundle
@@ -175,7 +148,7 @@ def mini_check(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: opt.Json = False) -> None:
     """List what this machine has and lacks; exit code 69 if something required is missing."""
     from refine_control.cli.doctor import diagnose
 

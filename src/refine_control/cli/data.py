@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from refine_control.cli.options import (
-    DryRun,
-    InFolder,
-    Json,
-    Model,
-    Seed,
-    make_app,
-    output_file,
-    output_folder,
-)
+from refine_control.cli import options as opt
 from refine_control.cli.output import progress_bar, show
 from refine_control.errors import DamagedError
 from refine_control.signals import interruptible
 
-data_app = make_app(help="Build and inspect shards of photos or scenes with masks and prompts.")
+if TYPE_CHECKING:
+    from refine_control.annotation.engines import Engine
 
-
-Images = Annotated[
-    Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the photos of a COCO .json.")
-]
+data_app = opt.make_app(help="Build and inspect shards of photos or scenes with masks and prompts.")
+Images = Annotated[Path | None, opt.folder("Folder of the photos of a COCO .json.")]
 Masks = Annotated[
     Literal["given", "sam", "felzenszwalb"],
     typer.Option(help="given by the source; proposed by SAM; or by a segmentation without weights."),
@@ -39,13 +30,13 @@ Segmenter = Annotated[str, typer.Option(help="Hub id or folder of a SAM model.")
 Describer = Annotated[str, typer.Option(help="Hub id or folder of Qwen2.5-VL, or the name of the server's model.")]
 Server = Annotated[str, typer.Option(help="Address of an OpenAI-compatible server such as vLLM.")]
 EngineName = Annotated[Literal["local", "ray"], typer.Option(help="Processes on this machine, or a Ray cluster.")]
-Workers = Annotated[int, typer.Option(min=1, max=1024, help="Number of processes or Ray actors.")]
-Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first entries, this many.")]
+Workers = Annotated[int, opt.number("Number of processes or Ray actors.", 1, 1024)]
+Gpus = Annotated[float, opt.number("GPUs of each Ray actor.", 0)]
+Limit = Annotated[int | None, opt.number("Only the first entries, this many.")]
 SAM, QWEN, SERVER = "facebook/sam2.1-hiera-large", "Qwen/Qwen2.5-VL-7B-Instruct", "http://127.0.0.1:8000"
 
 
-def _engine(name: str, workers: int, gpus: float) -> Any:
+def _engine(name: str, workers: int, gpus: float) -> Engine:
     from refine_control.annotation.engines import local, ray_actors
 
     return ray_actors(workers, gpus) if name == "ray" else local(workers)
@@ -54,8 +45,8 @@ def _engine(name: str, workers: int, gpus: float) -> Any:
 @data_app.command("annotate")
 @interruptible()
 def data_annotate(
-    source: Annotated[Path, typer.Argument(exists=True)],
-    out: Annotated[Path, typer.Argument(callback=output_folder("ANNOTATIONS"))],
+    source: opt.Source,
+    out: Annotated[Path, opt.output("ANNOTATIONS")],
     masks: Masks = "given",
     segmenter: Segmenter = SAM,
     prompts: Prompts = "given",
@@ -64,13 +55,11 @@ def data_annotate(
     api_key_variable: Annotated[
         str | None, typer.Option(help="Environment variable with the server's API key.")
     ] = None,
-    global_prompts: Annotated[bool, typer.Option("--global-prompts", help="Describe whole photos as well.")] = False,
-    min_area: Annotated[
-        float, typer.Option(min=0, max=1, help="Smallest area of a region as a share of the photo.")
-    ] = 0.05,
-    max_area: Annotated[float, typer.Option(min=0, max=1, help="Largest area of a region.")] = 0.4,
-    per_photo: Annotated[int, typer.Option(min=1, help="Largest number of regions of a photo.")] = 2,
-    dilate: Annotated[int, typer.Option(min=0, help="Pixels by which proposed regions are dilated.")] = 0,
+    global_prompts: Annotated[bool, opt.flag("--global-prompts", "Describe whole photos as well.")] = False,
+    min_area: Annotated[float, opt.number("Smallest area of a region as a share of the photo.", 0, 1)] = 0.05,
+    max_area: Annotated[float, opt.number("Largest area of a region.", 0, 1)] = 0.4,
+    per_photo: Annotated[int, opt.number("Largest number of regions of a photo.")] = 2,
+    dilate: Annotated[int, opt.number("Pixels by which proposed regions are dilated.", 0)] = 0,
     shape: Annotated[
         Literal["none", "box", "brush"],
         typer.Option(help="Cover proposed regions with a shape that hides their outline."),
@@ -79,26 +68,23 @@ def data_annotate(
     engine: EngineName = "local",
     workers: Workers = 1,
     gpus: Gpus = 0.0,
-    seed: Seed = 0,
+    seed: opt.Seed = 0,
     limit: Limit = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the photos again that a model refused or failed on.")
+        bool, opt.flag("--retry-failed", "Try the photos again that a model refused or failed on.")
     ] = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Find regions and prompts for the photos of SOURCE: OUT/manifest.jsonl, for `data review` and `data build`."""
-    options: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
-    options |= {"api_key_variable": api_key_variable}
-    options |= {"server": server, "global_prompts": global_prompts, "min_area": min_area, "max_area": max_area}
-    options |= {"per_photo": per_photo, "dilate": dilate, "shape": shape, "seed": seed, "limit": limit}
-    if dry_run:
-        return show({"verb": "data annotate", "source": source, "out": out, "engine": engine, **options}, as_json)
     from refine_control.annotation.annotate import annotate
     from refine_control.annotation.annotator import Annotation
 
-    chosen, how = Annotation(**options), _engine(engine, workers, gpus)
-    bar = progress_bar("photos")
+    chosen = Annotation(**{name: value for name, value in locals().items() if name in Annotation.__dataclass_fields__})
+    if dry_run:
+        plan = {"verb": "data annotate", "source": source, "out": out, "engine": engine, **asdict(chosen)}
+        return show(plan, as_json)
+    how, bar = _engine(engine, workers, gpus), progress_bar("photos")
     summary = annotate(source, out, chosen, images=images, engine=how, progress=bar, retry_failed=retry_failed)
     show(summary if as_json else str(summary), as_json)
 
@@ -106,8 +92,8 @@ def data_annotate(
 @data_app.command("build")
 @interruptible()
 def data_build(
-    source: Annotated[Path, typer.Argument(exists=True)],
-    out: Annotated[Path, typer.Argument(callback=output_folder("BUILD"))],
+    source: opt.Source,
+    out: Annotated[Path, opt.output("BUILD")],
     masks: Masks = "given",
     segmenter: Segmenter = SAM,
     prompts: Prompts = "given",
@@ -117,11 +103,11 @@ def data_build(
         int, typer.Option(help="Side of the square samples in pixels; 64 for the mini model, 1024 for SD3.")
     ] = 64,
     buckets: Annotated[
-        bool, typer.Option("--buckets", help="Keep the aspect ratio, 1:2 to 2:1, at about --size^2 pixels.")
+        bool, opt.flag("--buckets", "Keep the aspect ratio, 1:2 to 2:1, at about --size^2 pixels.")
     ] = False,
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the photos in the test set.")] = 0.2,
-    unlabeled_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the other photos in D_ssl.")] = 0.5,
-    seed: Seed = 0,
+    test_fraction: Annotated[float, opt.number("Share of the photos in the test set.", 0, 1)] = 0.2,
+    unlabeled_fraction: Annotated[float, opt.number("Share of the other photos in D_ssl.", 0, 1)] = 0.5,
+    seed: opt.Seed = 0,
     image_format: Annotated[
         Literal["webp", "png", "jpg"], typer.Option("--format", help="Image format; webp is lossless.")
     ] = "webp",
@@ -130,14 +116,14 @@ def data_build(
     workers: Workers = 1,
     gpus: Gpus = 0.0,
     limit: Limit = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Build shards under OUT from photos, masks and prompts of SOURCE; rejects.jsonl lists what is refused, and why.
 
     Masks or prompts that are not given are first made by `data annotate` in OUT-annotations."""
-    options: dict[str, Any] = {"size": size, "test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
-    options |= {"seed": seed, "image_format": image_format, "limit": limit, "buckets": buckets}
+    shares = {"test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
+    options = {"size": size, **shares, "seed": seed, "image_format": image_format, "limit": limit, "buckets": buckets}
     if dry_run:
         plan = {"verb": "data build", "source": source, "out": out, "masks": masks, "prompts": prompts, **options}
         return show(plan, as_json)
@@ -147,8 +133,7 @@ def data_build(
         from refine_control.annotation.annotate import annotate
         from refine_control.annotation.annotator import Annotation
 
-        asked: dict[str, Any] = {"masks": masks, "segmenter": segmenter, "prompts": prompts, "describer": describer}
-        chosen = Annotation(**asked, server=server, seed=seed, limit=limit)
+        chosen = Annotation(masks, segmenter, prompts, describer, server, seed=seed, limit=limit)
         annotated, how = out.with_name(f"{out.name}-annotations"), _engine(engine, workers, gpus)
         report = annotate(source, annotated, chosen, images=images, engine=how, progress=progress_bar("annotate"))
         typer.echo(f"{annotated}: {report}", err=True)
@@ -159,21 +144,19 @@ def data_build(
 
 @data_app.command("review")
 def data_review(
-    folder: Annotated[Path, InFolder],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8765,
+    folder: opt.InFolder,
+    port: Annotated[int, opt.number("Port; 0: any free one.", 0, 65535)] = 8765,
     host: Annotated[str, typer.Option(help="Address; only loopback without --allow-remote.")] = "127.0.0.1",
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Allow other machines.")] = False,
+    allow_remote: Annotated[bool, opt.flag("--allow-remote", "Allow other machines.")] = False,
     reviewer: Annotated[str | None, typer.Option(help="Name of the reviewer; default: the page asks.")] = None,
     to_label_studio: Annotated[
         Path | None,
-        typer.Option(
-            callback=output_folder("TASKS", "ANNOTATIONS"), help="Write tasks for Label Studio to this folder instead."
-        ),
+        opt.output_option("Write tasks for Label Studio to this folder instead.", "TASKS", "ANNOTATIONS"),
     ] = None,
     from_label_studio: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Import the decisions of a Label Studio export.")
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Serve a page to accept, edit or reject the prompts of FOLDER/manifest.jsonl; writes decisions.jsonl."""
     if dry_run:
@@ -194,16 +177,16 @@ def data_review(
 @data_app.command("reword")
 @interruptible("nothing is written")
 def data_reword(
-    source: Annotated[Path, typer.Argument(exists=True)],
-    out: Annotated[Path, typer.Argument(callback=output_folder("ANNOTATIONS"))],
+    source: opt.Source,
+    out: Annotated[Path, opt.output("ANNOTATIONS")],
     kind: Annotated[
         Literal["template", "shuffled", "global"],
         typer.Option("--as", help="`a CATEGORY`; prompts of other photos; or of whole photos."),
     ],
     images: Images = None,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    seed: opt.Seed = 0,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write OUT/manifest.jsonl: the regions of SOURCE with prompts of another quality, for ablations."""
     if dry_run:
@@ -216,10 +199,10 @@ def data_reword(
 @data_app.command("download")
 @interruptible()
 def data_download(
-    urls: Annotated[Path, typer.Argument(exists=True)],
-    out: Annotated[Path, typer.Argument(callback=output_folder("DOWNLOAD"))],
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    urls: opt.Source,
+    out: Annotated[Path, opt.output("DOWNLOAD")],
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Download a list of URLS (Unsplash-Lite's TSV, LAION's parquet, or one a line) as WebDataset by img2dataset."""
     from refine_control.photos.download import command_for, download
@@ -231,7 +214,7 @@ def data_download(
 
 @data_app.command("verify")
 @interruptible("nothing is written")
-def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> None:
+def data_verify(folder: opt.InFolder, as_json: opt.Json = False) -> None:
     """Read every byte of the shards in FOLDER; exit code 65 if any has changed since it was written."""
     from refine_control.photos.shards import verify
 
@@ -246,10 +229,10 @@ def data_verify(folder: Annotated[Path, InFolder], as_json: Json = False) -> Non
 @data_app.command("inspect")
 @interruptible("nothing is written")
 def data_inspect(
-    folder: Annotated[Path, InFolder],
-    sheet: Annotated[Path | None, typer.Option(callback=output_file, help="PNG to write, with samples.")] = None,
-    html: Annotated[Path | None, typer.Option(callback=output_file, help="HTML page to write, one file.")] = None,
-    as_json: Json = False,
+    folder: opt.InFolder,
+    sheet: Annotated[Path | None, opt.output_file("PNG to write, with samples.")] = None,
+    html: Annotated[Path | None, opt.output_file("HTML page to write, one file.")] = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Print counts of the shards in FOLDER; --sheet and --html show samples."""
     from refine_control.photos.inspect import contact_sheet, inspect
@@ -266,16 +249,16 @@ def data_inspect(
 @data_app.command("scenes")
 @interruptible()
 def data_scenes(
-    out: Annotated[Path, typer.Argument(callback=output_folder("BUILD"))],
-    labeled: Annotated[int, typer.Option(min=0, help="Number of complete scenes.")] = 1000,
-    unlabeled: Annotated[int, typer.Option(min=0, help="Number of scenes without the masked pixels.")] = 4000,
-    test: Annotated[int, typer.Option(min=0, help="Number of test scenes.")] = 200,
-    seed: Seed = 0,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    out: Annotated[Path, opt.output("BUILD")],
+    labeled: Annotated[int, opt.number("Number of complete scenes.", 0)] = 1000,
+    unlabeled: Annotated[int, opt.number("Number of scenes without the masked pixels.", 0)] = 4000,
+    test: Annotated[int, opt.number("Number of test scenes.", 0)] = 200,
+    seed: opt.Seed = 0,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Render synthetic scenes as shards of the three roles under OUT."""
-    counts: dict[str, Any] = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "seed": seed}
+    counts = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "seed": seed}
     if dry_run:
         return show({"verb": "data scenes", "out": out, **counts}, as_json)
     from refine_control.miniature.scene_shards import build_scenes
@@ -285,9 +268,9 @@ def data_scenes(
 
 @interruptible()
 def cache(
-    shards: Annotated[Path, InFolder],
-    out: Annotated[Path, typer.Argument(callback=output_folder("CACHE"))],
-    model: Model = "mini",
+    shards: opt.InFolder,
+    out: Annotated[Path, opt.output("CACHE")],
+    model: opt.Model = "mini",
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number type of stored arrays.")] = "fp32",
     prompts: Annotated[
         Literal["full", "int8", "none"],
@@ -304,13 +287,11 @@ def cache(
         typer.Option(help="Posterior of the VAE: mean, or mean_std, from which training draws its latents."),
     ] = "mean",
     complete: Annotated[
-        int, typer.Option(min=0, max=1000, help="Denoising steps of the teacher's completions; 0: no completions.")
+        int, opt.number("Denoising steps of the teacher's completions; 0: no completions.", 0, 1000)
     ] = 0,
-    guidance: Annotated[
-        float, typer.Option(min=0, max=100, help="Guidance scale of the completions; 1 disables guidance.")
-    ] = 1.0,
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    guidance: Annotated[float, opt.number("Guidance scale of the completions; 1 disables guidance.", 0, 100)] = 1.0,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Encode SHARDS into the cache OUT: latents, prompt embeddings and, with --complete, the teacher's completions."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}

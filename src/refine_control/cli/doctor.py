@@ -5,10 +5,10 @@ No other package is imported at the top: a broken package must not break its own
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import platform
 import shutil
 from typing import NamedTuple
@@ -24,14 +24,8 @@ CORE = (
 )
 # fmt: on
 
-# extra -> the modules it brings
-EXTRAS = {
-    "data": ("skimage", "httpx"),
-    "eval": ("torchmetrics",),
-    "review": ("fastapi", "uvicorn"),
-    "ray": ("ray",),
-}
-
+EXTRAS = {"data": ("skimage", "httpx"), "eval": ("torchmetrics",), "review": ("fastapi", "uvicorn"), "ray": ("ray",)}
+"""By extra: the modules that it brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -45,13 +39,9 @@ class Check(NamedTuple):
 
 def diagnose() -> list[Check]:
     """Every check, required ones first."""
-    return [_python(), _packages(), _torchvision(), _models_import(), _gpu(), _threads(), *_extras(), _offline()]
-
-
-def extra_of(module: str) -> str | None:
-    """The extra that brings `module`, or None."""
-    top = module.partition(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
+    system = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    required = [Check("python", "ok", system), _packages(), _torchvision(), _models_import()]
+    return [*required, _gpu(), Check("threads", "ok", str(set_up())), *map(_extra, EXTRAS), _offline()]
 
 
 def user_error(error: Exception) -> RefineControlError | None:
@@ -61,19 +51,10 @@ def user_error(error: Exception) -> RefineControlError | None:
     full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and full):
         return StorageError("out of memory; choose a smaller batch (--set training.device_batch_size=...) or size")
-    if (failure := storage_failure(error)) is not None:
-        return failure
-    if isinstance(error, ModuleNotFoundError) and error.name and (extra := extra_of(error.name)):
-        return MissingError(f"{error.name} is not installed; run pip install 'refine-control[{extra}]'")
-    return None
-
-
-def _python() -> Check:
-    return Check(
-        "python",
-        "ok",
-        f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-    )
+    module = (isinstance(error, ModuleNotFoundError) and error.name) or ""
+    if extra := next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None):
+        return MissingError(f"{module} is not installed; run pip install 'refine-control[{extra}]'")
+    return storage_failure(error)
 
 
 def _packages() -> Check:
@@ -91,11 +72,8 @@ def _packages() -> Check:
 def _importing(*names: str) -> str | None:
     """The first failure of importing `names` (module or module:attribute), in one line, or None."""
     for name in names:
-        module, _, attribute = name.partition(":")
         try:
-            imported = importlib.import_module(module)
-            if attribute:
-                getattr(imported, attribute)
+            pkgutil.resolve_name(name)
         except Exception as error:  # a broken binary package may raise anything
             return f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     return None
@@ -105,20 +83,15 @@ def _torchvision() -> Check:
     if importlib.util.find_spec("torchvision") is None:
         return Check("torchvision", "ok", "not installed, and not needed")
     if failure := _importing("torch", "torchvision"):
-        return Check(
-            "torchvision",
-            "missing",
-            f"installed but broken ({failure}), which makes transformers and diffusers fail with messages like "
-            "\"Could not import module 'CLIPTextModel'\"; run pip uninstall torchvision",
-        )
+        effect = "makes transformers and diffusers fail with messages like \"Could not import module 'CLIPTextModel'\""
+        detail = f"installed but broken ({failure}), which {effect}; run pip uninstall torchvision"
+        return Check("torchvision", "missing", detail)
     return Check("torchvision", "ok", "installed and imports; not needed")
 
 
 def _models_import() -> Check:
-    failure = _importing(
-        "torch", "transformers:CLIPTextModelWithProjection", "diffusers:SD3ControlNetModel", "diffusers:AutoencoderKL"
-    )
-    if failure:
+    classes = ("transformers:CLIPTextModelWithProjection", "diffusers:SD3ControlNetModel", "diffusers:AutoencoderKL")
+    if failure := _importing("torch", *classes):
         return Check("models", "missing", f"{failure}; see the lines above, or install the core packages again")
     return Check("models", "ok", "torch, transformers and diffusers import")
 
@@ -133,28 +106,16 @@ def _gpu() -> Check:
         detail = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
         return Check("gpu", "ok", f"{detail}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
     if shutil.which("nvidia-smi"):
-        return Check(
-            "gpu",
-            "note",
-            f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: a CPU build, or a driver too old",
-        )
+        sees = f"torch {torch.__version__} sees no GPU: a CPU build, or a driver too old"
+        return Check("gpu", "note", f"nvidia-smi is here, but {sees}")
     return Check("gpu", "note", "none; the mini size runs on the CPU, the sd3 size needs a GPU")
 
 
-def _threads() -> Check:
-    return Check("threads", "ok", str(set_up()))
-
-
-def _extras() -> list[Check]:
-    checks = []
-    for extra, modules in EXTRAS.items():
-        absent = [module for module in modules if importlib.util.find_spec(module) is None]
-        if absent:
-            detail = f"not installed ({', '.join(absent)}); pip install 'refine-control[{extra}]' if you want it"
-            checks.append(Check(f"extra {extra}", "note", detail))
-        else:
-            checks.append(Check(f"extra {extra}", "ok", ", ".join(modules)))
-    return checks
+def _extra(extra: str) -> Check:
+    if absent := [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]:
+        detail = f"not installed ({', '.join(absent)}); pip install 'refine-control[{extra}]' if you want it"
+        return Check(f"extra {extra}", "note", detail)
+    return Check(f"extra {extra}", "ok", ", ".join(EXTRAS[extra]))
 
 
 def _offline() -> Check:

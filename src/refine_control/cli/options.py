@@ -49,37 +49,65 @@ def output_folder(*kinds: str) -> Callable[[Path | None], Path | None]:
     return check
 
 
-def output_file(path: Path | None) -> Path | None:
-    """The callback of an output file."""
-    if path is not None:
+def output(*kinds: str) -> Any:
+    """The argument OUT, a folder checked by `output_folder`."""
+    return typer.Argument(callback=output_folder(*kinds))
+
+
+def output_option(help: str, *kinds: str) -> Any:
+    """An option for a folder checked by `output_folder`."""
+    return typer.Option(callback=output_folder(*kinds), help=help)
+
+
+def output_file(help: str) -> Any:
+    """An option for a file to write, checked before anything is loaded."""
+
+    def check(path: Path | None) -> Path | None:
         from refine_control.storage import check_output_file
 
-        check_output_file(path)
-    return path
+        if path is not None:
+            check_output_file(path)
+        return path
+
+    return typer.Option(callback=check, help=help)
 
 
-InFolder = typer.Argument(exists=True, file_okay=False)
-InFile = typer.Option(exists=True, dir_okay=False)
+def folder(help: str, *names: str) -> Any:
+    """An option for a folder that exists."""
+    return typer.Option(*names, exists=True, file_okay=False, help=help)
+
+
+def number(help: str, least: float = 1, most: float | None = None) -> Any:
+    """An option for a number from `least` to `most`."""
+    return typer.Option(min=least, max=most, help=help)
+
+
+def flag(name: str, help: str) -> Any:
+    """A switch that is off by default."""
+    return typer.Option(name, help=help)
+
+
+InFile = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
+InFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
+Source = Annotated[Path, typer.Argument(exists=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers.")]
+Network = Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")]
+Named = typer.Option(help="NAME=FOLDER; may be repeated.")
+Recipe = Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+Precision = Literal["fp32", "bf16"]
+Rounds = Annotated[int, number("Number of rounds.")]
+Seed = Annotated[int, number("Seed of all random numbers.", 0, 2**63 - 1)]
 MetricWeights = Annotated[
-    Path | None,
-    typer.Option(
-        exists=True, file_okay=False, help="Folder with the networks of FID, LPIPS and CMMD; default: the hub's cache."
-    ),
+    Path | None, folder("Folder with the networks of FID, LPIPS and CMMD; default: the hub's cache.")
 ]
-SmallPhotos = Annotated[
-    Path | None,
-    typer.Option(exists=True, file_okay=False, help="Folder of tars of small photographs with category and box."),
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, max=1000, help="Number of denoising steps; default: 28 for SD3, 20 for mini.")
-]
+SmallPhotos = Annotated[Path | None, folder("Folder of tars of small photographs with category and box.")]
+Steps = Annotated[int | None, number("Number of denoising steps; default: 28 for SD3, 20 for mini.", 1, 1000)]
 Guidance = Annotated[
     float | None,
-    typer.Option(min=0, max=100, help="Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini."),
+    number("Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini.", 0, 100),
 ]
 Scale = Annotated[
     float | None,

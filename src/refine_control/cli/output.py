@@ -17,10 +17,8 @@ def plain(value: Any) -> Any:
     """`value` in JSON types: records become mappings, paths and arrays plain values, infinity the text inf."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
-    if hasattr(value, "_asdict"):
-        return {key: plain(item) for key, item in value._asdict().items()}
-    if hasattr(value, "__dataclass_fields__"):
-        return {key: plain(getattr(value, key)) for key in value.__dataclass_fields__}
+    if fields := getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", None):
+        return {key: plain(getattr(value, key)) for key in fields}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -44,38 +42,28 @@ def show(value: Any, as_json: bool = True) -> None:
             print(f"{key}: {item if isinstance(item, (str, int, float)) else json.dumps(item)}")
 
 
-def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
-    """NAME=FOLDER options as a mapping; a bare FOLDER is named by its last part."""
-    named: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        path = Path(folder if equals else pair)
-        name = name if equals else path.name
-        _check_name(name, f"{option} {pair}", named)
-        if not path.is_dir():
-            raise InvalidInputError(f"{option} {pair}: there is no folder {path}")
-        named[name] = path
-    return named
-
-
-def _check_name(name: str, option: str, taken: Iterable[str]) -> None:
-    """Raises InvalidInputError for a name that the teacher or another model has."""
-    if name == "teacher":
-        raise InvalidInputError(f"{option}: tables use the name teacher for the teacher; write NAME=FOLDER")
-    if name in taken:
-        raise InvalidInputError(f"{option}: the name {name} is given twice; write NAME=FOLDER")
-
-
 def named_sources(pairs: list[str], option: str, taken: Iterable[str] = ()) -> dict[str, str]:
     """NAME=WHAT options where WHAT is a folder, a hub id or a known name; a bare one is named by its last part.
 
-    Raises InvalidInputError for a name of `taken`, or one that is given twice."""
+    Raises InvalidInputError for the name of the teacher, a name of `taken`, or one that is given twice."""
     named: dict[str, str] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         name, source = (name, source) if equals else (Path(pair).name, pair)
-        _check_name(name, f"{option} {pair}", {*named, *taken})
+        if name == "teacher":
+            raise InvalidInputError(f"{option} {pair}: tables use the name teacher for the teacher; write NAME=FOLDER")
+        if name in named or name in taken:
+            raise InvalidInputError(f"{option} {pair}: the name {name} is given twice; write NAME=FOLDER")
         named[name] = source
+    return named
+
+
+def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
+    """NAME=FOLDER options; a bare FOLDER is named by its last part. Raises InvalidInputError where there is none."""
+    named = {name: Path(source) for name, source in named_sources(pairs, option).items()}
+    for pair, path in zip(pairs, named.values(), strict=True):
+        if not path.is_dir():
+            raise InvalidInputError(f"{option} {pair}: there is no folder {path}")
     return named
 
 
