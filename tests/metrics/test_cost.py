@@ -1,5 +1,6 @@
 """FLOPs by hand, parameters, fair timing, memory that is really counted."""
 
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from refine_control.metrics.cost import (
     interleaved,
     peak_memory,
     ratio,
+    run_fresh,
     time_call,
 )
 
@@ -168,6 +170,16 @@ def test_a_new_process_starts_its_own_peak():
     (peak,) = measured_elsewhere("print(peak_memory())")
     assert len(block) == 300_000_000
     assert peak < 150e6
+
+
+def test_a_call_in_a_new_process_is_measured_and_its_errors_are_raised():
+    seconds, peak = run_fresh(bytearray, 100_000_000)
+    assert seconds > 0
+    assert 100e6 < peak < 300e6
+    with pytest.raises(ZeroDivisionError):
+        run_fresh(divmod, 1, 0)
+    with pytest.raises(MissingError, match="_exit died"):
+        run_fresh(os._exit, 3)
 
 
 def test_memory_of_other_devices():

@@ -8,7 +8,7 @@ import torch
 
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.metrics import region_clip as module
-from refine_control.metrics.features import ClipText, clip_text, load_clip_text, text_features
+from refine_control.metrics.features import ClipText, clip, load_clip_text, text_features
 from refine_control.metrics.region_clip import clip_scores, mask_square, prompts_asked, region_pictures
 from refine_control.miniature.networks import write_tokenizer
 from refine_control.miniature.scene_shards import scene_photos
@@ -69,14 +69,17 @@ def text(tmp_path):
 
     tokenizer = write_tokenizer(tmp_path)
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPTextConfig(**{**clip_text.LARGE_TEXT, **tiny, "projection_dim": 8, "vocab_size": len(tokenizer)})
+    config = CLIPTextConfig(**{**clip.LARGE_TEXT, **tiny, "projection_dim": 8, "vocab_size": len(tokenizer)})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         from transformers import CLIPTextModelWithProjection
 
         tensors = CLIPTextModelWithProjection(config).state_dict()
-    foreign = {"vision_model.post_layernorm.weight": torch.ones(3), clip_text.POSITIONS: torch.arange(77)[None]}
-    return ClipText(clip_text.assemble_text(config, {**tensors, **foreign}), tokenizer), config, tensors
+    foreign = {
+        "vision_model.post_layernorm.weight": torch.ones(3),
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    return ClipText(clip.assemble_text(config, {**tensors, **foreign}), tokenizer), config, tensors
 
 
 def test_prompts_have_length_one_whatever_their_batch(text):
@@ -90,7 +93,7 @@ def test_prompts_have_length_one_whatever_their_batch(text):
 def test_the_text_tower_is_loaded_whole_or_not_at_all(text):
     _, config, tensors = text
     with pytest.raises(InvalidInputError, match="lack 1 tensor"):
-        clip_text.assemble_text(config, {k: v for k, v in tensors.items() if k != "text_projection.weight"})
+        clip.assemble_text(config, {k: v for k, v in tensors.items() if k != "text_projection.weight"})
 
 
 def test_a_region_that_shows_its_prompt_scores_a_hundred(text, monkeypatch):
@@ -108,6 +111,6 @@ def test_a_region_that_shows_its_prompt_scores_a_hundred(text, monkeypatch):
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_text, "find_weights", lambda published, given: tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(clip, "find_weights", lambda published, given: tmp_path / "pytorch_model.bin")
     with pytest.raises(MissingError, match=r"CLIP score not computed: needs vocab\.json"):
         load_clip_text()

@@ -136,7 +136,7 @@ def _distance_times(count: int, resamples: int) -> dict[str, tuple[float, float]
     return {
         name: (
             time_call(lambda once=distance: once(left, right), warmup=0, repeats=1).median,
-            time_call(lambda all_of=of_draws: all_of(left, right, rows, None), warmup=0, repeats=1).median / resamples,
+            time_call(lambda all_of=of_draws: all_of(left, right, rows), warmup=0, repeats=1).median / resamples,
         )
         for name, (distance, of_draws) in DISTANCES.items()
     }

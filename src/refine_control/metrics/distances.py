@@ -13,7 +13,6 @@ published, is a mean over all pairs of images. `drawn_sets` has the same distanc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sum
-from refine_control.metrics.statistics import Interval
-from refine_control.progress import Progress
+from refine_control.metrics.statistics import Interval, check_seed, percentile_interval
 
 Rows = NDArray[np.integer]
 Distance = Callable[[Features, Features], float]
-OfDraws = Callable[[Features, Features, Rows, Progress | None], NDArray[np.float64]]
-"""The distance (R,) of each bootstrap sample `rows` (R, N) of both sides."""
+OfDraws = Callable[[Features, Features, Rows], NDArray[np.float64]]
+"""A distance of each pair of sets (R,) that `rows` (R, N) draw from both sides."""
 
 INCEPTION_WIDTH = 2048
 CMMD_SIGMA = 10.0
@@ -106,7 +104,6 @@ def drawn_distance(
     generated: ArrayLike,
     seed: int,
     resamples: int = 200,
-    progress: Progress | None = None,
     of_draws: OfDraws | None = None,
 ) -> SetScore:
     """A distance of two paired sets, and the same for `resamples` bootstrap samples of them.
@@ -118,7 +115,8 @@ def drawn_distance(
     resamples < 2."""
     if resamples < 2:
         raise InvalidInputError(f"resamples is {resamples}; give at least 2, and hundreds to trust the ends")
-    draws = _generator(seed)
+    check_seed(seed)
+    draws = np.random.default_rng(seed)
     left, right = check_features(reference, generated, minimum=2)
     if len(left) != len(right):
         raise InvalidInputError(
@@ -126,8 +124,8 @@ def drawn_distance(
             "give as many of each, in one order"
         )
     rows = np.stack([draws.integers(len(left), size=len(left)) for _ in range(resamples)])
-    draw = of_draws or partial(one_by_one, distance)
-    return SetScore(distance(left, right), draw(left, right, rows, progress))
+    drawn = of_draws(left, right, rows) if of_draws else one_by_one(distance, left, right, rows)
+    return SetScore(distance(left, right), drawn)
 
 
 def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
@@ -140,13 +138,13 @@ def set_interval(scores: Sequence[SetScore], seed: int, level: float = 0.95) -> 
     counts = {len(score.drawn) for score in scores}
     if len(counts) != 1:
         raise InvalidInputError(f"scores of {sorted(counts)} draws; give at least one, all of one number of draws")
-    if not 0.0 < level < 1.0:
-        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    check_seed(seed)
     values, drawn = np.array([s.value for s in scores]), np.stack([s.drawn for s in scores])
-    shares = _generator(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), size=drawn.shape[1])
+    shares = np.random.default_rng(seed).multinomial(
+        len(scores), np.full(len(scores), 1 / len(scores)), size=drawn.shape[1]
+    )
     means = (shares / len(scores) * drawn.T).sum(1)
-    low, high = np.quantile(means - means.mean(), [(1.0 - level) / 2.0, (1.0 + level) / 2.0]) + values.mean()
-    return Interval(float(values.mean()), float(low), float(high))
+    return percentile_interval(float(values.mean()), means - means.mean(), level, shift=values.mean())
 
 
 def set_difference(a: Sequence[SetScore], b: Sequence[SetScore], seed: int, level: float = 0.95) -> Interval:
@@ -197,16 +195,9 @@ def check_features(reference: ArrayLike, generated: ArrayLike, minimum: int = 1)
     return left, right
 
 
-def one_by_one(
-    distance: Distance, left: Features, right: Features, rows: Rows, progress: Progress | None = None
-) -> NDArray[np.float64]:
-    """`distance` of each bootstrap sample, (R,), one after the other."""
-    out = np.empty(len(rows))
-    for number, drawn in enumerate(rows):
-        out[number] = distance(left[drawn], right[drawn])
-        if progress:
-            progress(number + 1, len(rows))
-    return out
+def one_by_one(distance: Distance, left: Features, right: Features, rows: Rows) -> NDArray[np.float64]:
+    """`distance` of each drawn pair of sets, (R,)."""
+    return np.array([distance(left[drawn], right[drawn]) for drawn in rows])
 
 
 def weighted_frechet(left: Features, left_counts: NDArray, right: Features, right_counts: NDArray) -> float:
@@ -238,7 +229,8 @@ def kid_blocks(left: int, right: int, block_size: int, seed: int) -> list[tuple[
     """Indices of the images of each block on both sides, disjoint and shuffled independently; none is omitted."""
     if block_size < 2:
         raise InvalidInputError(f"block_size is {block_size}; give at least 2")
-    shuffle = _generator(seed)
+    check_seed(seed)
+    shuffle = np.random.default_rng(seed)
     blocks = max(1, min(left, right) // block_size)
     sides = [np.array_split(shuffle.permutation(count), blocks) for count in (left, right)]
     return list(zip(*sides, strict=True))
@@ -253,9 +245,3 @@ def _unbiased_mmd(left: Features, right: Features) -> float:
 
     across = kernel_sum(left, right, kernel) / (len(left) * len(right))
     return float(within(left) + within(right) - 2.0 * across)
-
-
-def _generator(seed: int) -> np.random.Generator:
-    if seed < 0:
-        raise InvalidInputError(f"seed is {seed}; give 0 or more")
-    return np.random.default_rng(seed)

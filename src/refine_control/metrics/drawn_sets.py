@@ -14,33 +14,19 @@ from numpy.typing import NDArray
 
 from refine_control.metrics.distances import CMMD_SCALE, CMMD_SIGMA, Rows, kid, kid_blocks, one_by_one, weighted_frechet
 from refine_control.metrics.kernels import Features, cubic_kernel, cubic_of_itself, gaussian_kernel, kernel_sums
-from refine_control.progress import Progress
 
 _COUNT_VALUES = 1 << 24  # numbers of times that pictures were drawn, held at a time: 128 MB
 
 
-def frechet_of_draws(
-    left: Features, right: Features, rows: Rows, progress: Progress | None = None
-) -> NDArray[np.float64]:
-    """`frechet_distance` of each sample, (R,). An image drawn k times is one row of weight k, so the singular values
-    are those of a smaller matrix, at most D x D."""
-    out = np.empty(len(rows))
-    for number, drawn in enumerate(rows):
-        seen, counts = np.unique(drawn, return_counts=True)
-        out[number] = weighted_frechet(left[seen], counts, right[seen], counts)
-        if progress:
-            progress(number + 1, len(rows))
-    return out
+def frechet_of_draws(left: Features, right: Features, rows: Rows) -> NDArray[np.float64]:
+    """`frechet_distance` of each drawn pair of sets, (R,): a picture drawn k times is one row of weight k, so that
+    singular values are those of a U x U matrix (D x D at most)."""
+    different = (np.unique(drawn, return_counts=True) for drawn in rows)
+    return np.array([weighted_frechet(left[seen], counts, right[seen], counts) for seen, counts in different])
 
 
 def kid_of_draws(
-    left: Features,
-    right: Features,
-    rows: Rows,
-    progress: Progress | None = None,
-    *,
-    block_size: int = 1000,
-    seed: int = 0,
+    left: Features, right: Features, rows: Rows, block_size: int = 1000, seed: int = 0
 ) -> NDArray[np.float64]:
     """The mean of `kid` of each sample, (R,).
 
@@ -48,7 +34,7 @@ def kid_of_draws(
     in memory. Beyond that each sample is computed separately, linear in N."""
     blocks = kid_blocks(len(left), len(right), block_size, seed)
     if 2 * len(blocks) * rows.size > _COUNT_VALUES:
-        return one_by_one(lambda a, b: kid(a, b, block_size, seed).mean, left, right, rows, progress)
+        return one_by_one(lambda a, b: kid(a, b, block_size, seed).mean, left, right, rows)
 
     kernel = cubic_kernel(left.shape[1])
     counts_l, counts_r = (
@@ -62,24 +48,18 @@ def kid_of_draws(
 
     across = kernel_sums(left, counts_l, right, counts_r, kernel) / (counts_l.sum(1) * counts_r.sum(1))
     values = within(left, counts_l) + within(right, counts_r) - 2.0 * across
-    if progress:
-        progress(len(rows), len(rows))
     return values.reshape(len(blocks), len(rows)).mean(0)
 
 
-def cmmd_of_draws(left: Features, right: Features, rows: Rows, progress: Progress | None = None) -> NDArray[np.float64]:
-    """`cmmd` of each sample, (R,)."""
-    return CMMD_SCALE * gaussian_mmd_of_draws(left, right, rows, progress, sigma=CMMD_SIGMA)
+def cmmd_of_draws(left: Features, right: Features, rows: Rows) -> NDArray[np.float64]:
+    """`cmmd` of each drawn pair of sets, (R,)."""
+    return CMMD_SCALE * gaussian_mmd_of_draws(left, right, rows, sigma=CMMD_SIGMA)
 
 
-def gaussian_mmd_of_draws(
-    left: Features, right: Features, rows: Rows, progress: Progress | None = None, *, sigma: float
-) -> NDArray[np.float64]:
-    """`gaussian_mmd` of each sample, (R,); the kernel of two images is computed once for all samples."""
+def gaussian_mmd_of_draws(left: Features, right: Features, rows: Rows, *, sigma: float) -> NDArray[np.float64]:
+    """`gaussian_mmd` of each drawn pair of sets, (R,): the kernel of every two pictures is taken once for all sets."""
     kernel, counts = gaussian_kernel(sigma), _counts(rows, len(left))
     sums = [kernel_sums(a, counts, b, counts, kernel) for a, b in ((left, left), (right, right), (left, right))]
-    if progress:
-        progress(len(rows), len(rows))
     return np.maximum(0.0, (sums[0] + sums[1] - 2.0 * sums[2]) / rows.shape[1] ** 2)
 
 

@@ -98,12 +98,8 @@ def composite(reference: Images, generated: Images, mask: Mask) -> Images:
 
 def check_images(reference: Images, generated: Images) -> None:
     """Raises InvalidInputError unless both are (N, H, W, 3) uint8 of one shape with N, H, W > 0."""
-    for name, images in (("reference", reference), ("generated", generated)):
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-            kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-            raise InvalidInputError(f"{name} images are {kind}; give a uint8 array with values from 0 to 255")
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise InvalidInputError(f"{name} images have shape {images.shape}; give (N, H, W, 3)")
+    check_set(reference, "reference")
+    check_set(generated, "generated")
     if len(reference) != len(generated):
         raise InvalidInputError(
             f"{len(reference)} reference images and {len(generated)} generated ones; give as many of each, in one order"
@@ -113,8 +109,18 @@ def check_images(reference: Images, generated: Images) -> None:
             f"reference images are {reference.shape[2]} x {reference.shape[1]} pixels and generated ones "
             f"{generated.shape[2]} x {generated.shape[1]}; resize one set before comparing"
         )
-    if reference.size == 0:
-        raise InvalidInputError(f"there is nothing to compare: the images have shape {reference.shape}")
+
+
+def check_set(images: Images, name: str) -> None:
+    """Raises InvalidInputError unless `images` are (N, H, W, 3) uint8 with N, H, W > 0."""
+    if _kind(images) != np.uint8:
+        raise InvalidInputError(f"{name} images are {_kind(images)}; give a uint8 array with values from 0 to 255")
+    if images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+        raise InvalidInputError(f"{name} images have shape {images.shape}; give (N, H, W, 3) with at least one pixel")
+
+
+def _kind(array: object) -> object:
+    return array.dtype if isinstance(array, np.ndarray) else type(array).__name__
 
 
 def check_mask(mask: Mask, images: Images, border: int = 0) -> None:
@@ -136,9 +142,8 @@ def check_mask(mask: Mask, images: Images, border: int = 0) -> None:
 
 
 def _check_mask_form(mask: Mask, images: Images) -> None:
-    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-        kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise InvalidInputError(f"the mask is {kind}; give a bool array, True where the image was inpainted")
+    if _kind(mask) != np.bool_:
+        raise InvalidInputError(f"the mask is {_kind(mask)}; give a bool array, True where the image was inpainted")
     if mask.shape != images.shape[:3]:
         raise InvalidInputError(f"the mask has shape {mask.shape}; these images need {images.shape[:3]}")
 

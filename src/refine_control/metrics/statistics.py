@@ -59,29 +59,20 @@ class Interval(NamedTuple):
         return format(self, "")
 
 
-def bootstrap_mean(values: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
-    """The mean of (N,) values and its bootstrap interval over scenes.
-
-    Raises InvalidInputError for values that are not (N,), finite and at least two, for seed < 0,
-    resamples < 1 and a level outside (0, 1)."""
-    data = _checked("values", values, dimensions=(1,))
-    return _interval_of_mean(data[None], seed, resamples, level)
-
-
 def two_level(values: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """The mean of (S, N) values and its bootstrap interval over seeds, then scenes.
 
-    Each resample draws S seeds, then N scenes which all of them share. With S = 1 this is `bootstrap_mean`
-    of the row, without the spread between training runs.
-    Raises InvalidInputError as `bootstrap_mean` does, and for values that are not (S, N)."""
-    return _interval_of_mean(_checked("values", values, dimensions=(2,)), seed, resamples, level)
+    Each resample draws S seeds, then N scenes which all of them share. With S = 1 the interval is without the spread
+    between training runs. Raises InvalidInputError for values that are not (S, N), finite and of at least two scenes,
+    for seed < 0, resamples < 1 and a level outside (0, 1)."""
+    return _interval_of_mean(_checked("values", values, {2: "(S, N)"}), seed, resamples, level)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """The mean of a - b and its paired interval: both methods are resampled by the same scenes (and seeds).
 
     a and b are (N,) or (S, N); an (N,) one is a method without training seeds and is paired with each seed
-    of the other. Raises InvalidInputError as `bootstrap_mean` does, and for a different N or S."""
+    of the other. Raises InvalidInputError as `two_level` does, and for a different N or S."""
     left, right = _aligned({"a": a, "b": b})
     return _interval_of_mean(left - right, seed, resamples, level)
 
@@ -106,19 +97,19 @@ def gap_closed(
     if gap.mean() == 0.0:
         raise InvalidInputError("teacher and baseline have the same mean, so there is no gap to close")
     share = float(gain.mean() / gap.mean())
-    gains, gaps = _resampled_means(np.stack([gain, gap]), seed, resamples, level)
-    if not _interval(float(gap.mean()), gaps, level).excludes_zero:
+    gains, gaps = _resampled_means(np.stack([gain, gap]), seed, resamples)
+    if not percentile_interval(float(gap.mean()), gaps, level).excludes_zero:
         return Interval(share, -np.inf, np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = gains / gaps
-    return _interval(share, shares[np.isfinite(shares)], level)
+    return percentile_interval(share, shares[np.isfinite(shares)], level)
 
 
-def _checked(name: str, values: ArrayLike, dimensions: tuple[int, ...]) -> NDArray[np.float64]:
+def _checked(name: str, values: ArrayLike, shapes: dict[int, str]) -> NDArray[np.float64]:
+    """As float64. `shapes`: by number of dimensions, how the error calls them."""
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim not in dimensions:
-        expected = " or ".join({1: "(N,)", 2: "(S, N)"}[d] for d in dimensions)
-        raise InvalidInputError(f"{name}: the shape is {array.shape}; give {expected}")
+    if array.ndim not in shapes:
+        raise InvalidInputError(f"{name}: the shape is {array.shape}; give {' or '.join(shapes.values())}")
     if array.shape[-1] < 2 or array.size == 0:
         raise InvalidInputError(f"{name}: the shape is {array.shape}; an interval needs at least two scenes")
     if not np.isfinite(array).all():
@@ -128,7 +119,7 @@ def _checked(name: str, values: ArrayLike, dimensions: tuple[int, ...]) -> NDArr
 
 def _aligned(named: dict[str, ArrayLike]) -> list[NDArray[np.float64]]:
     """Each as (S, N) with one S and one N; (N,) is repeated for each seed of the others."""
-    arrays = {name: np.atleast_2d(_checked(name, values, (1, 2))) for name, values in named.items()}
+    arrays = {name: np.atleast_2d(_checked(name, values, {1: "(N,)", 2: "(S, N)"})) for name, values in named.items()}
     seeds = max(array.shape[0] for array in arrays.values())
     without_seeds = {name for name, values in named.items() if np.ndim(values) == 1}
     shapes = {array.shape[1:] if name in without_seeds else array.shape for name, array in arrays.items()}
@@ -138,14 +129,11 @@ def _aligned(named: dict[str, ArrayLike]) -> list[NDArray[np.float64]]:
     return [np.broadcast_to(array, (seeds, array.shape[1])) for array in arrays.values()]
 
 
-def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int, level: float) -> NDArray[np.float64]:
+def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
     """(K, S, N) -> (K, resamples) means, each over S drawn seeds and N drawn scenes, the same for all K."""
-    if seed < 0:
-        raise InvalidInputError(f"seed is {seed}; give 0 or more")
+    check_seed(seed)
     if resamples < 1:
         raise InvalidInputError(f"resamples is {resamples}; give at least 1, and some thousands to trust the ends")
-    if not 0.0 < level < 1.0:
-        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
     quantities, seeds, scenes = values.shape
     draw = _remembered_draws if resamples * scenes <= _REMEMBERED_VALUES else _draws
     parts = [
@@ -174,10 +162,21 @@ def _remembered_draws(*asked: int) -> tuple[tuple[NDArray[np.float64], NDArray[n
     return tuple(_draws(*asked))
 
 
-def _interval(mean: float, means: NDArray[np.float64], level: float) -> Interval:
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+def check_seed(seed: int) -> None:
+    """Raises InvalidInputError for seed < 0."""
+    if seed < 0:
+        raise InvalidInputError(f"seed is {seed}; give 0 or more")
+
+
+def percentile_interval(mean: float, drawn: NDArray[np.float64], level: float, shift: float = 0.0) -> Interval:
+    """`mean` with the ends that hold the share `level` of the `drawn` values, both moved by `shift`.
+
+    Raises InvalidInputError for a level outside (0, 1)."""
+    if not 0.0 < level < 1.0:
+        raise InvalidInputError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0]) + shift
     return Interval(mean, float(low), float(high))
 
 
 def _interval_of_mean(values: NDArray[np.float64], seed: int, resamples: int, level: float) -> Interval:
-    return _interval(float(values.mean()), _resampled_means(values[None], seed, resamples, level)[0], level)
+    return percentile_interval(float(values.mean()), _resampled_means(values[None], seed, resamples)[0], level)

@@ -17,7 +17,6 @@ from refine_control.metrics.distances import Features, Rows, check_features, gau
 from refine_control.metrics.drawn_sets import gaussian_mmd_of_draws
 from refine_control.metrics.image_pairs import Images, Mask, PerImage, check_mask
 from refine_control.miniature.obedience import Classifier, crop_batches
-from refine_control.progress import Progress
 
 SCENE_SIGMA = 1.0
 """Comparable to the distance between two features of length 1, at most 2. With CMMD's 10 only means would matter."""
@@ -43,11 +42,9 @@ def scene_mmd(reference: ArrayLike, generated: ArrayLike) -> float:
     return SCENE_SCALE * gaussian_mmd(_unit(left), _unit(right), SCENE_SIGMA)
 
 
-def scene_mmd_of_draws(
-    left: Features, right: Features, rows: Rows, progress: Progress | None = None
-) -> NDArray[np.float64]:
+def scene_mmd_of_draws(left: Features, right: Features, rows: Rows) -> NDArray[np.float64]:
     """`scene_mmd` of each bootstrap sample of both sets, (R,)."""
-    return SCENE_SCALE * gaussian_mmd_of_draws(_unit(left), _unit(right), rows, progress, sigma=SCENE_SIGMA)
+    return SCENE_SCALE * gaussian_mmd_of_draws(_unit(left), _unit(right), rows, sigma=SCENE_SIGMA)
 
 
 def scene_perceptual(reference: ArrayLike, generated: ArrayLike) -> PerImage:

@@ -40,7 +40,6 @@ from refine_control.metrics.statistics import BOOTSTRAP_SEED
 from refine_control.miniature import scene_features
 from refine_control.miniature.obedience import Classifier
 from refine_control.models.devices import best_device
-from refine_control.progress import Progress
 from refine_control.records import Photo
 
 KID_SCALE = 1000.0
@@ -81,10 +80,8 @@ def _scaled_kid(reference: Features, generated: Features) -> float:
     return KID_SCALE * kid(reference, generated).mean
 
 
-def _scaled_kid_of_draws(
-    left: Features, right: Features, rows: Rows, progress: Progress | None = None
-) -> NDArray[np.float64]:
-    return KID_SCALE * kid_of_draws(left, right, rows, progress)
+def _scaled_kid_of_draws(left: Features, right: Features, rows: Rows) -> NDArray[np.float64]:
+    return KID_SCALE * kid_of_draws(left, right, rows)
 
 
 SET_METRICS: Mapping[str, SetMetric] = {

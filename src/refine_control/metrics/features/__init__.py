@@ -4,8 +4,7 @@ Each is the published network with the published weights, checked by sha256, or 
 """
 
 from refine_control.metrics.features.alexnet import Lpips, load_lpips, lpips
-from refine_control.metrics.features.clip import clip_features, load_clip
-from refine_control.metrics.features.clip_text import ClipText, load_clip_text, text_features
+from refine_control.metrics.features.clip import ClipText, clip_features, load_clip, load_clip_text, text_features
 from refine_control.metrics.features.inception import Inception, inception_features, load_inception
 from refine_control.metrics.features.weights import FOLDER_VARIABLE
 

@@ -20,13 +20,16 @@ from refine_control.errors import InvalidInputError
 from refine_control.metrics.features.batches import in_full_precision, slices, to_pixels
 from refine_control.metrics.features.weights import ALEXNET, LPIPS_HEADS, load_strictly, read_weights
 from refine_control.metrics.image_pairs import Images, PerImage, check_images
-from refine_control.progress import Progress
 
 LAYERS = {0: (64, 11), 3: (192, 5), 6: (384, 3), 8: (256, 3), 10: (256, 3)}
 """Of each convolution by its number in the file: channels and kernel. A ReLU follows each; 3 and 6 pool before."""
 POOLED = (3, 6)
-CLASSIFIER = {1: (4096, 256 * 6 * 6), 4: (4096, 4096), 6: (1000, 4096)}
-"""The file's other weights, which LPIPS does not use: outputs and inputs by number."""
+CLASSIFIER = {
+    f"classifier.{number}.{kind}": shape if kind == "weight" else shape[:1]
+    for number, shape in ((1, (4096, 256 * 6 * 6)), (4, (4096, 4096)), (6, (1000, 4096)))
+    for kind in ("weight", "bias")
+}
+"""The file's other weights, which LPIPS does not use: shapes by name."""
 SMALLEST = 31
 """Minimum pixels of a side, below which the second pooling has no input."""
 
@@ -77,17 +80,10 @@ class Lpips(nn.Module):
 def assemble(trunk: Mapping[str, torch.Tensor], heads: Mapping[str, torch.Tensor]) -> Lpips:
     """LPIPS from the tensors of its two files. Raises InvalidInputError unless they are those two, whole."""
     network = Lpips()
-    for number, (outputs, inputs) in CLASSIFIER.items():
-        for name, shape in (
-            (f"classifier.{number}.weight", (outputs, inputs)),
-            (f"classifier.{number}.bias", (outputs,)),
-        ):
-            if name not in trunk or trunk[name].shape != shape:
-                raise InvalidInputError(
-                    f"the weights of AlexNet lack {name} with shape {shape}; use the published file"
-                )
-    used = {k: v for k, v in trunk.items() if not any(k.startswith(f"classifier.{number}.") for number in CLASSIFIER)}
-    load_strictly(network, {**used, **heads}, "LPIPS")
+    for name, shape in CLASSIFIER.items():
+        if name not in trunk or trunk[name].shape != shape:
+            raise InvalidInputError(f"the weights of AlexNet lack {name} with shape {shape}; use the published file")
+    load_strictly(network, {**{k: v for k, v in trunk.items() if k not in CLASSIFIER}, **heads}, "LPIPS")
     return network
 
 
@@ -99,9 +95,7 @@ def load_lpips(trunk: Path | None = None, heads: Path | None = None, device: str
 
 
 @in_full_precision()
-def lpips(
-    network: Lpips, reference: Images, generated: Images, batch_size: int = 32, progress: Progress | None = None
-) -> PerImage:
+def lpips(network: Lpips, reference: Images, generated: Images, batch_size: int = 32) -> PerImage:
     """LPIPS of each pair, (N,) float64: 0 for equal pictures, about 0.1 to 0.7 for different ones.
 
     Raises InvalidInputError as `metrics.psnr` does, for pictures below 31 x 31 and for batch_size < 1."""
@@ -115,6 +109,4 @@ def lpips(
     for part in slices(count, batch_size):
         pixels = (to_pixels(images[part], network) / 127.5 - 1.0 for images in (reference, generated))
         distances[part] = network(*pixels).cpu().numpy()
-        if progress:
-            progress(part.stop, count)
     return distances

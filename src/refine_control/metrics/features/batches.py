@@ -13,17 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.image_pairs import Images
-from refine_control.progress import Progress
-
-
-def check_set(images: Images) -> None:
-    """Raises InvalidInputError unless `images` are (N, H, W, 3) uint8 with N, H, W > 0."""
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise InvalidInputError(f"the images are {kind}; give a uint8 array with values from 0 to 255")
-    if images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
-        raise InvalidInputError(f"the images have shape {images.shape}; give (N, H, W, 3) with at least one pixel")
+from refine_control.metrics.image_pairs import Images, check_set
 
 
 def slices(count: int, batch_size: int) -> Iterator[slice]:
@@ -52,14 +42,8 @@ def in_full_precision() -> Iterator[None]:
 
 
 @in_full_precision()
-def features_of(
-    compute: Callable[[Images], torch.Tensor], images: Images, batch_size: int, progress: Progress | None
-) -> NDArray[np.float32]:
+def features_of(compute: Callable[[Images], torch.Tensor], images: Images, batch_size: int) -> NDArray[np.float32]:
     """`compute` of each batch, (n, D), in one array (N, D). Raises InvalidInputError as `check_set` does."""
-    check_set(images)
-    parts = []
-    for part in slices(len(images), batch_size):
-        parts.append(compute(images[part]).float().cpu().numpy())
-        if progress:
-            progress(part.stop, len(images))
+    check_set(images, "the")
+    parts = [compute(images[part]).float().cpu().numpy() for part in slices(len(images), batch_size)]
     return np.concatenate(parts)

@@ -21,7 +21,6 @@ from torch.nn import functional
 from refine_control.metrics.features.batches import beside, features_of
 from refine_control.metrics.features.weights import INCEPTION, load_strictly, read_weights
 from refine_control.metrics.image_pairs import Images
-from refine_control.progress import Progress
 
 SIDE = 299
 WIDTH = 2048
@@ -243,10 +242,8 @@ def placed(network: Inception, device: str | torch.device) -> Inception:
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def inception_features(
-    network: Inception, images: Images, batch_size: int = 32, progress: Progress | None = None
-) -> NDArray[np.float32]:
+def inception_features(network: Inception, images: Images, batch_size: int = 32) -> NDArray[np.float32]:
     """(N, H, W, 3) uint8 -> (N, 2048) for `distances.frechet_distance` and `distances.kid`.
 
     Raises InvalidInputError for images of another form and for batch_size < 1."""
-    return features_of(lambda part: network(beside(network, part)), images, batch_size, progress)
+    return features_of(lambda part: network(beside(network, part)), images, batch_size)
