@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refine_control.config import LossWeights
 from refine_control.injection import groups, layer_of_site
 from refine_control.losses import (
     combine,
@@ -131,26 +132,26 @@ def test_totals_of_half_precision_features_are_summed_in_full():
 
 def test_eq_1_and_eq_6_are_exact_sums():
     task, output, features = torch.tensor(0.3), torch.tensor(0.5), torch.tensor([0.25, 2.0])
-    stage_1 = combine(task=task, output=output, features=features)
+    stage_1 = combine(LossWeights(), task, output, features)
     assert stage_1.loss.item() == pytest.approx(4 * 0.3 + 0.5 + 2.25)
     assert (stage_1.task_loss, stage_1.output_loss) == (task, output)
     assert stage_1.feature_loss.item() == 2.25
     assert torch.equal(stage_1.feature_losses, features)
-    stage_2 = combine(task=None, output=output, features=features, output_weight=2, feature_weight=0.5)
+    stage_2 = combine(LossWeights(output=2.0, feature=0.5), output=output, features=features)
     assert stage_2.loss.item() == pytest.approx(2 * 0.5 + 0.5 * 2.25)
     assert stage_2.task_loss.item() == 0
 
 
 def test_a_weight_of_zero_leaves_the_term_out_but_logs_it():
     broken = torch.tensor([float("nan")])
-    losses = combine(task=torch.tensor(1.0), output=None, features=broken, feature_weight=0)
+    losses = combine(LossWeights(feature=0.0), task=torch.tensor(1.0), features=broken)
     assert losses.loss.item() == 4
     assert losses.feature_loss.isnan()
 
 
 def test_a_loss_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one"):
-        combine(task=None, output=None, features=None)
+        combine(LossWeights())
 
 
 def test_eq_4_may_weigh_the_hole_as_eq_3_does():

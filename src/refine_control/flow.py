@@ -23,16 +23,6 @@ def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - latents
 
 
-def predicted_latents(noisy_latents: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """x_hat = x_t - sigma v."""
-    return noisy_latents - expand(sigmas, v) * v
-
-
-def predicted_noise(noisy_latents: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """eps_hat = x_t + (1 - sigma) v."""
-    return noisy_latents + (1 - expand(sigmas, v)) * v
-
-
 def euler_step(
     noisy_latents: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor, next_sigmas: torch.Tensor
 ) -> torch.Tensor:

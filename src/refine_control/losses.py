@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from refine_control.config import LossWeights
 from refine_control.injection import groups, layer_of_site
 
 
@@ -92,27 +93,19 @@ def layer_losses(
 
 
 def combine(
-    *,
-    task: torch.Tensor | None,
-    output: torch.Tensor | None,
-    features: torch.Tensor | None,
-    task_weight: float = 4.0,
-    output_weight: float = 1.0,
-    feature_weight: float = 1.0,
+    weights: LossWeights,
+    task: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
 ) -> Losses:
     """Eq. 1 and, without `task`, Eq. 6: L = l_task L_task + l_distill L_distill + l_af L_af. Weight 0 = not added.
 
     Raises ValueError when no term is given."""
-    given = next((term for term in (task, output, features) if term is not None), None)
-    if given is None:
+    terms = [(weights.task, task), (weights.output, output), (weights.feature, features)]
+    present = [(weight, term) for weight, term in terms if term is not None]
+    if not present:
         raise ValueError("a loss needs at least one of task, output and features")
-    zero = given.new_zeros(())
-    task_term = zero if task is None else task
-    output_term = zero if output is None else output
-    layers = given.new_zeros(0) if features is None else features
-    feature_term = layers.sum()
-    loss = zero
-    for weight, term in ((task_weight, task), (output_weight, output), (feature_weight, features)):
-        if term is not None and weight:
-            loss = loss + weight * term.sum()
-    return Losses(loss, task_term, output_term, feature_term, layers)
+    zero = present[0][1].new_zeros(())
+    loss = sum((weight * term.sum() for weight, term in present if weight), start=zero)
+    layers = zero.new_zeros(0) if features is None else features
+    return Losses(loss, zero if task is None else task, zero if output is None else output, layers.sum(), layers)

@@ -13,7 +13,7 @@ from refine_control import storage
 from refine_control.config import TrainingConfig
 from refine_control.errors import DamagedError, StorageError
 from refine_control.storage import MANIFEST
-from refine_control.training.batches import LabeledBatches
+from refine_control.training.batches import CacheBatches
 from refine_control.training.checkpoint import load_checkpoint, remove_others, save_checkpoint
 from refine_control.training.loop import _Log, fit
 
@@ -26,7 +26,7 @@ TENSORS = {"weight": torch.arange(3.0)}
 
 def train(run_dir, **settings):
     training = TrainingConfig(**{"stage": "toy", "steps": 2, "batch_size": 4, "save_every": 1, **settings})
-    return fit(toy.ToyObjective(), LabeledBatches(toy.ToyCache(), 4), toy.OPTIMIZER, training, run_dir, "mark")
+    return fit(toy.ToyObjective(), CacheBatches(toy.ToyCache(), 4), toy.OPTIMIZER, training, run_dir, "mark")
 
 
 def names(run_dir):
@@ -50,7 +50,7 @@ def test_a_disk_that_fills_up_during_training_is_a_storage_error(tmp_path):
 import pathlib, resource, sys
 import torch
 from refine_control.errors import StorageError
-from refine_control.training.batches import LabeledBatches
+from refine_control.training.batches import CacheBatches
 from refine_control.training.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

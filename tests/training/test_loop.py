@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refine_control.config import TrainingConfig, learning_rate_at
+from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import DamagedError, InterruptedCleanlyError, InUseError, InvalidInputError, NonFiniteError
 from refine_control.storage import only_writer, sha256_file
 from refine_control.training import loop
@@ -227,13 +227,13 @@ def test_the_learning_rate_is_a_function_of_the_step(uninterrupted):
 
 
 def test_every_epoch_is_a_new_order_of_all_samples():
-    batches = toy.LabeledBatches(toy.ToyCache(), 4)
+    batches = toy.CacheBatches(toy.ToyCache(), 4)
     rows = [row for step in range(10) for row in batches.rows(Draw(0, "toy", step, range(4))).tolist()]
     assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20))
     assert rows[:20] != rows[20:]
     assert batches.rows(Draw(0, "toy", 1, range(4))).tolist() == rows[4:8]
     assert batches.rows(Draw(0, "other", 0, range(4))).tolist() != rows[:4]
-    across = toy.LabeledBatches(toy.ToyCache(), 12)
+    across = toy.CacheBatches(toy.ToyCache(), 12)
     assert across.rows(Draw(0, "toy", 1, range(12))).tolist() == rows[12:24]
 
 
@@ -294,7 +294,7 @@ def test_saving_clears_what_a_killed_writer_left(tmp_path):
 
 def test_tiny_updates_of_bf16_weights_add_up():
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    master = MasterWeights(Trainable.of([("w", parameter)]), betas=(0.0, 0.0))
+    master = MasterWeights(Trainable.of([("w", parameter)]), OptimizerConfig(betas=(0.0, 0.0)))
     for step in range(100):
         (1000 * parameter.sum()).backward()
         master.accumulate()
@@ -312,7 +312,7 @@ def test_the_masters_are_what_the_weights_were_before_they_were_cast():
     before = {name: p.detach().clone() for name, p in given.named_parameters()}
     trainable = compute_in(given, torch.bfloat16)
     assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
-    master = MasterWeights(trainable)
+    master = MasterWeights(trainable, OptimizerConfig())
     for name, values in trainable.masters.items():
         assert torch.equal(values, before[name])
         assert not torch.equal(values, master.named[name].float())
@@ -324,7 +324,7 @@ def test_the_masters_are_what_the_weights_were_before_they_were_cast():
 
 def test_the_gradient_is_clipped_and_its_norm_told():
     parameter = torch.nn.Parameter(torch.zeros(4))
-    master = MasterWeights(Trainable.of([("w", parameter)]), betas=(0.0, 0.0), eps=1.0)
+    master = MasterWeights(Trainable.of([("w", parameter)]), OptimizerConfig(betas=(0.0, 0.0), eps=1.0))
     (3 * parameter.sum()).backward()
     assert master.step(1.0, 0, max_grad_norm=0.6).item() == pytest.approx(6)
     torch.testing.assert_close(parameter.detach(), torch.full((4,), -0.3 / 1.3), rtol=1e-4, atol=0)
@@ -332,7 +332,9 @@ def test_the_gradient_is_clipped_and_its_norm_told():
 
 def test_the_average_warms_up_and_vectors_are_not_decayed():
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    master = MasterWeights(Trainable.of([("m", matrix), ("v", vector)]), weight_decay=0.5, ema_decay=0.9)
+    master = MasterWeights(
+        Trainable.of([("m", matrix), ("v", vector)]), OptimizerConfig(weight_decay=0.5), ema_decay=0.9
+    )
     (0 * (matrix.sum() + vector.sum())).backward()
     master.step(0.1, 0)
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))

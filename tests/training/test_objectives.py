@@ -14,7 +14,7 @@ from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.controlnet import build_student
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.training import objectives
-from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw, fit
 from refine_control.training.objectives import KINDS, Batch, Distillation, Networks
 
@@ -48,10 +48,12 @@ def distillation(kind, networks, relative=False):
 
 def objective_and_batches(kind, networks, caches):
     batches = {
-        "self_supervised": lambda: UnlabeledBatches(caches["unlabeled"], 2),
-        "mixed": lambda: MixedBatches(LabeledBatches(caches["labeled"], 1), UnlabeledBatches(caches["unlabeled"], 1)),
+        "self_supervised": lambda: CacheBatches(caches["unlabeled"], 2, x0="masked_latents"),
+        "mixed": lambda: MixedBatches(
+            CacheBatches(caches["labeled"], 1), CacheBatches(caches["unlabeled"], 1, x0="masked_latents")
+        ),
     }
-    return distillation(kind, networks), batches.get(kind, lambda: LabeledBatches(caches["labeled"], 2))()
+    return distillation(kind, networks), batches.get(kind, lambda: CacheBatches(caches["labeled"], 2))()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +146,7 @@ def test_ssd_compares_each_layer_with_the_one_that_was_kept(networks, caches):
 
 
 def test_the_student_is_noised_where_the_scheduler_would(networks, caches):
-    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    batch = CacheBatches(caches["labeled"], 2).batch(DRAW)
     batch = batch._replace(latents=torch.zeros_like(batch.latents))
     at = networks.noised(batch, DRAW)
     torch.testing.assert_close(at.noisy_latents, at.sigmas[:, None, None, None] * at.noise)
@@ -157,7 +159,7 @@ def test_the_student_is_noised_where_the_scheduler_would(networks, caches):
 
 
 def test_the_teacher_makes_no_graph_and_the_student_does(networks, caches):
-    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    batch = CacheBatches(caches["labeled"], 2).batch(DRAW)
     at = networks.noised(batch, DRAW)
     networks.teacher.requires_grad_(True)  # not even a teacher that somebody woke
     teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
@@ -168,7 +170,7 @@ def test_the_teacher_makes_no_graph_and_the_student_does(networks, caches):
 
 
 def test_the_gradient_passes_through_the_frozen_backbone_to_every_residual(networks, caches):
-    batch = LabeledBatches(caches["labeled"], 2).batch(DRAW)
+    batch = CacheBatches(caches["labeled"], 2).batch(DRAW)
     student = networks.student_answer(networks.noised(batch, DRAW), batch)
     for residual in student.residuals:
         residual.retain_grad()
@@ -181,7 +183,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tiny_backbone, cache
     teacher = tiny_backbone.pipeline.controlnet
     copy = build_student(tiny_backbone.transformer, teacher, 23, "teacher", 0)
     objective = distillation("self_supervised", Networks(tiny_backbone, teacher, copy))
-    losses = objective.losses(UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW), DRAW)
+    losses = objective.losses(CacheBatches(caches["unlabeled"], 2, x0="masked_latents").batch(DRAW), DRAW)
     assert losses.output_loss.item() < 1e-12
     assert losses.feature_loss.item() < 1e-12
 
@@ -194,7 +196,9 @@ def test_stage_2_reads_no_ground_truth(networks, caches):
     sources = {**caches, "blind": blind}
     for step in range(2):
         draw = DRAW._replace(step=step)
-        found = {n: objective.losses(UnlabeledBatches(c, 2).batch(draw), draw) for n, c in sources.items()}
+        found = {
+            n: objective.losses(CacheBatches(c, 2, x0="masked_latents").batch(draw), draw) for n, c in sources.items()
+        }
         wanted = found.pop("labeled")
         assert wanted.loss > 0
         for name, losses in found.items():
@@ -207,15 +211,15 @@ def test_stage_2_starts_from_what_x0_is_named(networks, caches, monkeypatch):
     cache, objective = Cache(caches["unlabeled"].folder), distillation("self_supervised", networks)
     cache.arrays["completions"] = cache.arrays["masked_latents"] + 1
     for x0 in ("masked_latents", "completions"):
-        objective.losses(UnlabeledBatches(cache, 2, x0=x0).batch(DRAW), DRAW)
-    rows = UnlabeledBatches(cache, 2).rows(DRAW)
+        objective.losses(CacheBatches(cache, 2, x0=x0).batch(DRAW), DRAW)
+    rows = CacheBatches(cache, 2, x0="masked_latents").rows(DRAW)
     assert torch.equal(seen[0], cache.take("masked_latents", rows))
     assert torch.equal(seen[1], cache.take("completions", rows))
 
 
 def test_stage_1_cannot_run_without_ground_truth(caches):
     with pytest.raises(InvalidInputError, match="no latents"):
-        LabeledBatches(caches["unlabeled"], 2).batch(DRAW)
+        CacheBatches(caches["unlabeled"], 2).batch(DRAW)
 
 
 def test_the_baseline_never_asks_the_teacher(networks, caches, monkeypatch):
@@ -239,7 +243,7 @@ def test_a_dropped_prompt_is_empty_for_teacher_and_student(networks, caches, mon
 
     residuals = objectives.control_residuals
     monkeypatch.setattr(objectives, "control_residuals", watched)
-    batch = UnlabeledBatches(caches["unlabeled"], 2, share).batch(DRAW)
+    batch = CacheBatches(caches["unlabeled"], 2, share, x0="masked_latents").batch(DRAW)
     distillation("self_supervised", networks).losses(batch, DRAW)
     assert [controlnet for controlnet, _ in seen] == [networks.teacher, networks.student]
     assert torch.equal(seen[0][1], seen[1][1])
@@ -249,13 +253,13 @@ def test_a_dropped_prompt_is_empty_for_teacher_and_student(networks, caches, mon
 
 
 def test_a_tenth_of_the_prompts_is_dropped(caches):
-    batches, empty = LabeledBatches(caches["labeled"], 500, 0.1), caches["labeled"].take("pooled_prompt_embeds", [0])
+    batches, empty = CacheBatches(caches["labeled"], 500, 0.1), caches["labeled"].take("pooled_prompt_embeds", [0])
     pooled = batches.batch(Draw(0, "s", 0, range(500))).pooled_prompt_embeds
     assert 20 < int((pooled == empty).all(1).sum()) < 80
 
 
 def test_relative_features_are_an_option(networks, caches):
-    batch = UnlabeledBatches(caches["unlabeled"], 2).batch(DRAW)
+    batch = CacheBatches(caches["unlabeled"], 2, x0="masked_latents").batch(DRAW)
     plain, relative = (distillation("self_supervised", networks, r).losses(batch, DRAW) for r in (False, True))
     assert torch.equal(plain.output_loss, relative.output_loss)
     assert not torch.allclose(plain.feature_losses, relative.feature_losses)
@@ -263,7 +267,7 @@ def test_relative_features_are_an_option(networks, caches):
 
 def test_a_mixed_batch_names_what_is_not_finite_in_either_half(caches):
     halves = {name: Cache(caches[name].folder) for name in ("labeled", "unlabeled")}
-    mixed = MixedBatches(LabeledBatches(halves["labeled"], 1), UnlabeledBatches(halves["unlabeled"], 1))
+    mixed = MixedBatches(CacheBatches(halves["labeled"], 1), CacheBatches(halves["unlabeled"], 1, x0="masked_latents"))
     draws = [DRAW._replace(step=step) for step in range(5)]
     assert [mixed.not_finite(draw) for draw in draws] == [[]] * 5
     for cache, name, row in ((halves["labeled"], "latents", 1), (halves["unlabeled"], "masked_latents", 3)):

@@ -21,7 +21,7 @@ from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.storage import write_json
 from refine_control.training import run
-from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
 from refine_control.training.run import train
 
@@ -202,7 +202,7 @@ def test_what_a_run_cannot_use_is_refused_in_a_sentence(recipe, caches, tmp_path
         train(Recipe.model_validate(wanted), tmp_path / "run")
     backbone = load_backbone(recipe.model)
     write_cache(of_sizes(2, [(80, 48)]), tmp_path / "tall", backbone, UNLABELED, source={})
-    halves = LabeledBatches(Cache(caches / LABELED), 2), UnlabeledBatches(Cache(tmp_path / "tall"), 2)
+    halves = CacheBatches(Cache(caches / LABELED), 2), CacheBatches(Cache(tmp_path / "tall"), 2, x0="masked_latents")
     with pytest.raises(InvalidInputError, match="different sizes"):
         MixedBatches(*halves)
 
@@ -211,7 +211,10 @@ def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out
     write_cache(
         of_sizes(9, [(48, 80), (80, 48)]), tmp_path / "other", load_backbone(recipe.model), UNLABELED, source={}
     )
-    labeled, unlabeled = LabeledBatches(Cache(caches / LABELED), 2), UnlabeledBatches(Cache(tmp_path / "other"), 2)
+    labeled, unlabeled = (
+        CacheBatches(Cache(caches / LABELED), 2),
+        CacheBatches(Cache(tmp_path / "other"), 2, x0="masked_latents"),
+    )
     mixed = MixedBatches(labeled, unlabeled)
     told = [record.getMessage() for record in caplog.records]
     assert [line.partition(" of ")[0] for line in told] == ["4 samples", "4 samples"]
@@ -226,7 +229,7 @@ def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out
 
 
 def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):
-    batches = LabeledBatches(Cache(caches / LABELED), 4)
+    batches = CacheBatches(Cache(caches / LABELED), 4)
     shapes = set()
     for draw in draws(12):
         whole = batches.batch(draw)
@@ -242,10 +245,10 @@ def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):
 
 def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean(caches):
     cache = Cache(caches / LABELED)
-    labeled, unlabeled = LabeledBatches(cache, 4), UnlabeledBatches(cache, 4)
+    labeled, unlabeled = CacheBatches(cache, 4), CacheBatches(cache, 4, x0="masked_latents")
     for draw in draws(2):
         rows = labeled.rows(draw)
-        first, again = labeled.batch(draw), LabeledBatches(cache, 4).batch(draw)
+        first, again = labeled.batch(draw), CacheBatches(cache, 4).batch(draw)
         assert torch.equal(first.latents, again.latents)
         noise = (first.latents - cache.take("latents", rows)) / cache.take("latents_std", rows)
         drawn = draw.normals("posterior", *noise.shape[1:])
@@ -262,8 +265,8 @@ def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean
 
 def test_prompts_encoded_on_the_way_are_those_of_the_cache(recipe, caches):
     backbone = load_backbone(recipe.model)
-    cached = LabeledBatches(Cache(caches / LABELED), 4, prompt_dropout=0.3)
-    encoded = LabeledBatches(Cache(caches / LABELED), 4, 0.3, encode=PromptMemory(backbone.encode_prompts))
+    cached = CacheBatches(Cache(caches / LABELED), 4, prompt_dropout=0.3)
+    encoded = CacheBatches(Cache(caches / LABELED), 4, 0.3, encode=PromptMemory(backbone.encode_prompts))
     for draw in draws(6):
         ours, theirs = encoded.batch(draw), cached.batch(draw)
         assert torch.equal(ours.latents, theirs.latents)

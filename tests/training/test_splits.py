@@ -5,10 +5,10 @@ import torch
 
 from refine_control.cache.building import write_cache
 from refine_control.cache.reader import Cache
-from refine_control.config import LossWeights, TrainingConfig
+from refine_control.config import LossWeights, OptimizerConfig, TrainingConfig
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.records import LABELED, UNLABELED
-from refine_control.training.batches import LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw, _gradients, _micro_slots, _statistics
 from refine_control.training.objectives import KINDS, Distillation, Networks
 from refine_control.training.optimizer import MasterWeights
@@ -45,7 +45,7 @@ def update(objective, batches, processes, device_batch_size):
     accelerator = OneOf(processes)
     statistics = [_statistics(accelerator, objective, batches, each) for each in draws]
     whole = None if statistics[0] is None else torch.stack(statistics).mean(0)
-    master = MasterWeights(objective.trainable())
+    master = MasterWeights(objective.trainable(), OptimizerConfig())
     logged = [_gradients(objective, batches, master, each, whole) for each in draws]
     gradient = torch.cat([grad.flatten() for grad in master.grads]) / processes
     objective.networks.student.zero_grad()
@@ -59,9 +59,15 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tiny_backbone, tiny_studen
     objective = Distillation(networks, KINDS[kind], WEIGHTS, relative)
     labeled, unlabeled = caches
     if kind == "mixed":
-        batches = MixedBatches(LabeledBatches(labeled, BATCH // 2), UnlabeledBatches(unlabeled, BATCH // 2))
+        batches = MixedBatches(
+            CacheBatches(labeled, BATCH // 2), CacheBatches(unlabeled, BATCH // 2, x0="masked_latents")
+        )
     else:
-        batches = UnlabeledBatches(unlabeled, BATCH) if kind == "self_supervised" else LabeledBatches(labeled, BATCH)
+        batches = (
+            CacheBatches(unlabeled, BATCH, x0="masked_latents")
+            if kind == "self_supervised"
+            else CacheBatches(labeled, BATCH)
+        )
     values, gradient = update(objective, batches, 1, 0)
     for processes, device_batch_size in ((1, 2), (2, 0), *(() if kind == "mixed" else ((1, 1), (4, 1)))):
         split, other = update(objective, batches, processes, device_batch_size)

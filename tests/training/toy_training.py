@@ -17,7 +17,7 @@ from refine_control import flow
 from refine_control.config import OptimizerConfig, TrainingConfig
 from refine_control.errors import RefineControlError
 from refine_control.storage import only_writer
-from refine_control.training.batches import LabeledBatches
+from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Objective, fit, leave_process_group
 from refine_control.training.optimizer import Trainable
 
@@ -26,7 +26,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3
 
 
 class ToyCache:
-    """What `LabeledBatches` reads of a cache."""
+    """What `CacheBatches` reads of a cache."""
 
     def __init__(self):
         self.groups = {(2, 2): range(SAMPLES)}
@@ -98,7 +98,7 @@ def train(
     cache = ToyCache()
     if broken_sample is not None:
         cache.arrays["latents"][broken_sample, 0, 1, 1] = np.nan
-    batches = LabeledBatches(cache, config.batch_size, prompt_dropout=0.3)
+    batches = CacheBatches(cache, config.batch_size, prompt_dropout=0.3)
     return fit(objective, batches, OPTIMIZER, config, Path(run_dir), "fingerprint")
 
 

@@ -33,7 +33,7 @@ from refine_control.photos.load import crop_box, load_mask
 from refine_control.photos.shards import IMAGE_FORMATS, Shards
 from refine_control.photos.sources import entries
 from refine_control.records import LABELED, Entry
-from refine_control.training.batches import LabeledBatches
+from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Draw
 
 _SEED = 7
@@ -129,7 +129,7 @@ def bench_data(source: Path | None, photos: int, many: int, repeats: int, size: 
 
         cache_times = interleaved({"bare": lambda: _encoders(shards, backbone), "cache": cached}, repeats)
         build_cache(work / "shards" / LABELED, work / "cache", backbone)
-        batches = LabeledBatches(Cache(work / "cache"), _STEP_SAMPLES)
+        batches = CacheBatches(Cache(work / "cache"), _STEP_SAMPLES)
         steps = iter(range(200))
         reading = time_call(
             lambda: batches.batch(Draw(0, "bench", next(steps), range(_STEP_SAMPLES))), warmup=0, repeats=200

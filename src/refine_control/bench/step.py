@@ -71,13 +71,7 @@ class OurStep(Step):
         self.recipe = recipe
         self.backbone, self.networks = prepare(recipe.model_copy(update={"training": training}), device)
         self.objective = make_objective(recipe.objective, self.networks)
-        optimizer = recipe.optimizer
-        self.master = MasterWeights(
-            self.objective.trainable(),
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
+        self.master = MasterWeights(self.objective.trainable(), recipe.optimizer)
 
     def loss(self, batch: Batch, draw: Draw) -> torch.Tensor:
         return self.objective.losses(batch, draw).loss

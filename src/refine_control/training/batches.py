@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +19,6 @@ from refine_control.training.order import Order, Turn
 logger = logging.getLogger(__name__)
 
 
-class _Text(NamedTuple):
-    embeds: torch.Tensor
-    pooled: torch.Tensor
-
-
 class CacheBatches(Batches):
     """Global shuffle (`order`) with one size in each step; `prompt_dropout` of the slots get the empty prompt.
 
@@ -32,7 +26,8 @@ class CacheBatches(Batches):
         batch_size: of one update over all processes.
         device: where batches go.
         encode: makes the prompt embeddings that a cache without them lacks.
-        x0: the array of clean latents; only `latents` are a ground truth.
+        x0: the array of clean latents: `latents`, the ground truth of D_sl; `masked_latents` or the teacher's
+            `completions` for D_ssl.
     """
 
     def __init__(
@@ -43,7 +38,7 @@ class CacheBatches(Batches):
         device: str | torch.device = "cpu",
         encode: Encode | None = None,
         *,
-        x0: str,
+        x0: str = "latents",
     ):
         self.cache, self.prompt_dropout, self.device, self.encode = cache, prompt_dropout, device, encode
         self.x0, self.order = x0, Order(cache.groups, batch_size)
@@ -77,14 +72,14 @@ class CacheBatches(Batches):
         """(B,) which samples fill the slots of this step, or of another `turn`."""
         return self.order.rows(draw.seed, draw.stage, turn or self.turn(draw), draw.slots)
 
-    def _text(self, rows: np.ndarray, draw: Draw) -> _Text:
+    def _text(self, rows: np.ndarray, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and pooled embeddings of the prompts."""
         dropped = draw.uniforms("prompt_dropout").numpy() < self.prompt_dropout
         numbers = np.where(dropped, 0, self.cache.arrays["prompt_index"][rows])
-        if self.encode is not None:
-            embeds, pooled = self.encode([self.cache.prompts[number] for number in numbers])
-            return _Text(embeds.to(self.device, torch.float32), pooled.to(self.device, torch.float32))
-        embeds, pooled = (self._take(name, numbers) for name in ("prompt_embeds", "pooled_prompt_embeds"))
-        return _Text(embeds, pooled)
+        if self.encode is None:
+            return self._take("prompt_embeds", numbers), self._take("pooled_prompt_embeds", numbers)
+        embeds, pooled = self.encode([self.cache.prompts[number] for number in numbers])
+        return embeds.to(self.device, torch.float32), pooled.to(self.device, torch.float32)
 
     def _take(self, name: str, rows: np.ndarray) -> torch.Tensor:
         return self.cache.take(name, rows).to(self.device, torch.float32)
@@ -97,20 +92,6 @@ class CacheBatches(Batches):
         return mean + self._take(f"{self.x0}_std", rows) * draw.normals("posterior", *mean.shape[1:]).to(self.device)
 
 
-class LabeledBatches(CacheBatches):
-    """D_sl: reads the latents of the picture."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs, x0="latents")
-
-
-class UnlabeledBatches(CacheBatches):
-    """D_ssl: reads what is around the hole, and `x0`: `masked_latents`, or the teacher's `completions`."""
-
-    def __init__(self, *args: Any, x0: str = "masked_latents", **kwargs: Any):
-        super().__init__(*args, **kwargs, x0=x0)
-
-
 class MixedBatches(Batches):
     """Half of the slots from D_sl, half from D_ssl, each shuffled by itself; the even slots are labelled.
 
@@ -118,7 +99,7 @@ class MixedBatches(Batches):
     samples of sizes that only one of them has are left out, with a warning. Raises InvalidInputError where they have
     no size in common."""
 
-    def __init__(self, labeled: LabeledBatches, unlabeled: UnlabeledBatches):
+    def __init__(self, labeled: CacheBatches, unlabeled: CacheBatches):
         self.labeled, self.unlabeled = labeled, unlabeled
         common = labeled.order.groups.keys() & unlabeled.order.groups.keys()
         if not common:

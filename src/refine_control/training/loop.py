@@ -221,6 +221,25 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _resume(accelerator: Any, master: MasterWeights, training: TrainingConfig, run_dir: Path, fingerprint: str) -> int:
+    """Loads the newest checkpoint of `run_dir`, removes all others and returns its step, 0 where there is none.
+
+    Raises StorageError where the checkpoints to come do not fit on the disk."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    resumed = load_checkpoint(run_dir, fingerprint)
+    if resumed:
+        master.load(resumed.tensors, resumed.step)
+    start = resumed.step if resumed else 0
+    accelerator.wait_for_everyone()  # all have read the checkpoint
+    if accelerator.is_main_process:
+        remove_others(run_dir, start)
+        if start < training.steps:
+            several = 0 < training.save_every < training.steps
+            weights = sum(tensor.numel() for tensor in master.ema_state().values())
+            require_checkpoint_space(run_dir, master.tensors(), weights, resumed is not None, several)
+    return start
+
+
 def fit(
     objective: Objective,
     batches: Batches,
@@ -243,25 +262,8 @@ def fit(
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
-    master = MasterWeights(
-        objective.trainable(),
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        ema_decay=training.ema_decay,
-    )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    resumed = load_checkpoint(run_dir, fingerprint)
-    start = checked = resumed.step if resumed else 0
-    if resumed:
-        master.load(resumed.tensors, start)
-    accelerator.wait_for_everyone()  # all have read the checkpoint
-    if accelerator.is_main_process:
-        remove_others(run_dir, start)
-        if start < training.steps:
-            several = 0 < training.save_every < training.steps
-            weights = sum(tensor.numel() for tensor in master.ema_state().values())
-            require_checkpoint_space(run_dir, master.tensors(), weights, resumed is not None, several)
+    master = MasterWeights(objective.trainable(), optimizer, training.ema_decay)
+    start = checked = _resume(accelerator, master, training, run_dir, fingerprint)
     log = _Log(run_dir, start) if accelerator.is_main_process else None
     began = time.monotonic()
 

@@ -244,14 +244,7 @@ class Distillation(Objective):
         forward, terms, weights = Forward(self.networks, batch, draw), self.terms, self.weights
         output = terms.output and terms.output(forward, weights)  # asks the teacher, before there is a graph in memory
         features = self._features(forward, statistics)
-        return combine(
-            task=terms.task and terms.task(forward, weights),
-            output=output,
-            features=features,
-            task_weight=weights.task,
-            output_weight=weights.output,
-            feature_weight=weights.feature,
-        )
+        return combine(weights, terms.task and terms.task(forward, weights), output, features)
 
 
 def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:

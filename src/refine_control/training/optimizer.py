@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from refine_control.config import OptimizerConfig
+
 
 class Trainable(NamedTuple):
     """What is trained: a network's parameters by name, and the fp32 tensors that are updated in their place."""
@@ -18,10 +20,10 @@ class Trainable(NamedTuple):
     """By the same names; the parameters themselves where the network computes in fp32."""
 
     @classmethod
-    def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Trainable:
-        """The parameters that get a gradient, with new masters where one of them is not fp32."""
+    def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None = None) -> Trainable:
+        """The parameters that get a gradient; with new masters where `dtype`, by default theirs, is not fp32."""
         parameters = {name: p for name, p in named_parameters if p.requires_grad}
-        same = all(p.dtype == torch.float32 for p in parameters.values())
+        same = all((dtype or p.dtype) == torch.float32 for p in parameters.values())
         copies = {} if same else {name: p.detach().float().clone() for name, p in parameters.items()}
         return cls(parameters, copies or parameters)
 
@@ -37,10 +39,9 @@ def compute_in(
     module: nn.Module, dtype: torch.dtype, parameters: Mapping[str, nn.Parameter] | None = None
 ) -> Trainable:
     """Casts a module in place; the values of its trainable parameters (all by default) stay unrounded as masters."""
-    named = {n: p for n, p in (parameters or dict(module.named_parameters())).items() if p.requires_grad}
-    masters = {} if dtype == torch.float32 else {name: p.detach().float().clone() for name, p in named.items()}
+    trainable = Trainable.of((parameters or dict(module.named_parameters())).items(), dtype)
     module.to(dtype)
-    return Trainable(named, masters or named)
+    return trainable
 
 
 class MasterWeights:
@@ -54,15 +55,7 @@ class MasterWeights:
         ema_decay: 0 keeps no average; otherwise the decay, warmed up as min(decay, (1 + step) / (10 + step)).
     """
 
-    def __init__(
-        self,
-        trainable: Trainable,
-        *,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        ema_decay: float = 0.0,
-    ):
+    def __init__(self, trainable: Trainable, config: OptimizerConfig, ema_decay: float = 0.0):
         self.named = trainable.parameters
         self.params: list[torch.Tensor] = list(self.named.values())
         same = all(trainable.masters[name] is p for name, p in self.named.items())
@@ -70,8 +63,9 @@ class MasterWeights:
         self.masters: list[torch.Tensor] = self.params if same else list(masters)
         decayed = [m for m in self.masters if m.ndim > 1]
         flat = [m for m in self.masters if m.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         self.ema_decay = ema_decay
         self.ema = [m.detach().clone() for m in self.masters] if ema_decay else []
 

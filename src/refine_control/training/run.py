@@ -31,7 +31,7 @@ from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.threads import torch_threads
-from refine_control.training.batches import CacheBatches, LabeledBatches, MixedBatches, UnlabeledBatches
+from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.checkpoint import refuse_other_run
 from refine_control.training.loop import fit
 from refine_control.training.objectives import Networks, make_objective
@@ -110,26 +110,22 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
     objective, training = recipe.objective, recipe.training
     encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
-    common: dict[str, Any] = {"prompt_dropout": training.prompt_dropout, "device": device, "encode": encode}
+    x0 = {LABELED: "latents", UNLABELED: "masked_latents" if objective.x0_source == "masked" else "completions"}
 
-    def labeled(share: int = 1) -> LabeledBatches:
-        cache = _cache(recipe, LABELED, networks, mark)
-        return LabeledBatches(cache, training.batch_size // share, **common)
-
-    def unlabeled(share: int = 1) -> UnlabeledBatches:
-        x0 = "masked_latents" if objective.x0_source == "masked" else "completions"
-        cache = _cache(recipe, UNLABELED, networks, mark)
-        if not cache.has(x0):
+    def batches(role: str) -> CacheBatches:
+        cache = _cache(recipe, role, networks, mark)
+        if not cache.has(x0[role]):
             raise MissingError(
                 f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
             )
-        return UnlabeledBatches(cache, training.batch_size // share, x0=x0, **common)
+        count = training.batch_size // len(objective.roles)
+        return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role])
 
     if len(objective.roles) == 1:
-        return labeled() if objective.roles == (LABELED,) else unlabeled()
+        return batches(objective.roles[0])
     if training.batch_size % 2 or training.device_batch_size % 2:
         raise InvalidInputError("objective.kind mixed halves every batch; make the batch sizes even")
-    return MixedBatches(labeled(2), unlabeled(2))
+    return MixedBatches(batches(LABELED), batches(UNLABELED))
 
 
 def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
