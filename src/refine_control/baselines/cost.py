@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
 from refine_control.baselines.models import Baseline, load_baseline
-from refine_control.baselines.painting import denoising_step, held_precision, paint
+from refine_control.baselines.painting import denoising_step, paint
 from refine_control.config import Precision, SamplerConfig
-from refine_control.metrics.cost import ModelCost, count_flops, count_parameters, peak_memory, time_call
+from refine_control.metrics.cost import ModelCost, count_flops, count_parameters, run_fresh, time_call
 
 
 class BaselineCost(NamedTuple):
@@ -42,26 +40,22 @@ def baseline_cost(baseline: Baseline) -> BaselineCost:
 
 def _peak_in_fresh_process(baseline: Baseline) -> int:
     """Bytes at the peak of a process that loads the baseline on the same device and repaints one picture."""
-    precision, device = held_precision(baseline), str(baseline.denoiser.device)
-    arguments = [baseline.name, str(baseline.size), precision, device]
-    command = [sys.executable, "-m", "refine_control.baselines.cost", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(result.stdout.split()[-1]) if result.returncode == 0 else 0
+    precision = "bf16" if "bfloat16" in str(baseline.denoiser.dtype) else "fp32"
+    device = str(baseline.denoiser.device)
+    arguments = (baseline.name, baseline.size, controlnet, device, precision)
+    try:
+        return run_fresh(_paint_one, *arguments, device=device).peak_memory
+    except Exception:  # whatever ends it, the costs go on without this number
+        return 0
 
 
-def _main(name: str, size: str, precision: Precision, device: str) -> None:
-    """Loads, repaints one picture in two steps, prints the peak."""
+def _paint_one(name: str, side: int, controlnet: str | None, place: str, precision: Precision) -> None:
+    """Loads, and repaints one picture in two steps."""
     import torch
 
     torch.set_num_threads(1)
-    side = int(size)
-    baseline = load_baseline(name, size=side, precision=precision, device=device)
+    baseline = load_baseline(name, controlnet=controlnet, size=side, device=place, precision=precision)
     image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
     mask[:, side // 4 : side // 2, side // 4 : side // 2] = True
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=1.0, precision=precision)
     paint(baseline, image, mask, ["a red circle"], sampler)
-    print(peak_memory(device))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])  # type: ignore[arg-type]

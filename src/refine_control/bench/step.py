@@ -69,7 +69,8 @@ class OurStep(Step):
     def __init__(self, recipe: Recipe, device: torch.device, precision: str):
         training = recipe.training.model_copy(update={"precision": precision})
         self.recipe = recipe
-        self.backbone, self.networks = prepare(recipe.model_copy(update={"training": training}), device)
+        self.networks = prepare(recipe.model_copy(update={"training": training}), device)
+        self.backbone = self.networks.backbone
         self.objective = make_objective(recipe.objective, self.networks)
         self.master = MasterWeights(self.objective.trainable(), recipe.optimizer)
 

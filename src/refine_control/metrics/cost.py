@@ -38,10 +38,6 @@ class Timing(NamedTuple):
     high: float
     samples: tuple[float, ...]
 
-    def __str__(self) -> str:
-        """In milliseconds: `12.3 ms [11.9, 13.0]`."""
-        return f"{1e3 * self.median:.1f} ms [{1e3 * self.low:.1f}, {1e3 * self.high:.1f}]"
-
     @property
     def spread(self) -> Spread:
         """Without the samples."""
@@ -73,7 +69,7 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """The number of parameters, trainable or frozen; a tensor that two layers share counts once, buffers not."""
+    """The number of parameters, trainable or frozen; shared tensors count once, buffers not at all."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -114,17 +110,14 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
 def time_call(fn: Callable[[], Any], warmup: int = 1, repeats: int = 10) -> Timing:
     """Seconds of `fn()` over `repeats` calls, after `warmup` calls that are not counted.
 
-    The GPU's queue is emptied before each reading of the clock when CUDA is in use.
     Raises InvalidInputError for repeats < 1 or warmup < 0."""
     return interleaved({"fn": fn}, repeats=repeats, warmup=warmup)["fn"]
 
 
 def interleaved(fns: dict[str, Callable[[], Any]], repeats: int = 10, warmup: int = 1) -> dict[str, Timing]:
-    """Times several callables alternately in one run, so that a machine that slows down slows all of them.
+    """Times several callables in turn, every second round backwards, so that a drift of the machine meets all of them.
 
-    Each round calls every one once; every second round goes backwards, which also cancels a steady drift
-    within rounds. Compare two by `ratio`, which pairs them round by round.
-    Raises InvalidInputError for no callables, repeats < 1 or warmup < 0."""
+    `ratio` compares two by round. Raises InvalidInputError for no callables, repeats < 1 or warmup < 0."""
     if not fns or repeats < 1 or warmup < 0:
         raise InvalidInputError(
             f"cannot time {len(fns)} callables with {repeats} repeats after {warmup} warm-up calls; "
@@ -155,10 +148,8 @@ def ratio(numerator: Timing, denominator: Timing) -> Timing:
 def peak_memory(device: str = "cpu") -> int:
     """The most memory used so far, in bytes.
 
-    "cpu": resident memory of this whole process since it started, which nothing resets: measure in a fresh
-    process. "cuda" or "cuda:1": tensors that torch allocated there since the last
-    `torch.cuda.reset_peak_memory_stats`. Raises InvalidInputError for another device, MissingError
-    without a GPU."""
+    "cpu": resident memory of this process since it started (see `run_fresh`). "cuda", "cuda:1": tensors since the last
+    `torch.cuda.reset_peak_memory_stats`. Raises InvalidInputError for another device, MissingError without a GPU."""
     kind = device.partition(":")[0]
     if kind == "cpu":
         return _peak_resident_memory()
@@ -217,15 +208,12 @@ class CountedCost(NamedTuple):
 
 
 class ModelCost(NamedTuple):
-    """One ControlNet in one model, a single picture at the model's own size, without guidance."""
+    """`CountedCost` and what is measured, for a single picture at the model's own size, without guidance."""
 
     num_layers: int
     num_params: int
-    """Of the ControlNet."""
     gflops_controlnet: float
-    """One forward pass; 1 multiply-add = 2 FLOP."""
     gflops_step: float
-    """ControlNet and transformer: one denoising step."""
     step_seconds: float
     """Median of one denoising step, timed alternately with the others."""
     peak_memory: int

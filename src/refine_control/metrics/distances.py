@@ -55,10 +55,9 @@ def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
     """|m_r - m_g|^2 + tr C_r + tr C_g - 2 tr (C_r C_g)^(1/2), of means and covariances (over N - 1).
 
     FID when the features are Inception's. With C = R^T R the last trace is the sum of the singular values of
-    R_r R_g^T. The centred features are such an R, and QR makes one of D rows where N > D: no covariance is ever
-    formed and no root of a noisy eigenvalue taken, so that N < D, where C is singular, loses no digits. Equal sets
-    give 0 up to rounding, in any order. Raises InvalidInputError for features that are not (N, D), differ in D, hold
-    fewer than two pictures or are not finite."""
+    R_r R_g^T; R are the centred features, or for N > D their QR. No covariance is formed, so that N < D, where C is
+    singular, loses no digits. Raises InvalidInputError for features that are not (N, D), differ in D, hold fewer than
+    two pictures or are not finite."""
     left, right = check_features(reference, generated, minimum=2)
     return weighted_frechet(left, np.ones(len(left)), right, np.ones(len(right)))
 
@@ -66,11 +65,9 @@ def frechet_distance(reference: ArrayLike, generated: ArrayLike) -> float:
 def kid(reference: ArrayLike, generated: ArrayLike, block_size: int = 1000, seed: int = 0) -> BlockEstimate:
     """The unbiased squared MMD with the kernel (x . y / D + 1)^3, mean over disjoint blocks.
 
-    Both sets are shuffled apart from each other and cut into as many blocks as the smaller fills with `block_size`
-    pictures (or one block of all); the rest is spread, none is left out. For equal distributions the mean is zero
-    whatever N is, and single values lie on both sides of it. The sets count as independent: pictures which
-    belong in pairs are shuffled apart, but in a single block they still pull it down, in the order of 1/N.
-    Raises InvalidInputError as `frechet_distance` does, and for block_size < 2 or seed < 0."""
+    Both sets are shuffled separately and cut into as many blocks as the smaller fills with `block_size` pictures (or
+    one block of all); none is left out. For equal independent sets its expectation is zero at every N; sets in pairs
+    lower it by about 1/N. Raises InvalidInputError as `frechet_distance` does, and for block_size < 2 or seed < 0."""
     left, right = check_features(reference, generated, minimum=2)
     blocks = kid_blocks(len(left), len(right), block_size, seed)
     values = np.array([_unbiased_mmd(left[a], right[b]) for a, b in blocks])
@@ -81,9 +78,8 @@ def kid(reference: ArrayLike, generated: ArrayLike, block_size: int = 1000, seed
 def cmmd(reference: ArrayLike, generated: ArrayLike) -> float:
     """1000 times the squared MMD with a Gaussian kernel of sigma 10, of L2-normalised CLIP features.
 
-    The biased estimator (each picture with itself too), as published. On features of length 1 this wide kernel is
-    almost straight: with d the difference of the means, the value lies between 9.90 d^2 and 9.90 d^2 + 0.1, where
-    9.90 = 10 exp(-1/100) and the rest is what tells the second moments apart.
+    The biased estimator, as published. On features of length 1 the kernel is almost linear: with d the difference of
+    the means, the value lies between 9.90 d^2 and 9.90 d^2 + 0.1, where 9.90 = 10 exp(-1/100).
     Raises InvalidInputError for features that are not (N, D), differ in D, are none or are not finite."""
     return CMMD_SCALE * gaussian_mmd(reference, generated, CMMD_SIGMA)
 
@@ -179,8 +175,7 @@ def check_features(reference: ArrayLike, generated: ArrayLike, minimum: int = 1)
             raise InvalidInputError(f"{name} features have shape {array.shape}; give (pictures, features)")
         if len(array) < minimum:
             raise InvalidInputError(
-                f"{name} features are of {len(array)} picture{'s' * (len(array) != 1)}; this distance needs at "
-                f"least {minimum}"
+                f"{name} features: this distance needs at least {minimum} pictures, not {len(array)}"
             )
         bad = int((~np.isfinite(array)).sum())
         if bad:

@@ -9,6 +9,9 @@ is not the PSNR of the pooled error: 20.5 dB against 17.5 dB on the same two ima
 
 from __future__ import annotations
 
+from itertools import repeat
+from types import EllipsisType
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
@@ -42,29 +45,21 @@ _CHUNK_VALUES = 1 << 20  # values of one float64 working array: 8 MB
 def psnr(reference: Images, generated: Images, mask: Mask | None = None) -> PerImage:
     """PSNR = 10 log10(255^2 / MSE) of each image, the MSE over its pixels and all three channels.
 
-    With `mask` the MSE is over the inpainted pixels alone (still three channels each).
-    Returns (N,) float64 in dB, at most MAX_PSNR. Raises InvalidInputError for images or a mask
-    that are not as the module says, for no images, and for a mask without an inpainted pixel."""
+    With `mask` the MSE is over the inpainted pixels. Returns (N,) float64 in dB, at most MAX_PSNR. Raises
+    InvalidInputError for images or a mask that are not as the module says and for a mask without an inpainted pixel."""
     check_images(reference, generated)
     if mask is not None:
         check_mask(mask, reference)
-    return np.array(
-        [
-            _decibel(_mean_squared_error(reference[i], generated[i], None if mask is None else mask[i]))
-            for i in range(len(reference))
-        ]
-    )
+    masks = repeat(...) if mask is None else mask
+    return np.array([_psnr(*each) for each in zip(reference, generated, masks, strict=False)])
 
 
 def ssim(reference: Images, generated: Images, mask: Mask | None = None) -> PerImage:
     """SSIM of each image: Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, range 255, mean of three channels.
 
-    The mean is over window centres whose window lies wholly inside the image (5 pixels off each border),
-    as scikit-image with `gaussian_weights=True, use_sample_covariance=False`, pytorch-msssim and piq have it.
-    With `mask` it is over the inpainted centres among those: a window near the mask's edge also sees kept
-    pixels, and inpainted pixels within 5 of the border do not count.
-    Returns (N,) float64 in [-1, 1]. Raises InvalidInputError as `psnr` does, for images smaller than
-    11 x 11, and for a mask whose inpainted pixels all lie within 5 of the border."""
+    The mean over window centres at least 5 pixels from the border, with `mask` over the inpainted ones among them; as
+    scikit-image with `gaussian_weights=True, use_sample_covariance=False`. Returns (N,) float64 in [-1, 1]. Raises
+    InvalidInputError as `psnr` does, and for images or masks without such a centre."""
     check_images(reference, generated)
     count, height, width, channels = reference.shape
     if min(height, width) < SSIM_WINDOW:
@@ -127,8 +122,7 @@ def check_mask(mask: Mask, images: Images, border: int = 0) -> None:
     """Raises InvalidInputError unless `mask` is (N, H, W) bool and each image has an inpainted pixel
     at least `border` pixels from its edges.
 
-    Masks are known before anything is generated: call this with border=SSIM_RADIUS first, so that hours
-    of sampling do not end in a refusal."""
+    `ssim` needs border=SSIM_RADIUS: check before pictures are generated."""
     _check_mask_form(mask, images)
     _, height, width = mask.shape
     inside = mask[:, border : height - border, border : width - border]
@@ -148,18 +142,11 @@ def _check_mask_form(mask: Mask, images: Images) -> None:
         raise InvalidInputError(f"the mask has shape {mask.shape}; these images need {images.shape[:3]}")
 
 
-def _mean_squared_error(reference: Images, generated: Images, mask: Mask | None) -> float:
-    """One image (H, W, 3); integers until the division, so that it is exact."""
-    if mask is not None:
-        reference, generated = reference[mask], generated[mask]
-    difference = reference.astype(np.int32) - generated.astype(np.int32)
-    return int(np.square(difference).sum(dtype=np.int64)) / difference.size
-
-
-def _decibel(mean_squared_error: float) -> float:
-    if mean_squared_error == 0.0:
-        return MAX_PSNR
-    return min(MAX_PSNR, 10.0 * float(np.log10(DATA_RANGE**2 / mean_squared_error)))
+def _psnr(reference: Images, generated: Images, inside: Mask | EllipsisType) -> float:
+    """Of one image (H, W, 3); integers until the division, so that the error is exact."""
+    difference = reference[inside].astype(np.int32) - generated[inside].astype(np.int32)
+    error = int(np.square(difference).sum(dtype=np.int64)) / difference.size
+    return min(MAX_PSNR, 10.0 * float(np.log10(DATA_RANGE**2 / error))) if error else MAX_PSNR
 
 
 def _gaussian(images: NDArray[np.float64]) -> NDArray[np.float64]:

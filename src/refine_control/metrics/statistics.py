@@ -87,11 +87,9 @@ def gap_closed(
 ) -> Interval:
     """(ours - baseline) / (teacher - baseline) of the means: 0 at the baseline, 1 at the teacher.
 
-    The paper's 76.5 % of PSNR is this number. All three, (N,) or (S, N), are resampled together; the sign of
-    the metric does not matter, so that it also reads FID-like values where lower is better.
-    If the gap teacher - baseline is not statistically distinguishable from zero at this level, any share fits the
-    data and the ends are -inf and inf. Raises InvalidInputError as `paired_difference` does, and for a gap of
-    exactly zero, where there is no share at all."""
+    The paper's 76.5 % of PSNR is this number. All three, (N,) or (S, N), are resampled together; lower may be better.
+    If the gap teacher - baseline is not statistically distinguishable from zero at this level, the ends are -inf and
+    inf. Raises InvalidInputError as `paired_difference` does, and for a gap of exactly zero."""
     top, bottom, middle = _aligned({"teacher": teacher, "baseline": baseline, "ours": ours})
     gap, gain = top - bottom, middle - bottom
     if gap.mean() == 0.0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from refine_control.config import SamplerConfig
-from refine_control.metrics.cost import CountedCost, ModelCost, count_flops, count_parameters, interleaved, peak_memory
+from refine_control.metrics.cost import CountedCost, ModelCost, count_flops, count_parameters, interleaved, run_fresh
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals
 from refine_control.models.cpu_kernels import in_precision
@@ -51,9 +49,10 @@ def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
 
 def _peak_in_fresh_process(model: str, folder: str | None, precision: str) -> int:
     """Bytes at the peak of a process that loads the model and samples one picture; 0 where it could not."""
-    command = [sys.executable, "-m", "refine_control.study.model_cost", model, folder or "", precision]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(result.stdout.split()[-1]) if result.returncode == 0 else 0
+    try:
+        return run_fresh(_paint_one, model, folder, precision, device=best_device().type).peak_memory
+    except Exception:  # whatever ends it, the costs go on without this number
+        return 0
 
 
 def model_costs(
@@ -87,8 +86,8 @@ def compare(model: str, folders: Mapping[str, Path], teacher: str | None = None)
     return model_costs(backbone, controlnets, model, sources)
 
 
-def _main(model: str, folder: str, precision: str) -> None:
-    """Loads, samples one picture in two steps, prints the peak."""
+def _paint_one(model: str, folder: str | None, precision: str) -> None:
+    """Loads, and samples one picture in two steps."""
     import numpy as np
 
     from refine_control.pipeline.painting import make_pipeline, run_pipeline
@@ -102,8 +101,3 @@ def _main(model: str, folder: str, precision: str) -> None:
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
     pipeline = make_pipeline(backbone, controlnet)
     run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
-    print(peak_memory(backbone.device.type))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:4])

@@ -119,10 +119,8 @@ class Networks:
 
     def _answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
         residuals = self.residuals(controlnet, at, batch)
-        transformer = self.backbone.transformer
-        v = predict_velocity(
-            transformer, at.noisy_latents, at.sigmas, batch.prompt_embeds, batch.pooled_prompt_embeds, residuals
-        )
+        text = batch.prompt_embeds, batch.pooled_prompt_embeds
+        v = predict_velocity(self.backbone.transformer, at.noisy_latents, at.sigmas, *text, residuals)
         return Answer(residuals, v)
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
@@ -166,9 +164,6 @@ class Forward:
     @cached_property
     def student(self) -> Answer:
         return self.networks.student_answer(self.at, self.batch)
-
-
-# Terms
 
 
 def masked_task(forward: Forward, weights: LossWeights) -> torch.Tensor:

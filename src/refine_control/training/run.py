@@ -128,7 +128,7 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     return MixedBatches(batches(LABELED), batches(UNLABELED))
 
 
-def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
+def prepare(recipe: Recipe, device: torch.device) -> Networks:
     """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
     teacher = load_controlnet(recipe.teacher) if recipe.teacher else None
     backbone = load_backbone(recipe.model, teacher)
@@ -151,15 +151,8 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[Backbone, Networks]:
         for part in (backbone.transformer, backbone.pipeline.controlnet, student):
             for block in part.transformer_blocks:
                 block.compile()
-    networks = Networks(
-        backbone,
-        teacher,
-        student,
-        dtype=dtype,
-        sigmas=recipe.sigmas,
-        conditioning_scale=recipe.training.conditioning_scale,
-    )
-    return backbone, networks
+    scale = recipe.training.conditioning_scale
+    return Networks(backbone, teacher, student, dtype=dtype, sigmas=recipe.sigmas, conditioning_scale=scale)
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
@@ -189,9 +182,11 @@ _BY_CONTENT = ("model", "teacher", "init_from", "data.labeled", "data.unlabeled"
 """Settings that a run is known by the contents of."""
 
 
-def _what_changed(previous: Recipe | None, recipe: Recipe) -> str:
+def _what_changed(run_dir: Path, recipe: Recipe) -> str:
     """What makes a run another one than that of its folder: each setting with its old and new value."""
-    if previous is None:
+    try:
+        previous = load_recipe(run_dir / "recipe.yaml")
+    except InvalidInputError:
         return "its recipe cannot be read; choose another folder"
     before, now = (_settings(each.model_dump(mode="json", exclude={"paper"})) for each in (previous, recipe))
     changed = {key for key in {**before, **now} if before.get(key) != now.get(key)}
@@ -209,27 +204,19 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _recipe_in(run_dir: Path) -> Recipe | None:
-    """The recipe that a run folder was last started with."""
-    try:
-        return load_recipe(run_dir / "recipe.yaml")
-    except InvalidInputError:
-        return None
-
-
 def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path], recipe: Recipe) -> Trained | None:
     """The finished student of the same run, verified; None where there is none.
 
     Raises InvalidInputError where the folder has another run's student or checkpoint."""
     for folder in (run_dir / STUDENT, *(other / STUDENT for other in elsewhere)):
-        if (folder / MANIFEST).is_file() and read_manifest(folder, verify=False, required=("fingerprint", "steps"))[
-            "fingerprint"
-        ] == mark:
-            return Trained(folder, read_manifest(folder)["steps"], 0.0)
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder, verify=False, required=("fingerprint", "steps"))
+            if manifest["fingerprint"] == mark:
+                return Trained(folder, read_manifest(folder)["steps"], 0.0)
     if (run_dir / STUDENT / MANIFEST).is_file():
-        changed = _what_changed(_recipe_in(run_dir), recipe)
+        changed = _what_changed(run_dir, recipe)
         raise InvalidInputError(f"{run_dir} holds the student of another recipe, teacher or data: {changed}")
-    refuse_other_run(run_dir, mark, lambda: _what_changed(_recipe_in(run_dir), recipe))
+    refuse_other_run(run_dir, mark, lambda: _what_changed(run_dir, recipe))
     return None
 
 
@@ -273,7 +260,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
     main = is_main_process()
     with torch_threads(recipe.training.threads), only_writer(run_dir) if main else nullcontext():
         device = training_device()
-        backbone, networks = prepare(recipe, device)
+        networks = prepare(recipe, device)
+        backbone = networks.backbone
         mark = run_mark(recipe, backbone)
         if done := _done(run_dir, mark, elsewhere, recipe):
             return done
@@ -283,16 +271,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         if main:
             write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
-        fitted = fit(
-            objective,
-            batches,
-            recipe.optimizer,
-            recipe.training,
-            run_dir,
-            mark,
-            validate=validate,
-            progress=progress,
-        )
+        configs = recipe.optimizer, recipe.training
+        fitted = fit(objective, batches, *configs, run_dir, mark, validate=validate, progress=progress)
         student = networks.student.to("cpu", torch.float32)  # type: ignore[arg-type]
         student.load_state_dict(fitted.weights, strict=False)
         if main:
