@@ -42,19 +42,19 @@ def _peak_in_fresh_process(baseline: Baseline) -> int:
     """Bytes at the peak of a process that loads the baseline on the same device and repaints one picture."""
     precision = "bf16" if "bfloat16" in str(baseline.denoiser.dtype) else "fp32"
     device = str(baseline.denoiser.device)
-    arguments = (baseline.name, baseline.size, controlnet, device, precision)
+    arguments = (baseline.name, baseline.size, device, precision)
     try:
         return run_fresh(_paint_one, *arguments, device=device).peak_memory
     except Exception:  # whatever ends it, the costs go on without this number
         return 0
 
 
-def _paint_one(name: str, side: int, controlnet: str | None, place: str, precision: Precision) -> None:
+def _paint_one(name: str, side: int, place: str, precision: Precision) -> None:
     """Loads, and repaints one picture in two steps."""
     import torch
 
     torch.set_num_threads(1)
-    baseline = load_baseline(name, controlnet=controlnet, size=side, device=place, precision=precision)
+    baseline = load_baseline(name, size=side, device=place, precision=precision)
     image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
     mask[:, side // 4 : side // 2, side // 4 : side // 2] = True
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=1.0, precision=precision)

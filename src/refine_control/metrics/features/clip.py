@@ -114,7 +114,7 @@ def central_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def load_clip_text(weights: Path | None = None, device: str | torch.device = "cpu") -> ClipText:
-    """The published tower, fp32; its tokenizer lies beside the weights.
+    """The published tower, fp32; its tokenizer is expected in the folder of the weights.
 
     Raises MissingError when either is nowhere, DamagedError for weights with another sha256."""
     from transformers import CLIPTextConfig, CLIPTokenizer
