@@ -1,9 +1,8 @@
 """`data annotate`: photographs -> regions and their prompts, one row for each region in `manifest.jsonl`.
 
-The result is a source like any other: `data review` shows it to people, `data build` makes shards of it.
-The work is done in parts by an engine, and `annotation.parts` keeps the finished ones: the same command after a kill
-ends with the same bytes, and annotates again only photos whose content has changed. A photo that a model refuses or
-fails on is a line of `rejects.jsonl`; the same command leaves it there, with `retry_failed` it is tried again.
+The result is a source for `data review` and `data build`. An engine does the work in parts, and `annotation.parts`
+keeps the finished ones: the same command after a kill ends with the same bytes, and annotates again only photos whose
+content has changed. A photo that a model fails on is a line of `rejects.jsonl`, tried again only by `retry_failed`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -85,13 +84,8 @@ def annotate(
     listing, count = _survey(source, images, chosen.limit)
     if not count:
         raise InvalidInputError(f"no photo was found in {source}; name a folder of photos, tars or a manifest")
-    parameters = {
-        **asdict(chosen),
-        "format": FORMAT,
-        "source": str(source.resolve()),
-        "listing": listing,
-        "photos": count,
-    }
+    parameters = {**asdict(chosen), "format": FORMAT, "source": str(source.resolve())}
+    parameters |= {"listing": listing, "photos": count}
     with only_writer(out):
         _check_folder(out, parameters)
         parts = Parts(out, lambda: _photos(source, images, chosen.limit), chosen.masks == "given", retry_failed)
@@ -133,7 +127,7 @@ def _survey(source: Path, images: Path | None, limit: int | None) -> tuple[str, 
     return digest.hexdigest(), count
 
 
-def _check_folder(out: Path, parameters: dict[str, Any]) -> None:
+def _check_folder(out: Path, parameters: Mapping[str, Any]) -> None:
     """Refuses a folder of something else, or of another annotation."""
     path = out / PARAMETERS
     if not path.is_file():
@@ -154,11 +148,10 @@ def _check_folder(out: Path, parameters: dict[str, Any]) -> None:
 
 def _summary(out: Path, photos: int, seconds: float, did_nothing: bool = False) -> AnnotateSummary:
     """Counted from what was published."""
-    rows, problems, rejects = 0, Counter[str](), Counter[str]()
-    with (out / MANIFEST_NAME).open() as lines:
-        next(lines)
-        for rows, line in enumerate(lines, 1):  # noqa: B007 -- the last number is used
-            problems.update(json.loads(line)["prompt_problems"])
-    with (out / REJECTS).open() as lines:
-        rejects.update(json.loads(line)["reason"] for line in lines)
+    rows, problems = -1, Counter[str]()  # the first line is the manifest's header
+    with (out / MANIFEST_NAME).open() as manifest, (out / REJECTS).open() as lines:
+        for line in manifest:
+            rows += 1
+            problems.update(json.loads(line).get("prompt_problems", ()))
+        rejects = Counter(json.loads(line)["reason"] for line in lines)
     return AnnotateSummary(out, photos, rows, dict(problems), dict(rejects), seconds, did_nothing)

@@ -9,7 +9,7 @@ not apply to another photo of the same name. The id of the source is kept as `so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -192,7 +192,7 @@ def _given(entries: Sequence[Entry], content: Contents, rejects: list[Reject]) -
             rejects.append(_reject(entry, error))
             continue
         name = make_key(entry.image, content.photo + region, id_of(entry))
-        facts: dict[str, Any] = {"source_id": entry.meta["id"]} if "id" in entry.meta else {}
+        facts: ManifestRow = {"source_id": entry.meta["id"]} if "id" in entry.meta else {}
         facts |= {"mask": entry.mask} if entry.mask else {"segmentation": entry.segmentation}
         rows.append((_row(entry, name, mask, {**facts, "mask_source": "given"}), mask))
     return rows
@@ -205,7 +205,7 @@ def _without(done: Done, rows: Sequence[ManifestRow], why: str) -> Done:
     return replace(done, rows=[row for row in done.rows if row["id"] not in moved], rejects=done.rejects + rejects)
 
 
-def _row(entry: Entry, name: str, mask: np.ndarray, region: dict[str, Any]) -> ManifestRow:
+def _row(entry: Entry, name: str, mask: np.ndarray, region: Mapping[str, Any]) -> ManifestRow:
     """What the manifest says of one region; the source's own facts stay."""
     (height, width), (y0, x0, y1, x1) = mask.shape, box_of(mask)
     prompt = {"local_prompt": entry.prompt, "local_prompt_source": "given"} if entry.prompt else {}

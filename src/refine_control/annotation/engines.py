@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from refine_control.errors import MissingError, WorkerDiedError
 from refine_control.workers import workers
@@ -92,7 +92,9 @@ def ray_actors(count: int, gpus: float = 0.0) -> Engine:
             while window := list(itertools.islice(parts, _WINDOW)):
                 rows = ray.data.from_items([{"part": part} for part in window], override_num_blocks=len(window))
                 actors = min(count, len(window))
-                done = rows.map(_Actor, fn_constructor_args=(make_worker,), concurrency=actors, num_gpus=gpus or None)
+                done = rows.map(
+                    cast(Any, _Actor), fn_constructor_args=(make_worker,), concurrency=actors, num_gpus=gpus or None
+                )
                 for row in done.iter_rows():
                     yield row["part"], row["result"]
         except RayError as error:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -120,7 +121,7 @@ def export_tasks(folder: Path, out: Path) -> ExportSummary:
     return ExportSummary(tasks, dict(refused))
 
 
-def _task(row: Row, decision: Decision | None) -> dict[str, Any]:
+def _task(row: Row, decision: Decision | None) -> Mapping[str, Any]:
     """One task, whose prediction is the decision so far. Raises Rejected where there is no picture or no region."""
     view = load_view(row.entry)
     mask = _mask_at(row, view.size)
@@ -178,7 +179,7 @@ def import_annotations(json_path: Path, folder: Path) -> ImportSummary:
     return summary
 
 
-def _tasks(path: Path) -> list[dict[str, Any]]:
+def _tasks(path: Path) -> list[Mapping[str, Any]]:
     """The tasks of an export, each with its data and annotations."""
     try:
         tasks = json.loads(path.read_bytes())
@@ -204,7 +205,7 @@ def _records(value: object) -> bool:
     )
 
 
-def _read(row: Row, annotation: dict[str, Any]) -> tuple[Decision, bool] | None:
+def _read(row: Row, annotation: Mapping[str, Any]) -> tuple[Decision, bool] | None:
     """What an annotation decides on its row, and whether the region was changed; None where nothing is decided."""
     values, brushes = dict[str, Any](), []
     for part in annotation.get("result", ()):
@@ -233,7 +234,7 @@ def _reviewer(person: object) -> str:
     return "label-studio" if person is None else f"label-studio-{number if counted is None else counted}"
 
 
-def _repainted(row: Row, brushes: list[dict[str, Any]]) -> bool:
+def _repainted(row: Row, brushes: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the union of the painted regions is another mask than the row's."""
     painted: np.ndarray | None = None
     for part in brushes:

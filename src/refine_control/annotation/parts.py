@@ -16,7 +16,7 @@ import itertools
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -203,7 +203,7 @@ class Parts:
             photos[place] = done or previous
         self._write(part.number, photos)
 
-    def publish(self, header: dict[str, Any], count: int) -> None:
+    def publish(self, header: ManifestRow, count: int) -> None:
         """The parts of `count` photos in their order as rejects, marks and, last, the manifest; then the parts go."""
         for name, first, lines_of in (
             (REJECTS, [], lambda done: map(asdict, done.rejects)),
@@ -273,7 +273,7 @@ class Parts:
                 yield Done(mark, of_photo, [Reject(**json.loads(next(rejects))) for _ in range(num_rejects)])
 
 
-def _marked(mark: Mark, rows: int, rejects: int) -> dict[str, Any]:
+def _marked(mark: Mark, rows: int, rejects: int) -> Mapping[str, Any]:
     """A line of `photos.jsonl`."""
     return {**asdict(mark), "rows": rows, "rejects": rejects}
 
@@ -289,5 +289,5 @@ def _batched(items: Iterator[_Item]) -> Iterator[list[_Item]]:
         yield chunk
 
 
-def _write_lines(file: BinaryIO, values: Iterable[dict[str, Any]]) -> None:
+def _write_lines(file: BinaryIO, values: Iterable[Mapping[str, Any]]) -> None:
     file.writelines(json.dumps(value, sort_keys=True).encode() + b"\n" for value in values)

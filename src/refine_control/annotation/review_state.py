@@ -5,15 +5,56 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refine_control.annotation.review_rows import Row, View, decide_row, load_view, read_rows
 from refine_control.errors import InvalidInputError, StorageError
-from refine_control.photos.decisions import DECISIONS_NAME, UNDO, DecisionLog, append_decision, as_json, decide
+from refine_control.photos.decisions import DECISIONS_NAME, UNDO, Decision, DecisionLog, append_decision, decide
 from refine_control.records import Rejected, one_line
 
 _VIEWS_KEPT = 24
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What does not change of all rows, column by column."""
+
+    title: str
+    reviewer: str | None
+    ids: list[str]
+    problems: list[int]
+    """How many each row has."""
+    scores: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What one reviewer decided, the rows in disagreement, and who else decides."""
+
+    mine: dict[str, str]
+    """Action by row."""
+    differ: list[str]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class RowState:
+    """All of one row."""
+
+    id: str
+    image: str
+    prompt: str
+    global_prompt: str
+    problems: Sequence[str]
+    facts: Mapping[str, Any]
+    mine: Decision | None
+    num_others: int
+    others: list[Decision] | None
+    """None as long as they are not shown."""
+    differ: bool
 
 
 class Review:
@@ -32,55 +73,53 @@ class Review:
         self._views: OrderedDict[tuple[str, bool], View | Rejected] = OrderedDict()
         self._decoding, self._deciding = threading.Lock(), threading.Lock()
 
-    def columns(self) -> dict[str, Any]:
-        """What does not change of all rows, column by column; a score that a row lacks is None."""
-        names = sorted({name for row in self.rows.values() for name in row.scores})
-        return {
-            "title": self.folder.resolve().name,
-            "reviewer": self.reviewer,
-            "ids": list(self.rows),
-            "problems": [len(row.problems) for row in self.rows.values()],
-            "scores": {name: [row.scores.get(name) for row in self.rows.values()] for name in names},
-        }
+    def columns(self) -> Columns:
+        """The columns of all rows; a score that a row lacks is None."""
+        rows = self.rows.values()
+        names = sorted({name for row in rows for name in row.scores})
+        scores = {name: [row.scores.get(name) for row in rows] for name in names}
+        problems = [len(row.problems) for row in rows]
+        return Columns(self.folder.resolve().name, self.reviewer, list(self.rows), problems, scores)
 
-    def state(self, reviewer: str) -> dict[str, Any]:
-        """The action of each row that this reviewer decided, the rows in disagreement, and who else decides."""
+    def state(self, reviewer: str) -> State:
+        """The state of the review for one reviewer."""
         reviewer = self._name(reviewer)
         with self._deciding:
             self._log.refresh()
             known = [id for id in self._log.ids() if id in self.rows]
             mine = {id: last.action for id in known if (last := self._log.of(id).get(reviewer))}
             differ = [id for id in known if self._log.disagree(id)]
-            return {"mine": mine, "differ": differ, "others": sorted(self._log.reviewers() - {reviewer})}
+            return State(mine, differ, sorted(self._log.reviewers() - {reviewer}))
 
-    def row(self, id: str, reviewer: str, others: bool = False) -> dict[str, Any]:
+    def row(self, id: str, reviewer: str, others: bool = False) -> RowState:
         """All of one row; what others said only with `others` or after this reviewer's own decision."""
         row, reviewer = self._row(id), self._name(reviewer)
         with self._deciding:
             self._log.refresh()
-            said = self._log.of(id)
-            differ = self._log.disagree(id)
-        mine = said.pop(reviewer, None)
+            decisions, differ = self._log.of(id), self._log.disagree(id)
+        mine = decisions.pop(reviewer, None)
         shown = others or mine is not None
-        return {
-            "id": id,
-            "image": row.entry.image,
-            "prompt": row.entry.prompt or "",
-            "global_prompt": row.entry.global_prompt,
-            "problems": row.problems,
-            "facts": {name: value for name, value in row.entry.meta.items() if value != "" and name != "id"},
-            "mine": as_json(mine),
-            "num_others": len(said),
-            "others": [as_json(each) for each in sorted(said.values(), key=lambda each: each.time)] if shown else None,
-            "differ": differ and shown,
-        }
+        entry, theirs = row.entry, sorted(decisions.values(), key=lambda each: each.time)
+        facts = {name: value for name, value in entry.meta.items() if value != "" and name != "id"}
+        return RowState(
+            id,
+            entry.image,
+            entry.prompt or "",
+            entry.global_prompt,
+            row.problems,
+            facts,
+            mine,
+            num_others=len(theirs),
+            others=theirs if shown else None,
+            differ=differ and shown,
+        )
 
-    def decide(self, id: str, action: str, reviewer: str, prompt: str | None = None) -> dict[str, Any]:
+    def decide(self, id: str, action: str, reviewer: str, prompt: str | None = None) -> RowState:
         """Writes a decision and then answers as `row`. An edit that changes nothing is an acceptance."""
         append_decision(self.path, decide_row(self._row(id), action, self._name(reviewer), prompt))
         return self.row(id, reviewer)
 
-    def undo(self, reviewer: str) -> dict[str, Any] | None:
+    def undo(self, reviewer: str) -> RowState | None:
         """Takes back what this reviewer decided last and still stands; that row, or None where nothing stands."""
         reviewer = self._name(reviewer)
         with self._deciding:

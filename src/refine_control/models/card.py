@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 BUNDLE = Path(__file__).parent / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
@@ -13,6 +12,6 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scal
 """What a bundle paints well with; a trial of guidance is in docs/trials.md."""
 
 
-def own_sampling(model: str) -> dict[str, Any]:
+def own_sampling(model: str) -> dict[str, float]:
     """Fields of SamplerConfig for a model, where nobody says; none for SD3, whose are the defaults."""
     return dict(SAMPLING) if model == "mini" or (Path(model) / CARD).is_file() else {}

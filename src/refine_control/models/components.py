@@ -1,8 +1,7 @@
 """Strict loading of one component of a model folder in diffusers layout: network, tokenizer or scheduler.
 
-A network is built on the meta device from its config.json and compared with the headers of its safetensors (names,
-shapes, types) before any weight is read. diffusers and transformers themselves accept weights that disagree with the
-config, and fill what is missing at random (docs/paper.md, trap 5).
+The headers of the safetensors (names, shapes, types) are compared with a network on the meta device before any weight
+is read. diffusers and transformers accept weights that disagree with the config (docs/paper.md, trap 5).
 """
 
 from __future__ import annotations
@@ -213,7 +212,7 @@ def _read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str
     return tensors
 
 
-def read_config(component: Any, folder: Path, name: str = "config.json") -> dict[str, Any]:
+def read_config(component: Any, folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     """The config of a component, its class and options checked; what it leaves out is not filled in."""
     path = folder / name
     config = read_json(path, f"fetch or copy the whole {component.__name__}")

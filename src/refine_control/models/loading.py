@@ -131,7 +131,7 @@ def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: in
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
 
 
-def _classes() -> dict[str, Any]:
+def _classes() -> dict[str, type]:
     """The classes of SD3's components, the small ones first: a wrong folder is refused before gigabytes are read."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 

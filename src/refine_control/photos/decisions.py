@@ -21,7 +21,6 @@ from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.photos.values import whole
@@ -245,8 +244,3 @@ def _close_last_line(descriptor: int) -> int:
         return end + 1
     os.ftruncate(descriptor, end - len(tail))
     return end - len(tail)
-
-
-def as_json(decision: Decision | None) -> dict[str, Any] | None:
-    """The fields of a decision."""
-    return None if decision is None else asdict(decision)
