@@ -24,15 +24,7 @@ import numpy as np
 from refine_control.annotation.brush import decode_brush, encode_brush
 from refine_control.annotation.review_rows import Row, decide_row, grey_mask, load_view, read_rows
 from refine_control.errors import InvalidInputError
-from refine_control.photos.decisions import (
-    ACCEPT,
-    DECISIONS_NAME,
-    EDIT,
-    REJECT,
-    Decision,
-    DecisionLog,
-    append_decision,
-)
+from refine_control.photos.decisions import ACCEPT, DECISIONS_NAME, EDIT, REJECT, Decision, DecisionLog, append_decision
 from refine_control.photos.load import load_mask
 from refine_control.photos.values import whole
 from refine_control.records import Rejected, one_line
