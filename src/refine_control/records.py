@@ -21,6 +21,8 @@ UNLABELED = "unlabeled"
 """Photo, mask and prompt without the pixels of the hole: they exist nowhere in the shards."""
 TEST = "test"
 """Photo, mask and prompt that no training sees."""
+Row = dict[str, Any]
+"""A JSON object whose names and values somebody else chose; `photos.values` checks them."""
 ROLES: tuple[str, ...] = (LABELED, UNLABELED, TEST)
 MAX_PIXELS = 100_000_000
 """A picture of so many pixels or more is taken for a decompression bomb."""
@@ -40,7 +42,7 @@ class Photo:
     """What belongs in the hole."""
     global_prompt: str = ""
     """What the whole photo shows; empty where nobody said."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Row = field(default_factory=dict)
     """JSON values: source, license, photo (which photograph this is, whatever the mask) and the like."""
 
 
@@ -117,11 +119,16 @@ class Entry:
     mask: str | None
     prompt: str | None
     global_prompt: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Row = field(default_factory=dict)
     problem: tuple[RejectReason, str] | None = None
     """Why the entry cannot be loaded, where this is known before any file is opened."""
-    segmentation: dict[str, Any] | list[Any] | None = None
+    segmentation: Row | list[Any] | None = None
     """The region as COCO's run lengths or polygons (see `photos.regions`), instead of a mask's file."""
+
+    @classmethod
+    def refused(cls, root: Path, image: str, reason: RejectReason, detail: str, key: str = "") -> Entry:
+        """An entry of which nothing else is known than why it cannot be loaded."""
+        return cls(key or make_key(image, None), root, image, None, None, problem=(reason, detail))
 
     @property
     def image_path(self) -> Path:
@@ -148,7 +155,7 @@ def one_line(value: object) -> str:
     return " ".join(value.encode("utf-8", "replace").decode().split()) if isinstance(value, str) else ""
 
 
-def flat_meta(row: dict[str, Any], without: frozenset[str] | set[str]) -> dict[str, Any]:
+def flat_meta(row: Row, without: frozenset[str]) -> Row:
     """The texts and finite numbers of a source's row, for `Entry.meta`."""
     return {
         key: one_line(value) if isinstance(value, str) else value

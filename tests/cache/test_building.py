@@ -14,7 +14,6 @@ from refine_control.conditions.inpainting import masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.miniature.scene_shards import scene_photos
-from refine_control.photos.buckets import BucketWriter
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 
@@ -257,7 +256,7 @@ def of_sizes(count):
 
 def test_a_cache_of_several_sizes_holds_what_the_model_encodes(tmp_path, tiny_backbone):
     photos = of_sizes(12)
-    writer = BucketWriter(tmp_path / "shards", LABELED, samples_per_shard=5)
+    writer = ShardWriter(tmp_path / "shards", LABELED, samples_per_shard=5, several_sizes=True)
     for photo in photos:
         writer.add(photo)
     writer.finish()
@@ -289,7 +288,7 @@ def test_a_cache_of_several_sizes_holds_what_the_model_encodes(tmp_path, tiny_ba
 
 
 def test_one_size_of_a_build_with_buckets_is_stored_as_ever(cached, tmp_path, tiny_backbone):
-    writer = BucketWriter(tmp_path / "shards", LABELED)
+    writer = ShardWriter(tmp_path / "shards", LABELED, several_sizes=True)
     for photo in PHOTOS:
         writer.add(photo)
     writer.finish()

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from refine_control.errors import InvalidInputError, MissingError, WorkerDiedError
-from refine_control.photos import coco_listing
 from refine_control.photos.decisions import EDIT, REJECT, UNDO, append_decision, decide
 from refine_control.photos.download import command_for, download, read_layout
 from refine_control.photos.files import read_bytes
@@ -191,7 +190,7 @@ def test_coco_rows_of_the_wrong_kind_are_told(tmp_path):
 def test_coco_lists_may_have_any_order(tmp_path, monkeypatch, alike):
     """Against a plain search through the rows."""
     if alike:
-        monkeypatch.setattr(coco_listing, "_number", lambda name: int(isinstance(name, int | str)))
+        monkeypatch.setattr("refine_control.photos.coco._number", lambda name: int(isinstance(name, int | str)))
     for seed in range(30):
         draw = random.Random(seed)
         ids = draw.sample([7, "8", "ü", 10**30, "007", 0], draw.randint(0, 6))

@@ -1,9 +1,7 @@
 """Aspect-ratio buckets: the few sizes that samples of about `size`^2 pixels may have, and which of them a photo gets.
 
-`sizes_for` is the list, `nearest` the choice; both are pure functions of whole numbers. A role's shards may hold all
-sizes in any order (the index tells each sample's), because the order of the samples is then that of the source as
-it is with squares, and nothing changes for who reads a sample by its number or checks a shard's bytes. Whoever needs
-samples of one size together, as a batch does, groups them by `grouped`.
+`sizes_for` is the list, `nearest` the choice; both are pure functions of whole numbers. Shards keep the samples in the
+order of the source; `grouped` gives those of one size together, as batches need them.
 """
 
 # (H, W) pixels everywhere
@@ -11,14 +9,12 @@ samples of one size together, as a batch does, groups them by `grouped`.
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import repeat
-from typing import Any
 
 from refine_control.errors import InvalidInputError
-from refine_control.photos.shards import Shards, ShardWriter
+from refine_control.photos.shards import Shards
 from refine_control.records import Photo
 
 STEP = 16
@@ -66,45 +62,8 @@ def grouped(sizes: Iterable[Size]) -> dict[Size, array[int]]:
 
 def sizes_of(photos: Sequence[Photo]) -> Iterator[Size]:
     """The size of each sample; of shards by their index, without decoding any."""
-    if not isinstance(photos, Shards):
-        return (_pair(photo.mask.shape) for photo in photos)
-    same = photos.manifest["image_size"]
-    return repeat(_pair(same), len(photos)) if same else (_pair(record["shape"]) for record in photos.records)
-
-
-def _pair(shape: Sequence[int]) -> Size:
-    height, width = shape
-    return height, width
-
-
-class BucketWriter(ShardWriter):
-    """A ShardWriter for samples of several sizes.
-
-    The manifest says `image_sizes`, [H, W, samples] of each; its `image_size` is null where there are several."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._counts = Counter[Size]()
-
-    def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:
-        """As `ShardWriter.add`, whatever the size of the sample before."""
-        self._size = None
-        super().add(photo, members)
-
-    def cut(self) -> list[dict[str, Any]]:
-        """As `ShardWriter.cut`."""
-        published = super().cut()
-        self._counts.update(_pair(record["shape"]) for record in published)
-        return published
-
-    def adopt(self, records: list[dict[str, Any]]) -> None:
-        """As `ShardWriter.adopt`."""
-        super().adopt(records)
-        self._counts.update(_pair(record["shape"]) for record in records)
-
-    def finish(self, **described: Any) -> dict[str, Any]:
-        """As `ShardWriter.finish`."""
-        self.cut()
-        self._size = next(iter(self._counts)) if len(self._counts) == 1 else None
-        sizes = [[*size, count] for size, count in sorted(self._counts.items())]
-        return super().finish(**described, image_sizes=sizes)
+    shapes: Iterable[Sequence[int]] = (photo.mask.shape for photo in photos)
+    if isinstance(photos, Shards):
+        same = photos.manifest["image_size"]
+        shapes = repeat(same, len(photos)) if same else (record["shape"] for record in photos.records)
+    return ((height, width) for height, width in shapes)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
 from refine_control.folders import Kind, refuse_output_kind
-from refine_control.photos.buckets import BucketWriter
 from refine_control.photos.build_parameters import Parameters
 from refine_control.photos.load import load
 from refine_control.photos.shards import MADE_BY, Shards, ShardWriter, encode, open_manifest, write_manifest
@@ -160,8 +159,7 @@ def _build_roles(job: _Job, out: Path, surveyed: Survey, in_order: InOrder, prog
     described = {"parameters": chosen.as_dict(), "source_sha256": surveyed.sha256}
     roles = split(surveyed.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
     for role in ROLES:
-        kind = BucketWriter if chosen.buckets else ShardWriter
-        writer = kind(out / role, role, chosen.samples_per_shard, chosen.image_format)
+        writer = ShardWriter(out / role, role, chosen.samples_per_shard, chosen.image_format, chosen.buckets)
         runs = _batched(_role_entries(role, job, surveyed, roles), chosen.samples_per_shard)
         for number, run in enumerate(runs):
             part = out / _PARTS / f"{role}-{number:05d}.json"

@@ -24,15 +24,18 @@ from refine_control.errors import InvalidInputError, MissingError, WorkerDiedErr
 from refine_control.storage import only_writer, sha256_file, write_atomic
 
 TOOL = "img2dataset"
+SHORT_SIDE = 1024
+SAMPLES_PER_SHARD = 10_000
 REQUEST = "request"
 """The file in `out` that says what was asked for; a name in .json would be taken for one of the tool's own."""
+_SEPARATORS = {".tsv": "\t", ".csv": ","}
 _URL_COLUMNS = ("photo_image_url", "URL", "url", "image_url")
 _CAPTION_COLUMNS = ("ai_description", "photo_description", "TEXT", "caption", "text")
 _KEPT_COLUMNS = ("photo_id", "photographer_username", "license", "LICENSE")
 
 
 class UrlList(NamedTuple):
-    """What a list of addresses is to the tool."""
+    """How the tool reads a list of addresses."""
 
     input_format: str
     """txt, csv, tsv or parquet."""
@@ -40,7 +43,7 @@ class UrlList(NamedTuple):
     """The column of the addresses; None in a text."""
     caption: str | None
     kept: list[str]
-    """Columns that go into each photo's .json."""
+    """Columns that are copied into each photo's .json."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +61,25 @@ def read_layout(urls: Path) -> UrlList:
     if not urls.exists():
         raise InvalidInputError(f"{urls} does not exist; name a list of addresses: .tsv, .csv, .parquet or .txt")
     suffix = urls.suffix.lower()
-    tables = sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls] if suffix == ".parquet" else []
-    kind = "parquet" if tables else next((each for each in ("tsv", "csv") if suffix.startswith(f".{each}")), None)
     if urls.is_file() and suffix == ".txt":
         return UrlList("txt", None, None, [])
-    if kind is None or not (tables or urls.is_file()):
+    tables = sorted(urls.glob("*.parquet")) if urls.is_dir() else [urls] if suffix == ".parquet" else []
+    separator = next((each for name, each in _SEPARATORS.items() if suffix.startswith(name)), None)
+    if not tables and (separator is None or not urls.is_file()):
         raise InvalidInputError(f"{urls} is no list of addresses; want .tsv, .csv, .parquet (or a folder) or .txt")
-    columns = _parquet_columns(tables[0]) if tables else _first_line(urls, "\t" if kind == "tsv" else ",")
-    url = next((name for name in _URL_COLUMNS if name in columns), None)
+    if tables:
+        kind, columns = "parquet", _parquet_columns(tables[0])
+    else:
+        with urls.open("rb") as lines:
+            header = lines.readline(1 << 20).decode("utf-8-sig", "replace")
+        kind, columns = suffix[1:4], [name.strip().strip('"') for name in header.split(separator)]
+    url, caption = (
+        next((name for name in names if name in columns), None) for names in (_URL_COLUMNS, _CAPTION_COLUMNS)
+    )
     if url is None:
         fault = f"has no column of addresses; want one of {', '.join(_URL_COLUMNS)}, found {', '.join(columns)}"
         raise InvalidInputError(f"{urls} {fault}")
-    caption = next((name for name in _CAPTION_COLUMNS if name in columns), None)
-    kept = [] if tables else [name for name in _KEPT_COLUMNS if name in columns]
-    return UrlList(kind, url, caption, kept)
-
-
-def _first_line(table: Path, separator: str) -> list[str]:
-    with table.open("rb") as lines:
-        line = lines.readline(1 << 20).decode("utf-8-sig", "replace")
-    return [name.strip().strip('"') for name in line.split(separator)]
+    return UrlList(kind, url, caption, [] if tables else [name for name in _KEPT_COLUMNS if name in columns])
 
 
 def _parquet_columns(table: Path) -> list[str]:
@@ -97,60 +99,40 @@ def _parquet_columns(table: Path) -> list[str]:
     return list(dict.fromkeys(name.decode("utf-8", "replace") for name in names))
 
 
-def command_for(
-    urls: Path,
-    out: Path,
-    *,
-    longest_short_side: int = 1024,
-    processes: int = 1,
-    threads: int = 32,
-    samples_per_shard: int = 10_000,
-) -> list[str]:
-    """The command line that `download` runs, for people to see first. Photos are shrunk, never enlarged, so that the
-    shorter side has at most `longest_short_side` pixels."""
+def command_for(urls: Path, out: Path) -> list[str]:
+    """The command line that `download` runs. Photos are reduced, never enlarged, to a shorter side of SHORT_SIDE."""
     layout = read_layout(urls)
+    kept = json.dumps(layout.kept, separators=(",", ":")) if layout.kept else None
     options: dict[str, object] = {
         "url_list": urls.absolute(),  # the tool takes a bare number for a number
         "output_folder": out.absolute(),
         "output_format": "webdataset",
         "input_format": layout.input_format,
-        "image_size": longest_short_side,
+        "image_size": SHORT_SIDE,
         "resize_mode": "keep_ratio",
         "resize_only_if_bigger": True,
         "encode_quality": 95,
         "extract_exif": False,
-        "number_sample_per_shard": samples_per_shard,
-        "processes_count": processes,
-        "thread_count": threads,
+        "number_sample_per_shard": SAMPLES_PER_SHARD,
+        "processes_count": 1,
+        "thread_count": 32,
+        "url_col": layout.url,
+        "caption_col": layout.caption,
+        "save_additional_columns": kept,
     }
-    if layout.url is not None:
-        options["url_col"] = layout.url
-    if layout.caption is not None:
-        options["caption_col"] = layout.caption
-    if layout.kept:
-        options["save_additional_columns"] = json.dumps(layout.kept, separators=(",", ":"))
-    return [TOOL, *(f"--{name}={value}" for name, value in options.items())]
+    return [TOOL, *(f"--{name}={value}" for name, value in options.items() if value is not None)]
 
 
-def download(
-    urls: Path,
-    out: Path,
-    *,
-    longest_short_side: int = 1024,
-    processes: int = 1,
-    threads: int = 32,
-    samples_per_shard: int = 10_000,
-) -> Downloaded:
-    """Downloads what `urls` lists into tars under `out`, or goes on with it; what the tool says goes to stderr.
+def download(urls: Path, out: Path) -> Downloaded:
+    """Downloads what `urls` lists into tars under `out`, or continues; the tool's output goes to stderr.
 
     Raises MissingError without the tool, or when not one photo came; InvalidInputError for a list that is none and for
     an `out` of another download; InUseError while another process writes there; WorkerDiedError when the tool fails."""
-    urls, out = Path(urls), Path(out)
-    options: dict[str, int] = {"longest_short_side": longest_short_side, "samples_per_shard": samples_per_shard}
-    command = command_for(urls, out, processes=processes, threads=threads, **options)
+    command = command_for(urls, out)
     program = shutil.which(TOOL)
     if program is None:
         raise MissingError(f"{TOOL} is not on the PATH; install it with `pip install {TOOL}` and run this again")
+    options = {"longest_short_side": SHORT_SIDE, "samples_per_shard": SAMPLES_PER_SHARD}
     request = json.dumps({"urls_sha256": _digest(urls), **options}, sort_keys=True)
     _check_out(out, request)
     with only_writer(out):
@@ -165,13 +147,7 @@ def download(
             f"{TOOL} ended with code {left}, see its words above; the tars it finished in {out} are kept: "
             "run the same command again"
         )
-    downloaded = _counted(out)
-    if not downloaded.photos:
-        raise MissingError(
-            f"none of the {downloaded.addresses} addresses in {urls} gave a photo; is there a network? "
-            f"The tool's reasons are in {out}/*_stats.json: delete {out} and run the same command again"
-        )
-    return downloaded
+    return _count(urls, out)
 
 
 def _check_out(out: Path, request: str) -> None:
@@ -196,8 +172,8 @@ def _digest(urls: Path) -> str:
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def _counted(out: Path) -> Downloaded:
-    """The sums of the tool's statistics; it writes them behind each finished tar."""
+def _count(urls: Path, out: Path) -> Downloaded:
+    """The sums of the tool's statistics, which it writes after each finished tar. MissingError without one photo."""
     shards = addresses = photos = 0
     for path in sorted(out.glob("*_stats.json")):
         try:
@@ -206,4 +182,9 @@ def _counted(out: Path) -> Downloaded:
         except (ValueError, KeyError, TypeError):
             raise InvalidInputError(f"{path} is not the tool's; delete it and run the same command again") from None
         shards += 1
+    if not photos:
+        raise MissingError(
+            f"none of the {addresses} addresses in {urls} gave a photo; is there a network? "
+            f"The tool's reasons are in {out}/*_stats.json: delete {out} and run the same command again"
+        )
     return Downloaded(out, shards, addresses, photos)

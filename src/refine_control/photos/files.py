@@ -6,6 +6,7 @@ members are then read by offset; a gzipped one (`.tar.gz`, `.tgz`) is unpacked o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import os
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from refine_control.errors import InvalidInputError
+from refine_control.photos.pairing import Leftover
 from refine_control.records import Rejected, RejectReason
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -53,23 +55,18 @@ def locate(root: Path, name: str) -> Where:
 
 def _spellings(name: str) -> Iterator[str]:
     """A name as a list spells it, then as a file system may: in either Unicode form, and with slashes."""
-    yield name
     other = name.replace("\\", "/")
-    for each in (other,) if other.isascii() else (other, *(unicodedata.normalize(f, other) for f in ("NFC", "NFD"))):
-        if each != name:
-            yield each
+    forms = () if other.isascii() else (unicodedata.normalize(form, other) for form in ("NFC", "NFD"))
+    return iter(dict.fromkeys((name, other, *forms)))
 
 
 def _inside(root: Path, name: str) -> Path:
     """The regular file `name` with links resolved; Rejected where it leaves `root` or is no such file."""
-    path = None
     for spelling in _spellings(name):
-        try:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             path = (root / spelling).resolve(strict=True)
             break
-        except (OSError, ValueError, RuntimeError):
-            continue
-    if path is None:
+    else:
         raise Rejected(RejectReason.UNREADABLE, "no such file")
     if not path.is_relative_to(root.resolve()):
         raise Rejected(RejectReason.OUTSIDE_TREE, "the path leaves the source folder")
@@ -103,19 +100,13 @@ def _check_size(name: str, size: int, most: int) -> None:
         raise Rejected(RejectReason.UNREADABLE, f"{name} has {size:,} bytes; at most {most:,} are read")
 
 
-class Span(NamedTuple):
-    """Where a member's bytes lie in its tar."""
-
-    offset: int
-    size: int
-
-
 class Tar:
     """A tar's regular members by name, in their order, and their bytes. Links in it are not followed."""
 
     def __init__(self, path: Path) -> None:
-        self.members: dict[str, Span] = {}
-        self.unread: list[tuple[str, str]] = []
+        self.members: dict[str, tuple[int, int]] = {}
+        """First byte and length of each."""
+        self.unread: list[Leftover] = []
         """Members that cannot be read, and why: links, and those whose name a later member has."""
         self.problem: str | None = None
         """What is wrong with it, where it is cut or broken; the members before that are whole."""
@@ -136,22 +127,21 @@ class Tar:
         name = os.path.normpath(info.name).lstrip("/")  # as tar extracts absolute names
         if info.isreg() and not info.issparse():
             if name in self.members:
-                self.unread.append((name, "a later member of the tar has this name"))
-            self.members[name] = Span(info.offset_data, info.size)
+                self.unread.append(Leftover(name, "a later member of the tar has this name"))
+            self.members[name] = (info.offset_data, info.size)
         elif not info.isdir():
-            self.unread.append((name, "links and special files in a tar are not read"))
+            self.unread.append(Leftover(name, "links and special files in a tar are not read"))
 
     def read(self, member: str, most: int = MAX_BYTES) -> bytes:
         """The bytes of a member; Rejected when they are more, or the tar ends before them. Threads may call it."""
         offset, size = self.members[member]
         _check_size(member, size, most)
-        pieces = []
-        while size > 0 and (piece := os.pread(self._file.fileno(), size, offset)):
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        if size > 0:
+        data = os.pread(self._file.fileno(), size, offset)
+        while len(data) < size and (piece := os.pread(self._file.fileno(), size - len(data), offset + len(data))):
+            data += piece
+        if len(data) < size:
             raise Rejected(RejectReason.TRUNCATED, "the tar ends in the middle of it")
-        return b"".join(pieces)
+        return data
 
 
 def _unpacked(path: Path) -> BinaryIO:

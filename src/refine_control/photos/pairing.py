@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -85,49 +84,32 @@ def one_spelling(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-@dataclass
-class _Group:
-    """The files of one stem by kind."""
-
-    images: list[str] = field(default_factory=list)
-    parts: dict[str, list[str]] = field(default_factory=dict)
-
-
 def pair(files: Iterable[str], left_over: Callable[[Leftover], None]) -> Iterator[Photograph]:
     """The photos among files, by folder and stem in the order of their first file; the rest is `left_over`.
 
     All the files of a folder and stem must be given together."""
-    groups: dict[tuple[str, str], _Group] = {}
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
         stem, kind = read_name(name)
         if not stem or hidden(folder):
             left_over(Leftover(file, kind if not stem else "in a hidden folder"))
             continue
-        group = groups.setdefault((one_spelling(folder), stem), _Group())
-        if kind == "image":
-            group.images.append(file)
-        else:
-            group.parts.setdefault(kind, []).append(file)
+        groups.setdefault((one_spelling(folder), stem), {}).setdefault(kind, []).append(file)
     for (_, stem), group in groups.items():
-        yield from _photographs(stem, group, left_over)
+        images = group.pop("image", [])
+        parts: dict[str, str] = {}
+        for kind, names in group.items():
+            ordered = sorted(names, key=lambda file: (not file.endswith(MASK_SUFFIX), file)) if images else names
+            why = f"a {kind} without a photo {stem}.jpg, .png, ..."
+            if images:
+                parts[kind], why = ordered.pop(0), f"a second {kind} of {PurePosixPath(images[0]).name}"
+            for file in ordered:
+                left_over(Leftover(file, why))
+        for place, image in enumerate(images):
+            yield Photograph(image, **parts, rival=images[place - 1] if len(images) > 1 else "")
 
 
 def hidden(folder: str) -> bool:
     """Whether a folder, or one above it, is hidden or holds what macOS adds to archives."""
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in folder.split("/"))
-
-
-def _photographs(stem: str, group: _Group, left_over: Callable[[Leftover], None]) -> Iterator[Photograph]:
-    chosen: dict[str, str] = {}
-    for kind, files in group.parts.items():
-        if not group.images:
-            for file in files:
-                left_over(Leftover(file, f"a {kind} without a photo {stem}.jpg, .png, ..."))
-            continue
-        chosen[kind], *others = sorted(files, key=lambda file: (not file.endswith(MASK_SUFFIX), file))
-        for file in others:
-            left_over(Leftover(file, f"a second {kind} of {PurePosixPath(group.images[0]).name}"))
-    several = len(group.images) > 1
-    for place, image in enumerate(group.images):
-        yield Photograph(image, **chosen, rival=group.images[place - 1] if several else "")

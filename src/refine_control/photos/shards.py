@@ -22,9 +22,9 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import PIL
@@ -34,12 +34,12 @@ from refine_control import __version__
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import ONE_ROLE, SHARDS_OR_BUILD, refuse_other_kind
 from refine_control.photos.seen import Seen
-from refine_control.photos.shard_index import INDEX, Index, IndexWriter
+from refine_control.photos.shard_index import INDEX, Index, IndexWriter, SampleRecord
 from refine_control.records import ROLES, UNLABELED, Photo
 from refine_control.storage import MANIFEST, TEMPORARY, fsync_path, sha256_file, storage_errors, write_atomic
 
 HOLE_FILL = 128
-IMAGE_FORMATS: dict[str, dict[str, Any]] = {
+IMAGE_FORMATS: dict[str, dict[str, str | int]] = {
     "webp": {"format": "WEBP", "lossless": True, "quality": 70, "method": 4},
     "png": {"format": "PNG", "compress_level": 6},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -49,12 +49,43 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _BLOCK = 512
 
 
+class File(TypedDict):
+    """A file in a manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """`manifest.json` of a folder of shards or of a build."""
+
+    kind: str
+    """shards or build."""
+    role: str
+    samples: int
+    photos: int
+    image_size: list[int] | None
+    """[H, W]; None where there are several sizes."""
+    image_sizes: NotRequired[list[list[int]]]
+    """With buckets: [H, W, samples] of each."""
+    image_format: str
+    hole_fill: int | None
+    sources: dict[str, int]
+    licenses: dict[str, int]
+    entries: int
+    """Of a build: all samples and all rejects."""
+    rejects: dict[str, int]
+    made_by: dict[str, str]
+    files: dict[str, File]
+    digest: str
+
+
 def fill_hole(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A copy of (H, W, 3) uint8 with HOLE_FILL wherever `mask` (H, W) bool is True."""
     return np.where(mask[..., None], np.uint8(HOLE_FILL), image)
 
 
-def _encode(array: np.ndarray, options: dict[str, Any]) -> bytes:
+def _encode(array: np.ndarray, options: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, **options)
     return buffer.getvalue()
@@ -72,20 +103,20 @@ def encode(photo: Photo, role: str, image_format: str) -> dict[str, bytes]:
     return dict(sorted(members.items()))
 
 
-def write_manifest(folder: Path, described: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
+def write_manifest(folder: Path, described: Mapping[str, object], files: Sequence[str]) -> Manifest:
     """Publishes `manifest.json`: what is `described`, size and sha256 of each of the `files`, and its own digest."""
     listed = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in files}
-    manifest = {**described, "made_by": MADE_BY, "files": listed}
+    manifest: dict[str, object] = {**described, "made_by": MADE_BY, "files": listed}
     manifest["digest"] = hashlib.sha256(_canonical(manifest)).hexdigest()
     write_atomic(folder / MANIFEST, _canonical(manifest))
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
+def _canonical(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def open_manifest(folder: Path) -> dict[str, Any]:
+def open_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards or of a build, checked against its own digest.
 
     Raises InvalidInputError where there is none, DamagedError where a bit of it has changed."""
@@ -109,9 +140,17 @@ def open_manifest(folder: Path) -> dict[str, Any]:
 class ShardWriter:
     """Writes the shards of one role into `folder`; hold `storage.only_writer` around it.
 
-    `add` every sample, then `finish`. A shard appears whole or not at all; without `finish` there is no manifest."""
+    `add` every sample, then `finish`. A shard appears whole or not at all; without `finish` there is no manifest.
+    All samples have one size, unless `several_sizes`: then the manifest says `image_sizes`, [H, W, samples] of each."""
 
-    def __init__(self, folder: Path, role: str, samples_per_shard: int = 1000, image_format: str = "webp") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        role: str,
+        samples_per_shard: int = 1000,
+        image_format: str = "webp",
+        several_sizes: bool = False,
+    ) -> None:
         if role not in ROLES:
             raise InvalidInputError(f"there is no role {role!r}; the roles are {', '.join(ROLES)}")
         if image_format not in IMAGE_FORMATS:
@@ -119,19 +158,19 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise InvalidInputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         self.folder, self.role, self.image_format = folder, role, image_format
-        self.samples_per_shard = samples_per_shard
+        self.samples_per_shard, self.several_sizes = samples_per_shard, several_sizes
         self._open: tarfile.TarFile | None = None
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[SampleRecord] = []
         self._shards: list[str] = []
-        self._keys, self._photos, self._samples = Seen(), Seen(), 0
-        self._sources, self._licenses = Counter[str](), Counter[str]()
+        self._keys, self._photos = Seen(), Seen()
+        self._sources, self._licenses, self._sizes = Counter[str](), Counter[str](), Counter[tuple[int, ...]]()
         self._size: tuple[int, int] | None = None
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._index = IndexWriter(folder)
 
     def add(self, photo: Photo, members: dict[str, bytes] | None = None) -> None:
-        """Appends a sample; all have one size. `members` are its files where another process has encoded them.
+        """Appends a sample. `members` are its files where another process has encoded them.
 
         Raises InvalidInputError for a bad key or array."""
         height, width = photo.mask.shape if photo.mask.ndim == 2 else (0, 0)
@@ -141,7 +180,7 @@ class ShardWriter:
             raise InvalidInputError(
                 f"key {photo.key!r} is taken or holds characters other than letters, digits, _ and -"
             )
-        if (self._size or (height, width)) != (height, width):
+        if not self.several_sizes and (self._size or (height, width)) != (height, width):
             raise InvalidInputError(f"{photo.key} is {width} x {height}, the samples before it are not; use one size")
         if len(self._pending) == self.samples_per_shard:
             self.cut()
@@ -151,73 +190,82 @@ class ShardWriter:
             self._write(photo, members or encode(photo, self.role, self.image_format))
 
     def _write(self, photo: Photo, encoded: dict[str, bytes]) -> None:
+        name = f"shard-{len(self._shards):05d}.tar"
         if self._open is None:
-            self._open = tarfile.open(self._temporary(), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        members = {}
+            self._open = tarfile.open(self._temporary(name), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        members: dict[str, tuple[int, int, str]] = {}
         for extension, data in encoded.items():
             info = tarfile.TarInfo(f"{photo.key}.{extension}")  # mtime, uid and gid are 0
             info.size = len(data)
-            members[extension] = [self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest()]
+            members[extension] = (self._open.offset + _BLOCK, len(data), hashlib.sha256(data).hexdigest())
             self._open.addfile(info, io.BytesIO(data))
         self._open.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-        origin = {name: str(photo.meta.get(name) or "unknown") for name in ("source", "license")}
-        photo_id = str(photo.meta.get("photo") or photo.key)
-        shape = list(photo.mask.shape)
-        self._pending.append({"key": photo.key, "photo": photo_id, "shape": shape, **origin, "members": members})
+        source, license = (str(photo.meta.get(field) or "unknown") for field in ("source", "license"))
+        photo_id, shape = str(photo.meta.get("photo") or photo.key), list(photo.mask.shape)
+        self._pending.append(
+            {
+                "shard": name,
+                "key": photo.key,
+                "photo": photo_id,
+                "shape": shape,
+                "source": source,
+                "license": license,
+                "members": members,
+            }
+        )
 
-    def _temporary(self) -> Path:
-        return self.folder / f".{self._name()}.{os.getpid()}{TEMPORARY}"
+    def _temporary(self, name: str) -> Path:
+        return self.folder / f".{name}.{os.getpid()}{TEMPORARY}"
 
-    def _name(self) -> str:
-        return f"shard-{len(self._shards):05d}.tar"
-
-    def cut(self) -> list[dict[str, Any]]:
+    def cut(self) -> list[SampleRecord]:
         """Publishes the current shard now; its index records, none where nothing was added since the last."""
         if self._open is None:
             return []
-        name, published = self._name(), [{"shard": self._name(), **record} for record in self._pending]
+        published, name = self._pending, self._pending[0]["shard"]
         with storage_errors(self.folder):
-            temporary = self._temporary()
             self._open.close()
-            fsync_path(temporary)
-            temporary.replace(self.folder / name)
+            fsync_path(self._temporary(name))
+            self._temporary(name).replace(self.folder / name)
             fsync_path(self.folder)
         self._open, self._pending = None, []
         self._take(published)
         return published
 
-    def adopt(self, records: list[dict[str, Any]]) -> None:
+    def adopt(self, records: list[SampleRecord]) -> None:
         """Takes over the next shard, published by an earlier run, with the records that `cut` gave for it."""
-        self._size = tuple(records[0]["shape"])
+        height, width = records[0]["shape"]
+        self._size = height, width
         for record in records:
             self._keys.add(record["key"])
         self._take(records)
 
-    def _take(self, records: list[dict[str, Any]]) -> None:
+    def _take(self, records: list[SampleRecord]) -> None:
         """Counts the samples of a shard that is published and puts them into the index."""
         self._shards.append(records[0]["shard"])
-        self._samples += len(records)
         for record in records:
             self._photos.add(record["photo"])
-        self._sources.update(record["source"] for record in records)
-        self._licenses.update(record["license"] for record in records)
+            self._sources[record["source"]] += 1
+            self._licenses[record["license"]] += 1
+            self._sizes[tuple(record["shape"])] += 1
         self._index.write(records)
 
-    def finish(self, **described: Any) -> dict[str, Any]:
+    def finish(self, **described: object) -> Manifest:
         """Publishes the last shard, the index and then the manifest, which is returned."""
         self.cut()
         self._index.publish()
         facts = {
             "kind": "shards",
             "role": self.role,
-            "samples": self._samples,
+            "samples": self._sizes.total(),
             "photos": len(self._photos),
-            "image_size": list(self._size) if self._size else None,
+            "image_size": list(next(iter(self._sizes))) if len(self._sizes) == 1 else None,
             "image_format": self.image_format,
             "hole_fill": HOLE_FILL if self.role == UNLABELED else None,
             "sources": dict(self._sources),
             "licenses": dict(self._licenses),
         }
+        if self.several_sizes:
+            facts["image_sizes"] = [[*size, count] for size, count in sorted(self._sizes.items())]
         return write_manifest(self.folder, {**described, **facts}, [INDEX, *self._shards])
 
 
@@ -246,7 +294,7 @@ class Shards(Sequence[Photo]):
     def __iter__(self) -> Iterator[Photo]:
         return map(self._photo, self.records)
 
-    def _photo(self, record: dict[str, Any]) -> Photo:
+    def _photo(self, record: SampleRecord) -> Photo:
         data = self._read(record)
         words = json.loads(data["json"])
         mask = np.asarray(Image.open(io.BytesIO(data["mask.png"]))) > 0
@@ -256,7 +304,7 @@ class Shards(Sequence[Photo]):
             image = fill_hole(image, mask)
         return Photo(record["key"], image, mask, words["prompt"], words["global_prompt"], words["meta"])
 
-    def _read(self, record: dict[str, Any]) -> dict[str, bytes]:
+    def _read(self, record: SampleRecord) -> dict[str, bytes]:
         """The checked bytes of each member."""
         path, data = self.folder / record["shard"], {}
         with path.open("rb") as file:

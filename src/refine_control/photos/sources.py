@@ -28,7 +28,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from refine_control.errors import InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
@@ -37,9 +37,9 @@ from refine_control.photos.files import TAR_SUFFIXES
 from refine_control.photos.folder_search import folder_entries, is_folder
 from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, is_mask_name
 from refine_control.photos.seen import Seen
-from refine_control.photos.values import take_id, take_segmentation, take_text, whole_ids
-from refine_control.photos.webdataset import tar_entries, unused_entry
-from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, flat_meta, make_key, one_line
+from refine_control.photos.values import parse_object, take_id, take_segmentation, take_text, whole_ids
+from refine_control.photos.webdataset import tar_entries, unused_entries
+from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, Row, flat_meta, make_key, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
         refuse_other_kind(source, PHOTOGRAPHS)
         if (source / MANIFEST_NAME).is_file():
             return _manifest_entries(source / MANIFEST_NAME)
-        tars = _tars(source)
-        return _tar_entries(source, tars) if tars.names else folder_entries(source)
+        return _folder_entries(source)
     if source.is_file():
         if source.suffix.lower() == ".jsonl":
             return _manifest_entries(source)
@@ -98,56 +97,52 @@ def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
 
             return coco_entries(source, images)
         if source.name.lower().endswith(TAR_SUFFIXES):
-            return _tar_entries(source.parent, _Tars([source.name], []))
+            return _tar_entries(source.parent, [source.name], [])
     fault = "is not" if source.exists() else "does not exist; name"
     raise InvalidInputError(f"{source} {fault} a folder of photos or tars, a .jsonl manifest or COCO's .json")
 
 
-class _Tars(NamedTuple):
-    """The tars at the top of a folder and what lies beside them."""
+def _tar_entries(root: Path, names: list[str], others: list[Leftover]) -> Iterator[Entry]:
+    """The entries of the tars `names` in `root`, then of what lies beside them."""
+    for name in names:
+        yield from tar_entries(root, name)
+    yield from unused_entries(root, "", others)
 
-    names: list[str]
-    others: list[Leftover]
 
+def _folder_entries(folder: Path) -> Iterator[Entry]:
+    """Of the tars at the top of a folder, or of a folder without tars.
 
-def _tars(folder: Path) -> _Tars:
-    """Raises InvalidInputError where there are photos beside the tars: one of the two would be passed over."""
+    Raises InvalidInputError where there are photos beside the tars: one of the two would be passed over."""
     with os.scandir(folder) as listing:
         listed = sorted((each.name, is_folder(each)) for each in listing)
     files = [name for name, is_folder in listed if not is_folder and not name.startswith(".")]
     tars = [name for name in files if name.lower().endswith(TAR_SUFFIXES) and (folder / name).is_file()]
+    if not tars:
+        return folder_entries(folder)
     photos = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    if tars and photos:
+    if photos:
         raise InvalidInputError(f"{folder} holds tars ({tars[0]}) and photos ({photos[0]}); give each a folder")
     stems = {name[: -len(suffix)] for name in tars for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)}
     known = {*tars, *_BESIDE_TARS, *(f"{stem}{end}" for stem in stems for end in (".parquet", "_stats.json"))}
-    kind = {True: "a folder beside tars is not searched", False: "no tar; other files beside tars are not read"}
-    return _Tars(tars, [Leftover(name, kind[is_folder]) for name, is_folder in listed if name not in known])
-
-
-def _tar_entries(root: Path, tars: _Tars) -> Iterator[Entry]:
-    for name in tars.names:
-        yield from tar_entries(root, name)
-    for name, why in tars.others:
-        yield unused_entry(root, name, why)
+    whys = ("no tar; other files beside tars are not read", "a folder beside tars is not searched")
+    return _tar_entries(folder, tars, [Leftover(name, whys[is_dir]) for name, is_dir in listed if name not in known])
 
 
 def _checked(listed: Iterator[Entry], left_out: Callable[[Entry], None]) -> Iterator[Entry]:
     """The entries without those that are left out; what no source may hold is found here for all of them."""
     seen = Seen()
     for entry in listed:
-        if entry.problem is not None:
-            if entry.problem[0] in LEFT_OUT:
-                left_out(entry)
-                continue
-            seen.add(entry.key)
-        elif not seen.add(entry.key):
-            entry = replace(entry, problem=(RejectReason.DUPLICATE, "an earlier entry has this image, region and id"))
-        elif is_mask_name(entry.image):
-            entry = replace(entry, problem=(RejectReason.BAD_ROW, "the image is a mask by its name"))
-        elif entry.mask is not None and os.path.normpath(entry.mask) == os.path.normpath(entry.image):
-            entry = replace(entry, problem=(RejectReason.BAD_ROW, "the mask is the photo itself"))
-        yield entry
+        if entry.problem is not None and entry.problem[0] in LEFT_OUT:
+            left_out(entry)
+            continue
+        new, problem = seen.add(entry.key), entry.problem
+        if problem is None and not new:
+            problem = (RejectReason.DUPLICATE, "an earlier entry has this image, region and id")
+        elif problem is None and is_mask_name(entry.image):
+            problem = (RejectReason.BAD_ROW, "the image is a mask by its name")
+        elif problem is None and entry.mask and os.path.normpath(entry.mask) == os.path.normpath(entry.image):
+            problem = (RejectReason.BAD_ROW, "the mask is the photo itself")
+        yield entry if problem is entry.problem else replace(entry, problem=problem)
 
 
 def photos_of(listed: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -175,22 +170,17 @@ def _manifest_entries(path: Path) -> Iterator[Entry]:
                     continue
                 entry, doubts = _manifest_entry(root, row), _texts(row, "prompt_problems")
             except Rejected as error:
-                problem = (error.reason, f"line {number}: {error.detail}")
-                yield Entry(f"row-{number}", root, _image_name(line), None, None, problem=problem)
+                detail = f"line {number}: {error.detail}"
+                yield Entry.refused(root, _image_name(line), error.reason, detail, f"row-{number}")
             else:
                 yield _decided(entry, decisions, doubts)
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def _row(line: bytes) -> Row:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return parse_object(line.decode("utf-8-sig"), "")
     except UnicodeDecodeError:
         raise Rejected(RejectReason.BAD_ROW, "not text in UTF-8") from None
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise Rejected(RejectReason.BAD_ROW, "not a JSON object")
-    return row
 
 
 def _image_name(line: bytes) -> str:
@@ -208,7 +198,7 @@ def _root(manifest: Path, named: str) -> Path:
     return root
 
 
-def _manifest_entry(root: Path, row: dict[str, Any]) -> Entry:
+def _manifest_entry(root: Path, row: Row) -> Entry:
     """The entry of a row. Rejected where a field has a value that it cannot have."""
     image = take_text(row, "image")
     if not image:
@@ -231,7 +221,7 @@ def _manifest_entry(root: Path, row: dict[str, Any]) -> Entry:
     )
 
 
-def _texts(row: dict[str, Any], name: str) -> list[Any]:
+def _texts(row: Row, name: str) -> list[Any]:
     """A list of texts, or a single text as one; empty where it is absent. Rejected where it is neither."""
     value = row.get(name)
     return value if isinstance(value, list) else [text] if (text := take_text(row, name)) else []

@@ -5,13 +5,14 @@ A list that went through a spreadsheet or through pandas has ids and sizes such 
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from refine_control.records import Rejected, RejectReason
+from refine_control.records import Rejected, RejectReason, Row
 
+Result = TypeVar("Result")
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,40}))(?:\.0+)?", re.ASCII)
 """`007` is no number but a name: another photo may be called `7`."""
 _NUMBER = re.compile(r"\s*-?[0-9]{1,12}(\.[0-9]*)?\s*", re.ASCII)
@@ -39,16 +40,16 @@ def number(value: object) -> int | float | None:
 def identifier(value: object) -> int | str | None:
     """What two spellings of one id have in common: a whole number, or a text that is none. None for other values."""
     as_number = whole(value)
-    return as_number if as_number is not None else value.strip() or None if isinstance(value, str) else None
+    return value.strip() or None if as_number is None and isinstance(value, str) else as_number
 
 
-def given(row: Mapping[str, Any], name: str) -> Any:
+def given(row: Row, name: str) -> Any:
     """The value of a field; None where it is absent, null or NaN."""
     value = row.get(name)
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def take_id(row: Mapping[str, Any], name: str) -> int | str | None:
+def take_id(row: Row, name: str) -> int | str | None:
     """An id as it is written, a float as a whole number; None where it is absent. Rejected where it can be no id."""
     value = given(row, name)
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
@@ -56,38 +57,47 @@ def take_id(row: Mapping[str, Any], name: str) -> int | str | None:
     return _or_refuse(whole(value), name, value, "neither a whole number nor text")
 
 
-def take_whole(row: Mapping[str, Any], name: str) -> int | None:
+def take_whole(row: Row, name: str) -> int | None:
     """A whole number; None where it is absent. Rejected where it is none."""
     value = given(row, name)
     return None if value is None else _or_refuse(whole(value), name, value, "not a whole number")
 
 
-def take_flag(row: Mapping[str, Any], name: str) -> bool:
+def take_flag(row: Row, name: str) -> bool:
     """A yes or no, as a boolean or a number; False where it is absent. Rejected where it is neither."""
     value = given(row, name)
     return value if isinstance(value, bool) else (take_whole(row, name) or 0) != 0
 
 
-def take_text(row: Mapping[str, Any], name: str, reason: RejectReason = RejectReason.BAD_ROW) -> str:
+def take_text(row: Row, name: str, reason: RejectReason = RejectReason.BAD_ROW) -> str:
     """A text; empty where it is absent. Rejected with the reason where it is something else."""
     value = given(row, name)
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise Rejected(reason, f"`{name}` is {shown(value)}, not text")
+    return _or_refuse(value or "" if value is None or isinstance(value, str) else None, name, value, "not text", reason)
 
 
-def take_segmentation(row: Mapping[str, Any]) -> dict[str, Any] | list[Any] | None:
+def take_segmentation(row: Row) -> Row | list[Any] | None:
     """Run lengths or polygons, unchecked; None where they are absent. Rejected where they can be neither."""
     value = given(row, "segmentation")
     if value is None or isinstance(value, dict | list):
         return value
-    detail = f"`segmentation` is {shown(value)}, neither COCO's run lengths nor polygons"
-    raise Rejected(RejectReason.MASK_UNREADABLE, detail)
+    fault = "neither COCO's run lengths nor polygons"
+    return _or_refuse(None, "segmentation", value, fault, RejectReason.MASK_UNREADABLE)
 
 
-def whole_ids(row: Mapping[str, Any]) -> dict[str, Any]:
+def whole_ids(row: Row) -> Row:
     """The ids of a row that are whole numbers written as floats, as whole numbers; for `Entry.meta`."""
     return {name: int(row[name]) for name in _ID_FIELDS if isinstance(row.get(name), float) and row[name].is_integer()}
+
+
+def parse_object(text: str, what: str) -> Row:
+    """A JSON object. Rejected where `what` is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise Rejected(RejectReason.BAD_ROW, f"{what}not a JSON object")
+    return value
 
 
 def shown(value: object) -> str:
@@ -96,7 +106,9 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _or_refuse(value: int | None, name: str, given_value: object, fault: str) -> int:
+def _or_refuse(
+    value: Result | None, name: str, written: object, fault: str, reason: RejectReason = RejectReason.BAD_ROW
+) -> Result:
     if value is None:
-        raise Rejected(RejectReason.BAD_ROW, f"`{name}` is {shown(given_value)}, {fault}")
+        raise Rejected(reason, f"`{name}` is {shown(written)}, {fault}")
     return value

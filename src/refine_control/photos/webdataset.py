@@ -1,14 +1,13 @@
-"""Tars of samples (WebDataset) -> entries: files of one name are one sample, by the rules of `photos.pairing`.
+"""The descriptions beside photographs, and tars of samples (WebDataset): files of one name -> one entry.
 
-As img2dataset writes them: `KEY.jpg`, `KEY.txt` with the caption of the whole photo, `KEY.json` with `url`, `sha256`,
-`license` and the like. Besides, where they are there: `KEY.mask.png`, and in `KEY.json` `local_prompt`,
-`segmentation`, `category` (-> local prompt "a dog"), and `box` [x0, y0, x1, y1], the first and the last column and row
-of the region, in pixels.
+The names are those of `photos.pairing`. As img2dataset writes them: `KEY.jpg`, `KEY.txt` with the caption of the whole
+photo, `KEY.json` with `url`, `sha256`, `license` and the like. Besides, where they are there: `KEY.mask.png`, and in
+`KEY.json` `local_prompt`, `segmentation`, `category` (-> local prompt "a dog"), and `box` [x0, y0, x1, y1], the first
+and the last column and row of the region, in pixels.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,23 @@ from typing import Any
 
 from refine_control.photos.files import locate, tar_listing
 from refine_control.photos.pairing import Leftover, Photograph, pair
-from refine_control.photos.values import given, number, shown, take_segmentation, take_text, whole_ids
-from refine_control.records import Entry, Rejected, RejectReason, flat_meta, make_key, one_line, with_article
+from refine_control.photos.values import (
+    given,
+    number,
+    parse_object,
+    shown,
+    take_segmentation,
+    take_text,
+    whole_ids,
+)
+from refine_control.records import Entry, Rejected, RejectReason, Row, flat_meta, make_key, one_line, with_article
 
 _MOST_TEXT = 1 << 20
 """Bytes of a caption or of a description that are read."""
 _NOT_META = frozenset(
     {"image", "mask", "segmentation", "local_prompt", "global_prompt", "caption", "box", "exif", "imageData"}
+    | {"key", "status", "error_message"}  # img2dataset's, about its own work
 )
-_OF_THE_TOOL = frozenset({"key", "status", "error_message"})
-"""Fields of img2dataset about its own work."""
 
 
 def tar_entries(root: Path, tar: str) -> Iterator[Entry]:
@@ -34,26 +40,23 @@ def tar_entries(root: Path, tar: str) -> Iterator[Entry]:
     A cut tar ends with an entry that says so."""
     try:
         listing = tar_listing(locate(root, tar).path)
-    except (Rejected, OSError) as error:
-        refused = isinstance(error, Rejected)
-        problem = (
-            (error.reason, error.detail) if refused else (RejectReason.UNREADABLE, f"cannot be read: {error.strerror}")
-        )
-        yield Entry(make_key(tar, None), root, tar, None, None, problem=problem)
+    except Rejected as error:
+        yield Entry.refused(root, tar, error.reason, error.detail)
         return
-    leftovers = [Leftover(*each) for each in listing.unread]
+    except OSError as error:
+        yield Entry.refused(root, tar, RejectReason.UNREADABLE, f"cannot be read: {error.strerror}")
+        return
+    leftovers = list(listing.unread)
     for photograph in pair(listing.members, leftovers.append):
         yield described_entry(root, f"{tar}/", photograph, listing.read)
     if listing.problem is not None:
-        problem = (RejectReason.TRUNCATED, listing.problem)
-        yield Entry(make_key(tar, None), root, tar, None, None, problem=problem)
-    for each in leftovers:
-        yield unused_entry(root, f"{tar}/{each.file}", each.why)
+        yield Entry.refused(root, tar, RejectReason.TRUNCATED, listing.problem)
+    yield from unused_entries(root, f"{tar}/", leftovers)
 
 
-def unused_entry(root: Path, name: str, why: str) -> Entry:
-    """The entry of a file that is neither a photo nor a part of one."""
-    return Entry(make_key(name, None), root, name, None, None, problem=(RejectReason.UNUSED, why))
+def unused_entries(root: Path, folder: str, leftovers: list[Leftover]) -> Iterator[Entry]:
+    """The entries of files in `folder` (empty, or ending in a slash) that are neither photos nor parts of one."""
+    return (Entry.refused(root, folder + name, RejectReason.UNUSED, why) for name, why in leftovers)
 
 
 def described_entry(root: Path, folder: str, photo: Photograph, read: Callable[[str, int], bytes]) -> Entry:
@@ -66,51 +69,40 @@ def described_entry(root: Path, folder: str, photo: Photograph, read: Callable[[
     if photo.ambiguity:
         return replace(entry, problem=(RejectReason.AMBIGUOUS, photo.ambiguity))
     try:
-        facts = _facts(_text(read, photo.description), photo.description)
+        text = _text(read, photo.description)
+        facts = parse_object(text, f"{photo.description} is ") if text else {}
         caption = _text(read, photo.text)
         prompt, source = _prompt(facts)
         region = _region(facts)
-        global_prompt = (
-            one_line(take_text(facts, "global_prompt")) or one_line(caption) or one_line(facts.get("caption"))
-        )
+        global_prompt = one_line(take_text(facts, "global_prompt")) or one_line(caption)
     except Rejected as error:
         return replace(entry, problem=(error.reason, error.detail))
     stem = photo.image if photo.rival else photo.image.rpartition(".")[0]
-    meta = {**flat_meta(facts, _NOT_META | _OF_THE_TOOL), **whole_ids(facts), "id": folder + stem}
+    meta = {**flat_meta(facts, _NOT_META), **whole_ids(facts), "id": folder + stem}
     return replace(
         entry,
         prompt=prompt or None,
-        global_prompt=global_prompt,
+        global_prompt=global_prompt or one_line(facts.get("caption")),
         meta=meta | ({"local_prompt_source": source} if prompt and isinstance(source, str) else {}),
         segmentation=None if mask is not None else region,
     )
 
 
-def _prompt(facts: dict[str, Any]) -> tuple[str, Any]:
+def _prompt(facts: Row) -> tuple[str, Any]:
     """The local prompt and its source; empty where there is none. Rejected where it is no text."""
     if prompt := one_line(take_text(facts, "local_prompt", RejectReason.NO_PROMPT)):
         return prompt, facts.get("local_prompt_source")
     return with_article(take_text(facts, "category", RejectReason.NO_PROMPT)), "category"
 
 
-def _text(read: Callable[[str, int], bytes], member: str | None) -> str:
+def _text(read: Callable[[str, int], bytes], name: str | None) -> str:
     try:
-        return "" if member is None else read(member, _MOST_TEXT).decode("utf-8-sig")
+        return "" if name is None else read(name, _MOST_TEXT).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Rejected(RejectReason.BAD_ROW, f"{member} is not text in UTF-8") from None
+        raise Rejected(RejectReason.BAD_ROW, f"{name} is not text in UTF-8") from None
 
 
-def _facts(text: str, member: str | None) -> dict[str, Any]:
-    try:
-        facts = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise Rejected(RejectReason.BAD_ROW, f"{member} is not a JSON object")
-    return facts
-
-
-def _region(facts: dict[str, Any]) -> dict[str, Any] | list[Any] | None:
+def _region(facts: Row) -> Row | list[Any] | None:
     segmentation, box = take_segmentation(facts), given(facts, "box")
     if segmentation is not None or box is None:
         return segmentation
