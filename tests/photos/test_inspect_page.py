@@ -11,8 +11,7 @@ from PIL import Image
 
 from refine_control.errors import InvalidInputError
 from refine_control.photos.build import build
-from refine_control.photos.inspect import outline
-from refine_control.photos.inspect_page import area_bars, length_bars, write_page
+from refine_control.photos.inspect import area_bars, length_bars, outline, write_page
 from refine_control.photos.shards import Shards
 from refine_control.records import ROLES
 

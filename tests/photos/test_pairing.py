@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refine_control.photos.build import build
-from refine_control.photos.inspect_page import write_page
+from refine_control.photos.inspect import write_page
 from refine_control.photos.load import load
 from refine_control.photos.pairing import pair
 from refine_control.photos.sources import entries

@@ -235,14 +235,12 @@ def data_inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Print counts of the shards in FOLDER; --sheet and --html show samples."""
-    from refine_control.photos.inspect import contact_sheet, inspect
+    from refine_control.photos.inspect import contact_sheet, inspect, write_page
 
     show(inspect(folder), as_json)
     if sheet is not None:
         contact_sheet(folder, sheet)
     if html is not None:
-        from refine_control.photos.inspect_page import write_page
-
         write_page(folder, html)
 
 

@@ -8,6 +8,7 @@ and so are entries that a chain of these connects. Its name is the least of its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from refine_control.photos.decode import thumbnail
 from refine_control.photos.files import read_bytes
@@ -48,16 +51,8 @@ class Survey:
     """What never was a sample to be; none of it is in `sha256` or `photos`."""
 
 
-class _Task(NamedTuple):
-    """Consecutive entries of one image: what has to be read for them."""
-
-    root: Path
-    image: str | None
-    masks: list[str | None]
-
-
 class _Look(NamedTuple):
-    """What the files of a task say; None for what cannot be read."""
+    """What the files of consecutive entries of one image say; None for what cannot be read."""
 
     content: str | None
     fingerprint: int | None
@@ -66,75 +61,40 @@ class _Look(NamedTuple):
     masks: list[str | None]
 
 
-def _content(root: Path, name: str | None) -> tuple[str | None, bytes]:
-    try:
-        data = b"" if name is None else read_bytes(root, name)
-    except Rejected:
-        return None, b""
-    return (None if name is None else hashlib.sha256(data).hexdigest()), data
-
-
-def _look(task: _Task) -> _Look:
-    content, data = _content(task.root, task.image)
-    mark, size = None, (0, 0)
-    if content is not None:
-        try:
+def _look(group: list[Entry]) -> _Look:
+    """An entry with a problem is not going to be read: its mask is not, nor the image of a group of such entries."""
+    readable = next((entry for entry in group if entry.problem is None), None)
+    content, mark, size = None, None, (0, 0)
+    with contextlib.suppress(Rejected):  # the build will say why
+        if readable is not None:
+            data = read_bytes(readable.root, readable.image)
+            content = hashlib.sha256(data).hexdigest()
             small, header = thumbnail(data, SIDE)
             mark, size = fingerprint(small), header.size
-        except Rejected:
-            pass  # the build will say why
-    return _Look(content, mark, size, [_content(task.root, name)[0] for name in task.masks])
+    return _Look(content, mark, size, list(map(_mask_content, group)))
 
 
-def _task(group: list[Entry]) -> _Task:
-    """An entry with a problem is not going to be read: its mask is not, nor the image of a group of such entries."""
-    image = next((entry.image for entry in group if entry.problem is None), None)
-    return _Task(group[0].root, image, [None if entry.problem else entry.mask for entry in group])
-
-
-class _Photographs:
-    """Photo ids joined into photographs (union-find; the least id of each is its name)."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-        self.names: list[str] = []
-        self.parents = array("q")
-
-    def number(self, name: str) -> int:
-        """The number of a photo id, a new one for a new id."""
-        number = self.numbers.setdefault(name, len(self.names))
-        if number == len(self.names):
-            self.names.append(name)
-            self.parents.append(number)
-        return number
-
-    def root(self, number: int) -> int:
-        """The number of the id that names the photograph."""
-        while (above := self.parents[number]) != number:
-            self.parents[number] = self.parents[above]
-            number = above
-        return number
-
-    def join(self, one: int, other: int) -> None:
-        """Makes two photographs one."""
-        first, second = sorted((self.root(one), self.root(other)), key=self.names.__getitem__)
-        self.parents[second] = first
+def _mask_content(entry: Entry) -> str | None:
+    with contextlib.suppress(Rejected):
+        if entry.problem is None and entry.mask is not None:
+            return hashlib.sha256(read_bytes(entry.root, entry.mask)).hexdigest()
+    return None
 
 
 def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, fits: Fits) -> Survey:
     """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small."""
-    whole, photographs = hashlib.sha256(), _Photographs()
-    numbers, serves = array("q"), bytearray()
+    whole, numbers, serves = hashlib.sha256(), array("q"), bytearray()
+    ids: dict[str, int] = {}
     contents: dict[bytes, int] = {}
-    masks, masked = array("Q"), array("q")
-    marks, marked = array("Q"), array("q")
+    masks, masked, marks, marked = array("Q"), array("q"), array("Q"), array("q")
+    same = array("q")  # pairs of ids that are one photograph
     left_out: list[Entry] = []
     # what the workers look at runs a few groups ahead of what is folded here
     ahead, behind = itertools.tee(photos_of(itertools.islice(entries(source, images, left_out.append), limit)))
-    for group, look in zip(behind, in_order(_look, map(_task, ahead)), strict=True):
+    for group, look in zip(behind, in_order(_look, ahead), strict=True):
         for entry, mask in zip(group, look.masks, strict=True):
             whole.update(json.dumps([*_listed_facts(entry), look.content, mask], sort_keys=True).encode() + b"\n")
-            number = photographs.number(entry.photo)
+            number = ids.setdefault(entry.photo, len(ids))
             numbers.append(number)
             serves.append(_serves(entry, look, mask, fits))
             if serves[-1] and entry.mask is not None:
@@ -144,33 +104,44 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
                 continue
             digest = bytes.fromhex(look.content)[:16]
             if digest in contents:
-                photographs.join(number, contents[digest])
+                same.extend((number, contents[digest]))
                 continue
             contents[digest] = number
             if look.fingerprint is not None:
                 marks.append(look.fingerprint)
                 marked.append(number)
     for one, other in near_pairs(np.asarray(marks, np.uint64)):
-        photographs.join(marked[one], marked[other])
-    _warn_of_shared_masks(np.asarray(masks), np.asarray(masked), photographs)
-    names = [photographs.names[photographs.root(number)] for number in numbers]
-    for name in names:
+        same.extend((marked[one], marked[other]))
+    names = _photographs(list(ids), np.asarray(same).reshape(-1, 2))
+    _warn_of_shared_masks(np.asarray(masks), np.asarray(masked), names)
+    photos = [names[number] for number in numbers]
+    for name in photos:
         whole.update(json.dumps(name).encode() + b"\n")
-    usable = {name for name, each in zip(names, serves, strict=True) if each}
-    return Survey(whole.hexdigest(), names, usable, left_out)
+    usable = {name for name, each in zip(photos, serves, strict=True) if each}
+    return Survey(whole.hexdigest(), photos, usable, left_out)
 
 
-def _warn_of_shared_masks(masks: np.ndarray, photos: np.ndarray, photographs: _Photographs) -> None:
+def _photographs(ids: list[str], same: np.ndarray) -> list[str]:
+    """The name of each id's photograph: the least of the ids that a chain of the pairs `same` (n, 2) connects."""
+    if not len(same):
+        return ids
+    graph = coo_array((np.ones(len(same), bool), (same[:, 0], same[:, 1])), (len(ids), len(ids)))
+    labels = connected_components(graph, directed=False)[1].tolist()
+    least: dict[int, str] = {}
+    for label, name in zip(labels, ids, strict=True):
+        least[label] = min(name, least.get(label, name))
+    return [least[label] for label in labels]
+
+
+def _warn_of_shared_masks(masks: np.ndarray, photos: np.ndarray, names: list[str]) -> None:
     """Only a list can name one mask for several photographs, and it may mean to."""
     order = np.argsort(masks, kind="stable")
     again = np.flatnonzero(masks[order][1:] == masks[order][:-1])
     pairs = zip(photos[order][again].tolist(), photos[order][again + 1].tolist(), strict=True)
-    different = [pair for pair in pairs if photographs.root(pair[0]) != photographs.root(pair[1])]
+    different = [(names[one], names[other]) for one, other in pairs if names[one] != names[other]]
     if different:
-        one, other = (photographs.names[photographs.root(number)] for number in different[0])
-        logger.warning(
-            "%d times one mask is named for two photographs, first for %s and %s", len(different), one, other
-        )
+        message = "%d times one mask is named for two photographs, first for %s and %s"
+        logger.warning(message, len(different), *different[0])
 
 
 def _hash(name: str) -> int:
