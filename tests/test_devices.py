@@ -264,7 +264,7 @@ def test_pictures_on_the_way_of_training_are_painted_there(own, tiny_student, gp
         part.to(gpu)
     student = tiny_student(1).to(gpu)
     validate = Validation(recipe, Networks(own, own.pipeline.controlnet, student), tmp_path)
-    painted = validate(1, dict(validate.networks.parameters))
+    painted = validate(1, dict(validate.networks.trainable.parameters))
     assert painted.dtype == np.uint8
 
 
