@@ -73,10 +73,8 @@ class ImportSummary:
 
     def __str__(self) -> str:
         text = f"{self.decisions} decisions; {self.known} known already, {self.undecided} undecided"
-        for ids, what in (
-            (self.strangers, "of no row here"),
-            (self.repainted, "with a changed region, left as it was"),
-        ):
+        lists = {"of no row here": self.strangers, "with a changed region, left as it was": self.repainted}
+        for what, ids in lists.items():
             if ids:
                 text += f"\n{len(ids)} {what}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
         return text

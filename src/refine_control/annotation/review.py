@@ -82,17 +82,8 @@ def make_app(review: Review, secret: str | None = None, hosts: tuple[str, ...] |
         html = _PAGE.read_text("utf-8").replace("<script>", f'<script nonce="{nonce}">')
         return HTMLResponse(html, headers={"content-security-policy": _POLICY.format(nonce=nonce)})
 
-    @app.get("/api/rows")
-    def rows() -> Any:
-        return review.columns()
-
-    @app.get("/api/state")
-    def state(reviewer: str = "") -> Any:
-        return review.state(reviewer)
-
-    @app.get("/api/row")
-    def row(id: str, reviewer: str = "", others: bool = False) -> Any:
-        return review.row(id, reviewer, others)
+    for path, answer in (("/api/rows", review.columns), ("/api/state", review.state), ("/api/row", review.row)):
+        app.add_api_route(path, answer, response_model=None)
 
     @app.get("/api/picture")
     def picture(id: str, view: str = "whole") -> Any:

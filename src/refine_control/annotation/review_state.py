@@ -81,7 +81,7 @@ class Review:
         problems = [len(row.problems) for row in rows]
         return Columns(self.folder.resolve().name, self.reviewer, list(self.rows), problems, scores)
 
-    def state(self, reviewer: str) -> State:
+    def state(self, reviewer: str = "") -> State:
         """The state of the review for one reviewer."""
         reviewer = self._name(reviewer)
         with self._deciding:
@@ -91,7 +91,7 @@ class Review:
             differ = [id for id in known if self._log.disagree(id)]
             return State(mine, differ, sorted(self._log.reviewers() - {reviewer}))
 
-    def row(self, id: str, reviewer: str, others: bool = False) -> RowState:
+    def row(self, id: str, reviewer: str = "", others: bool = False) -> RowState:
         """All of one row; what others said only with `others` or after this reviewer's own decision."""
         row, reviewer = self._row(id), self._name(reviewer)
         with self._deciding:
