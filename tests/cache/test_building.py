@@ -134,9 +134,9 @@ def test_the_same_command_again_does_nothing(shards, tmp_path, tiny_backbone):
     assert (len(made), made.role) == (6, LABELED)
     assert not build_cache(shards, out, tiny_backbone)
     assert files_of(out) == before
-    assert build_cache(shards, out, tiny_backbone, torch.bfloat16)
+    assert build_cache(shards, out, tiny_backbone, dtype=torch.bfloat16)
     assert Cache(out).bfloat16
-    assert not build_cache(shards, out, tiny_backbone, torch.bfloat16)
+    assert not build_cache(shards, out, tiny_backbone, dtype=torch.bfloat16)
 
 
 def test_completions_fill_the_holes_once(shards, tmp_path, tiny_backbone):
@@ -180,15 +180,25 @@ def test_completions_of_another_teacher_are_made_again(shards, tmp_path, tiny_ba
             weight.copy_(before)
 
 
+COMPLETED = {
+    "source": {},
+    "prompts": "int8",
+    "completions": SamplerConfig(num_inference_steps=1, guidance_scale=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def completed(tiny_backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("completed") / "cache"
+    write_cache(PHOTOS, folder, tiny_backbone, LABELED, **COMPLETED)
+    return folder
+
+
 @pytest.mark.parametrize("word", [LABELED, "prompts", "completions"])
 @pytest.mark.parametrize("saved", [True, False])
-def test_what_was_encoded_before_a_kill_is_not_encoded_again(tmp_path, tiny_backbone, monkeypatch, word, saved):
-    wanted = {
-        "source": {},
-        "prompts": "int8",
-        "completions": SamplerConfig(num_inference_steps=1, guidance_scale=1.0),
-    }
-    write_cache(PHOTOS, tmp_path / "whole", tiny_backbone, LABELED, **wanted)
+def test_what_was_encoded_before_a_kill_is_not_encoded_again(
+    completed, tmp_path, tiny_backbone, monkeypatch, word, saved
+):
     monkeypatch.setattr(cache_writer, "_SECONDS_BETWEEN_SAVES", -1.0 if saved else 1e9)
 
     def kill(done, total, said):
@@ -196,20 +206,20 @@ def test_what_was_encoded_before_a_kill_is_not_encoded_again(tmp_path, tiny_back
             raise Killed
 
     with pytest.raises(Killed):
-        write_cache(PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **wanted, progress=kill)
+        write_cache(PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **COMPLETED, progress=kill)
     assert not (tmp_path / "cache").exists()
-    told = []
+    calls = []
     write_cache(
-        PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **wanted, progress=lambda *said: told.append(said[::2])
+        PHOTOS, tmp_path / "cache", tiny_backbone, LABELED, **COMPLETED, progress=lambda *said: calls.append(said[::2])
     )
-    first = {said: done for done, said in reversed(told)}
+    first = {said: done for done, said in reversed(calls)}
     order = [LABELED, "prompts", "completions"]
     assert not set(first) & set(order[: order.index(word)])  # phases that were over are not begun again
     if word != "prompts":  # all prompts are one batch, which is saved when the phase is over
         assert first[word] == (40 if saved else 32)
-    whole, again = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("whole", "cache"))
+    whole, again = (json.loads((f / "manifest.json").read_text()) for f in (completed, tmp_path / "cache"))
     assert whole == again
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
 
 
 def test_eight_bits_hold_an_embedding(cached, tmp_path, tiny_backbone):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -58,14 +58,6 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
             geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
-def _warn_small(sizes: Iterable[Size], backbone: Backbone) -> None:
-    """Warns about samples, latents (h, w), of less than half of the side that the model was trained with."""
-    longest = max(map(max, sizes)) * backbone.pipeline.vae_scale_factor
-    side = backbone.geometry.side
-    if 2 * longest < side:
-        logger.warning("samples of %d pixels for a model of %d: build them with --size %d", longest, side, side)
-
-
 def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
     """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint.
 
@@ -84,15 +76,15 @@ def write_cache(
     backbone: Backbone,
     role: str,
     *,
-    source: dict[str, Any],
+    source: Mapping[str, str],
     progress: Progress | None = None,
     **stored: Any,
-) -> None:
+) -> bool:
     """Encodes photos into `out`, replacing an older cache only when all is done; continues a killed run.
 
-    `stored` are fields of `Stored`. The role `unlabeled` stores no latents of the picture, only of the picture
-    without its hole. Raises ValueError for an unknown role, InvalidInputError for an empty source and for sizes that
-    the model has no positions for."""
+    False when `out` already is this cache. `stored` are fields of `Stored`. The role `unlabeled` stores no latents of
+    the picture, only of the picture without its hole. Raises ValueError for an unknown role, InvalidInputError for an
+    empty source and for sizes that the model has no positions for."""
     if role not in ROLES:
         raise ValueError(f"role is one of {ROLES}, not {role!r}")
     if not len(photos):
@@ -100,27 +92,28 @@ def write_cache(
     options, factor = Stored(**stored), backbone.pipeline.vae_scale_factor
     by_size = grouped((height // factor, width // factor) for height, width in sizes_of(photos))
     refuse_sizes(by_size, backbone)
-    _warn_small(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
-    described: dict[str, Any] = {
-        "kind": "cache",
-        "role": role,
-        "count": len(photos),
-        "model": model_mark(backbone),
-        "source": source,
-        **options.described(),
-    }
+    described = {"kind": "cache", "role": role, "count": len(photos), "source": source, **options.described()}
+    described["model"] = model_mark(backbone)
     if options.completions is not None:
         described["teacher"] = teacher_mark(backbone)
     if len(groups) > 1:
         described["sizes"] = [[*size, len(rows)] for size, rows in groups.items()]
+    if (out / MANIFEST).is_file():
+        previous = {"posterior": "mean", **read_manifest(out, verify=False)}
+        if all(previous.get(key) == value for key, value in {"posterior": "mean", **described}.items()):
+            return False
+    longest, side = max(map(max, groups)) * factor, backbone.geometry.side
+    if 2 * longest < side:
+        logger.warning("samples of %d pixels for a model of %d: build them with --size %d", longest, side, side)
     order = array("q", chain.from_iterable(by_size.values()))
     writer = CacheWriter(out, described, groups, progress)
     write_pictures(writer, lambda row: photos[order[row]], backbone, role, options)
     prompt_facts = write_prompts(writer, backbone, options)
     if options.completions is not None:
-        write_completions(writer, backbone, options)
+        write_completions(writer, backbone, options.completions, options)
     writer.finish(**prompt_facts)
+    return True
 
 
 def _text_reader(
@@ -141,26 +134,22 @@ def _text_reader(
     return read
 
 
-def write_completions(writer: CacheWriter, backbone: Backbone, stored: Stored) -> None:
+def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> None:
     """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
-    sampler, teacher = stored.completions or SamplerConfig(), backbone.pipeline.controlnet
     read_text, factor = _text_reader(writer, backbone, stored), backbone.pipeline.vae_scale_factor
-    total = sum(map(len, writer.groups.values()))
-    index = writer.read("prompt_index", range(total)).long().numpy()
-
-    def painted(rows: range) -> torch.Tensor:
-        latents, mask = (writer.read_sized(n, rows) for n in ("masked_latents", "masks"))
-        numbers = index[rows.start : rows.stop]
-        text, empty = read_text(numbers), read_text(np.zeros_like(numbers))
-        noise = slot_normals(latents.shape[1:], list(rows), sampler.seed, "completion")
-        return complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)  # type: ignore[arg-type]
+    index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
 
     def batch(rows: range) -> None:
         height, width = (factor * side for side in writer.latent_size(rows))
         count = pictures_at_once(backbone.device, height, width, len(rows))
-        for first in range(0, len(rows), count):
-            part = rows[first : first + count]
-            writer.put_sized("completions", part, to_numpy(painted(part), stored.dtype))
+        for part in (rows[first : first + count] for first in range(0, len(rows), count)):
+            latents, mask = (writer.read_sized(name, part) for name in ("masked_latents", "masks"))
+            numbers = index[part.start : part.stop]
+            text, empty = read_text(numbers), read_text(np.zeros_like(numbers))
+            noise = slot_normals(latents.shape[1:], list(part), sampler.seed, "completion")
+            teacher: Any = backbone.pipeline.controlnet
+            painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)
+            writer.put_sized("completions", part, to_numpy(painted, stored.dtype))
 
     writer.phase("completions", writer.groups.values(), batch)
 
@@ -199,37 +188,20 @@ def cache_folder(
     painting = sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
-    return build_cache(source, out, backbone, _DTYPES[dtype], prompts, sampler, progress, posterior)
+    stored = Stored(_DTYPES[dtype], prompts, sampler, posterior)
+    return build_cache(source, out, backbone, progress, **stored._asdict())
 
 
-def build_cache(
-    source: Path,
-    out: Path,
-    backbone: Backbone,
-    dtype: torch.dtype = torch.float32,
-    prompts: PromptStorage = "full",
-    completions: SamplerConfig | None = None,
-    progress: Progress | None = None,
-    posterior: Posterior = "mean",
-) -> bool:
+def build_cache(source: Path, out: Path, backbone: Backbone, progress: Progress | None = None, **stored: Any) -> bool:
     """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model.
 
-    Raises as `check_folders` and `write_cache`."""
+    `stored` are fields of `Stored`. Raises as `check_folders` and `write_cache`."""
     check_folders(source, out)
     shards = Shards(source)
-    described = {"shards": sha256_file(source / MANIFEST)}
-    stored = Stored(dtype, prompts, completions, posterior)
+    options = {"source": {"shards": sha256_file(source / MANIFEST)}, "progress": progress, **stored}
     with only_writer(out.with_name(f".{out.name}.writer")):
         sweep_beside(out)
-        previous = read_manifest(out, verify=False) if (out / MANIFEST).is_file() else {}
-        expected = {"source": described, "posterior": posterior, **stored.described()}
-        expected |= {"teacher": teacher_mark(backbone)} if completions is not None else {}
-        same = {key: {"posterior": "mean", **previous}.get(key) for key in expected} == expected
-        if previous and same and previous.get("model") == model_mark(backbone):
-            return False
-        role = shards.manifest["role"]
-        write_cache(shards, out, backbone, role, source=described, progress=progress, **stored._asdict())
-    return True
+        return write_cache(shards, out, backbone, shards.manifest["role"], **options)
 
 
 @torch.no_grad()
@@ -276,7 +248,7 @@ def write_pictures(
     writer.phase(role, writer.groups.values(), batch)
 
 
-def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> dict[str, Any]:
+def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> dict[str, object]:
     """Writes `prompt_index` and, unless `stored.prompts` is none, `prompt_embeds` and `pooled_prompt_embeds`.
 
     Returns the fields of the manifest that reading them needs."""

@@ -47,11 +47,11 @@ def find_layout(embeds: torch.Tensor) -> Layout:
 
 def pack(embeds: torch.Tensor, layout: Layout) -> Packed:
     """(P,T,D) -> codes and scales. Raises ValueError for a non-zero value outside the layout."""
-    if _overflows(embeds, layout):
-        raise ValueError("these embeddings have non-zero values outside the layout")
     parts, scales = [], []
-    for part, width in zip(embeds.float().split([n for n, _ in layout.runs], 1), _widths(layout), strict=True):
-        blocks = part[..., :width].unflatten(-1, (-1, layout.block))
+    for part, (_, width) in zip(embeds.split([n for n, _ in layout.runs], 1), layout.runs, strict=True):
+        if part[..., width:].any():
+            raise ValueError("these embeddings have non-zero values outside the layout")
+        blocks = part[..., :width].float().unflatten(-1, (-1, layout.block))
         largest = blocks.abs().amax(-1, keepdim=True) / 127
         scale = largest.to(torch.float16)
         scale = torch.where(scale.float() < largest, torch.nextafter(scale, scale.new_tensor(math.inf)), scale)
@@ -64,24 +64,16 @@ def pack(embeds: torch.Tensor, layout: Layout) -> Packed:
 def unpack(packed: Packed, layout: Layout) -> torch.Tensor:
     """Codes and scales -> (P,T,D) fp32."""
     out = torch.zeros(len(packed.codes), layout.tokens, layout.width)
-    code = scale = first = 0
-    for (tokens, _), width in zip(layout.runs, _widths(layout), strict=True):
-        numbers, blocks = tokens * width, tokens * (width // layout.block)
-        codes = packed.codes[:, code : code + numbers].unflatten(1, (tokens, width // layout.block, layout.block))
-        scales = packed.scales[:, scale : scale + blocks].unflatten(1, (tokens, width // layout.block, 1))
-        out[:, first : first + tokens, :width] = (codes.float() * scales.float()).flatten(2)
-        code, scale, first = code + numbers, scale + blocks, first + tokens
+    blocks = [(tokens, width // layout.block) for tokens, width in layout.runs]
+    codes = packed.codes.split([tokens * count * layout.block for tokens, count in blocks], 1)
+    scales = packed.scales.split([tokens * count for tokens, count in blocks], 1)
+    runs = out.split([tokens for tokens, _ in blocks], 1)
+    for run, (tokens, count), code, scale in zip(runs, blocks, codes, scales, strict=True):
+        values = (
+            code.unflatten(1, (tokens, count, layout.block)).float() * scale.unflatten(1, (tokens, count, 1)).float()
+        )
+        run[..., : count * layout.block] = values.flatten(2)
     return out
-
-
-def _overflows(embeds: torch.Tensor, layout: Layout) -> bool:
-    """Whether (P,T,D) has a non-zero value outside the layout."""
-    parts = embeds.split([n for n, _ in layout.runs], 1)
-    return any(bool(part[..., width:].any()) for part, width in zip(parts, _widths(layout), strict=True))
-
-
-def _widths(layout: Layout) -> list[int]:
-    return [width for _, width in layout.runs]
 
 
 def relative_error(kept: torch.Tensor, embeds: torch.Tensor) -> float:

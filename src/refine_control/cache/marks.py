@@ -15,23 +15,20 @@ CACHE_VERSION = 2
 
 def model_mark(backbone: Backbone) -> str:
     """Hash of the weights and settings that a cache depends on: VAE, text encoders and number of T5 tokens."""
-    mark = hashlib.sha256(f"{CACHE_VERSION} {backbone.max_sequence_length}".encode())
     config = backbone.vae.config
-    mark.update(f"{config['scaling_factor']} {config['shift_factor']}".encode())
-    for part in (backbone.vae, *backbone.text_encoders):
-        _update(mark, part)
-    return mark.hexdigest()
+    settings = f"{CACHE_VERSION} {backbone.max_sequence_length}{config['scaling_factor']} {config['shift_factor']}"
+    return _mark(settings, backbone.vae, *backbone.text_encoders)
 
 
 def teacher_mark(backbone: Backbone) -> str:
     """Hash of the weights that completions depend on as well: transformer and ControlNet."""
-    mark = hashlib.sha256()
-    for part in (backbone.transformer, backbone.pipeline.controlnet):
-        _update(mark, part)
+    return _mark("", backbone.transformer, backbone.pipeline.controlnet)
+
+
+def _mark(settings: str, *modules: Any) -> str:
+    mark = hashlib.sha256(settings.encode())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            mark.update(name.encode())
+            mark.update(tensor.detach().to(torch.float32).cpu().contiguous().numpy().tobytes())
     return mark.hexdigest()
-
-
-def _update(mark: Any, part: Any) -> None:
-    for name, tensor in sorted(part.state_dict().items()):
-        mark.update(name.encode())
-        mark.update(tensor.detach().to(torch.float32).cpu().contiguous().numpy().tobytes())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -36,7 +36,7 @@ class Stored(NamedTuple):
     posterior: Posterior = "mean"
     """mean_std: the standard deviation of the VAE's posterior, too, from which training draws its latents."""
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, object]:
         """The fields of the manifest. `posterior` is left out where it is the mean: older caches do not have it."""
         painted = self.completions.model_dump(mode="json") if self.completions else None
         fields = {"dtype": str(self.dtype).removeprefix("torch."), "prompts": self.prompts, "completions": painted}

@@ -9,6 +9,7 @@ the batches are the same. An array gets its blocks on the disk when it is create
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def to_numpy(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
 class Progressed:
     """How far a cache is: `state.json`."""
 
-    described: dict[str, Any]
+    described: dict[str, object]
     """What the manifest will hold."""
     done: dict[str, int] = field(default_factory=dict)
     """Rows done, by phase."""
@@ -60,31 +61,29 @@ class CacheWriter:
     `groups` are the rows of each latent size (`row_groups`). Raises StorageError when the disk refuses."""
 
     def __init__(
-        self, out: Path, described: dict[str, Any], groups: Mapping[Size, range], progress: Progress | None = None
+        self, out: Path, described: dict[str, object], groups: Mapping[Size, range], progress: Progress | None = None
     ):
         self.out, self.described, self.groups = out, described, groups
         self.progress = progress or (lambda done, total, word: None)
         self.folder = out.with_name(f".{out.name}.partial")
         with storage_errors(out):
-            state = self._read_state()
-            if state is None:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
+            self.state = self._read_state()
             sweep(self.folder)
-            self.state = state or Progressed(described)
             (self.folder / SAMPLES).touch()
             os.truncate(self.folder / SAMPLES, self.state.bytes)
             self.samples = (self.folder / SAMPLES).open("ab")
         self.arrays: dict[str, np.memmap] = {}
         self.saved = time.monotonic()
 
-    def _read_state(self) -> Progressed | None:
-        """The state of an earlier run for the same cache; None where there is none, or one of another cache."""
-        try:
+    def _read_state(self) -> Progressed:
+        """The state of an earlier run for the same cache, or else the first one, in an empty folder."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
             state = Progressed(**json.loads((self.folder / _STATE).read_text()))
-            return state if state.described == self.described else None
-        except (OSError, ValueError, TypeError):
-            return None
+            if state.described == self.described:
+                return state
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return Progressed(self.described)
 
     def put(self, name: str, first: int, total: int, values: np.ndarray) -> None:
         """Stores rows `first ...` of the array `name`, which has `total` rows."""
@@ -99,24 +98,22 @@ class CacheWriter:
 
     def put_sized(self, name: str, rows: range, values: np.ndarray) -> None:
         """Stores `rows`, all of one size, of an array that has h and w."""
-        stored, first, total = self._place(name, rows)
-        self.put(stored, first, total, values)
+        stored, group = self._place(name, rows)
+        self.put(stored, rows.start - group.start, len(group), values)
 
     def read_sized(self, name: str, rows: range) -> torch.Tensor:
         """Rows that `put_sized` stored, as fp32."""
-        stored, first, _ = self._place(name, rows)
-        return self.read(stored, range(first, first + len(rows)))
+        stored, group = self._place(name, rows)
+        return self.read(stored, range(rows.start - group.start, rows.stop - group.start))
 
     def latent_size(self, rows: range) -> Size:
         """The latent size (h, w) of `rows`, the same for all of them."""
         return next(size for size, group in self.groups.items() if rows.start in group)
 
-    def _place(self, name: str, rows: range) -> tuple[str, int, int]:
-        """The name of the array that holds `rows`, the place of the first one in it, and its number of rows."""
+    def _place(self, name: str, rows: range) -> tuple[str, range]:
+        """The name of the array that holds `rows`, and all its rows."""
         size = self.latent_size(rows)
-        group = self.groups[size]
-        stored = name if len(self.groups) == 1 else stored_name(name, size)
-        return stored, rows.start - group.start, len(group)
+        return name if len(self.groups) == 1 else stored_name(name, size), self.groups[size]
 
     def read(self, name: str, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Stored rows, as fp32."""
@@ -131,11 +128,7 @@ class CacheWriter:
 
     def phase(self, name: str, groups: Iterable[range], batch: Callable[[range], None]) -> None:
         """Calls `batch` for all rows that are not done, BATCH of a group at a time, and saves every 30 seconds."""
-        batches = [
-            range(first, min(first + BATCH, group.stop))
-            for group in groups
-            for first in range(group.start, group.stop, BATCH)
-        ]
+        batches = [group[first : first + BATCH] for group in groups for first in range(0, len(group), BATCH)]
         total = batches[-1].stop if batches else 0
         with storage_errors(self.out):
             for rows in batches:
@@ -160,7 +153,7 @@ class CacheWriter:
 
     def finish(self, **described: Any) -> None:
         """Publishes the cache."""
-        files = [SAMPLES, *(self._path(name).name for name in self._names())]
+        files = [SAMPLES, *(f"{name}.npy" for name in self._names())]
         self.arrays = {}
         with storage_errors(self.out):
             self.samples.close()

@@ -101,9 +101,7 @@ def inpaint(
 @interruptible()
 def mini_train(
     source: Annotated[Path | None, opt.folder("Bundle to start from.", "--from")] = None,
-    out: Annotated[Path, opt.output_option("Output folder; the bundle is OUT/bundle.", "TRAINED_MODEL")] = Path(
-        "runs/mini"
-    ),
+    out: Annotated[Path, opt.output_option("Output; the bundle is OUT/bundle.", "TRAINED_MODEL")] = Path("runs/mini"),
     seed: opt.Seed = 0,
     stage: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME=STEPS; may be repeated; default: all stages.")
