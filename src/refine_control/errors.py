@@ -16,8 +16,6 @@ class RefineControlError(Exception):
 class InvalidInputError(RefineControlError, ValueError):
     """Refused input or configuration."""
 
-    exit_code = 2
-
 
 class DamagedError(RefineControlError):
     """A file exists but is not what its manifest or index says."""

@@ -12,7 +12,7 @@ import re
 import shlex
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from refine_control.errors import InvalidInputError
 from refine_control.records import ROLES
@@ -74,13 +74,8 @@ A_CONTROLNET = Expected(
 A_MODEL = Expected("a model", (Kind.MODEL,), "give `mini`, a hub id or a pipeline folder in diffusers layout")
 ROWS_TO_REVIEW = Expected("annotations", (Kind.ANNOTATIONS,), "make them with `refine-control data annotate`")
 
-_MANIFEST_KINDS = {
-    "shards": Kind.SHARDS,
-    "build": Kind.BUILD,
-    "cache": Kind.CACHE,
-    "student": Kind.STUDENT,
-    "bundle": Kind.MODEL,
-}
+_MANIFEST_KINDS = {kind.name.lower(): kind for kind in (Kind.SHARDS, Kind.BUILD, Kind.CACHE, Kind.STUDENT)}
+_MANIFEST_KINDS["bundle"] = Kind.MODEL
 _FILES_OF_KIND = (
     (Kind.ANNOTATIONS, {"annotate.json"}),
     (Kind.TASKS, {"tasks.json", "labels.xml"}),
@@ -131,10 +126,8 @@ def refuse_other_kind(path: str | Path, expected: Expected) -> None:
     kind, folder = kind_of_folder(path), Path(path)
     if kind is None or kind in expected.kinds:
         return
-    near = [each for each in _near(folder) if kind_of_folder(each) in expected.kinds]
-    advice = _command_for(folder, kind, expected) or expected.advice
-    if near:
-        advice = f"give {near[0]}" + "".join(f" or {each}" for each in near[1:])
+    near = " or ".join(str(each) for each in _near(folder) if kind_of_folder(each) in expected.kinds)
+    advice = f"give {near}" if near else _command_for(folder, kind, expected) or expected.advice
     raise InvalidInputError(f"{path} is {kind.what}, {kind.use}; {expected.what} must be given here: {advice}")
 
 
@@ -147,7 +140,7 @@ def refuse_output_kind(path: str | Path, *kinds: Kind) -> None:
         )
 
 
-def _read_object(path: Path, first_line: bool = False) -> dict[str, Any]:
+def _read_object(path: Path, first_line: bool = False) -> dict[str, object]:
     """A JSON object in a small file, or in its first line; empty where there is none."""
     try:
         if not path.is_file() or (path.stat().st_size > _LARGEST_MANIFEST and not first_line):
@@ -161,22 +154,23 @@ def _read_object(path: Path, first_line: bool = False) -> dict[str, Any]:
 
 def _near(folder: Path) -> list[Path]:
     """Where the folder that was meant may be: inside this one, or beside or above it."""
+    named = _UNFINISHED.fullmatch(folder.name)
     inside = [folder / name for name in (*ROLES, "student", "bundle", "controlnet")]
     above = [folder.parent, folder.parent / "student", folder.parent.parent / "student"]
-    named = _UNFINISHED.fullmatch(folder.name)
     return [*([folder.with_name(named["name"])] if named else []), *inside, *above]
 
 
 def _command_for(folder: Path, kind: Kind, expected: Expected) -> str | None:
     """The command that makes what is expected from what was given."""
+    if kind is Kind.BUILD and expected is A_CACHE:
+        kind, folder = (
+            Kind.SHARDS,
+            next((each for role in ROLES if (each := folder / role).is_dir()), folder / ROLES[0]),
+        )
     quoted = shlex.quote(str(folder))
-    needs_shards = Kind.SHARDS in expected.kinds or Kind.BUILD in expected.kinds
     if kind is Kind.SHARDS and expected is A_CACHE:
         return f"make one with `refine-control cache {quoted} CACHE`"
-    if kind is Kind.BUILD and expected is A_CACHE:
-        role = next((role for role in ROLES if (folder / role).is_dir()), ROLES[0])
-        return f"make one with `refine-control cache {shlex.quote(str(folder / role))} CACHE`"
-    if kind in PHOTOGRAPHS.kinds and (needs_shards or expected is A_CACHE):
+    if kind in PHOTOGRAPHS.kinds and {Kind.SHARDS, Kind.BUILD, Kind.CACHE} & {*expected.kinds}:
         return f"build shards with `refine-control data build {quoted} OUT`"
     if kind is Kind.DOWNLOAD and expected is ROWS_TO_REVIEW:
         return f"annotate them with `refine-control data annotate {quoted} OUT`"

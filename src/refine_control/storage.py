@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from refine_control.errors import DamagedError, InUseError, InvalidInputError, RefineControlError, StorageError
 
@@ -44,19 +44,14 @@ def storage_failure(error: BaseException, path: Path | str | None = None) -> Ref
     only a full or read-only disk counts."""
     number = error.errno if isinstance(error, OSError) else None
     if (library := sys.modules.get("safetensors")) and isinstance(error, library.SafetensorError):
-        code = _OS_ERROR.search(str(error))
-        number = int(code[1]) if code else None
-    where = f"under {path}" if path else str(getattr(error, "filename", None) or "the output")
+        number = int(code[1]) if (code := _OS_ERROR.search(str(error))) else None
     if number is None:
         return None
+    fault = f"under {path}" if path else str(getattr(error, "filename", None) or "the output")
+    fault = f"cannot write {fault}: {os.strerror(number)}"
     if number in (_REFUSED if path else _FULL):
-        return StorageError(
-            f"cannot write {where}: {os.strerror(number)}; free some space or choose another folder, "
-            "then run the same command again"
-        )
-    if path and number in _NO_PATH:
-        return InvalidInputError(f"cannot write {where}: {os.strerror(number)}; choose another path")
-    return None
+        return StorageError(f"{fault}; free some space or choose another folder, then run the same command again")
+    return InvalidInputError(f"{fault}; choose another path") if path and number in _NO_PATH else None
 
 
 @contextlib.contextmanager
@@ -106,10 +101,8 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     _, _, free = shutil.disk_usage(existing)
     if free < needed:
-        raise StorageError(
-            f"{purpose} needs {needed / 1e6:.0f} MB under {folder} and {free / 1e6:.0f} MB are free; "
-            "free some space or choose another folder"
-        )
+        sizes = f"{needed / 1e6:.0f} MB under {folder} and {free / 1e6:.0f} MB are free"
+        raise StorageError(f"{purpose} needs {sizes}; free some space or choose another folder")
 
 
 def allocate(path: Path, size: int) -> None:
@@ -140,30 +133,21 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
-@contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write; it gets its name at the end of the block, when all of it is on the disk.
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `path` so that a reader sees the old bytes or the new ones, never a part, and all of it is on the disk.
 
     Raises StorageError when the disk refuses; then, and after any other error, the old file is as it was."""
     with storage_errors(path):
         temporary = _temporary(path)
         try:
             with temporary.open("wb") as file:
-                yield file
+                file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_path(path.parent)
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `path` so that a reader sees the old bytes or the new ones, never a part.
-
-    Raises StorageError when the disk refuses."""
-    with open_atomic(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,10 +169,9 @@ def write_output(path: Path, data: bytes | str) -> None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log that are whole JSON objects; a line that a kill or a full disk has cut is left out."""
     objects = []
-    with path.open("rb") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                objects.append(json.loads(line))
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            objects.append(json.loads(line))
     return [each for each in objects if isinstance(each, dict)]
 
 
@@ -219,15 +202,13 @@ def finish_folder(unfinished: Path, final: Path, files: Collection[str], **descr
     with storage_errors(final):
         listed = {}
         for name in sorted(files):
-            path = unfinished / name
-            fsync_path(path)
+            fsync_path(path := unfinished / name)
             listed[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_json(unfinished / MANIFEST, {**described, "files": listed})
         for path in unfinished.iterdir():
-            if path.name != MANIFEST and not any(name.split("/")[0] == path.name for name in files):
+            if path.name not in (MANIFEST, *(name.split("/")[0] for name in files)):
                 _remove(path)
-        replaced = final.with_name(f".{final.name}.old{TEMPORARY}")
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = _emptied_old(final)
         if final.exists():
             final.rename(replaced)
         unfinished.rename(final)
@@ -237,10 +218,14 @@ def finish_folder(unfinished: Path, final: Path, files: Collection[str], **descr
 
 def remove_folder(folder: Path) -> None:
     """Deletes a published folder: first its name, so that a kill leaves no half of it under that name."""
-    removed = folder.with_name(f".{folder.name}.old{TEMPORARY}")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed)
+    shutil.rmtree(folder.rename(_emptied_old(folder)))
+
+
+def _emptied_old(folder: Path) -> Path:
+    """The name under which `folder` is deleted, free to take."""
+    old = folder.with_name(f".{folder.name}.old{TEMPORARY}")
+    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def read_manifest(folder: Path, verify: bool = True, required: Iterable[str] = ()) -> dict[str, Any]:
@@ -271,48 +256,44 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     Raises InUseError (exit code 73) when another process holds it, and as `check_output_folder`."""
     check_output_folder(folder)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        held_before = (folder / LOCK).exists()
-        lock = (folder / LOCK).open("a")
-    try:
+    with contextlib.ExitStack() as until_done:
         with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held_before = (folder / LOCK).exists()
+            lock = until_done.enter_context((folder / LOCK).open("a"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InUseError(
-                    f"another process is writing to {folder}; wait for it or choose another folder"
-                ) from error
+                said = f"another process is writing to {folder}; wait for it or choose another folder"
+                raise InUseError(said) from error
             if held_before:  # in other folders nothing is a leftover of ours
                 sweep(folder)
         yield
-    finally:
-        lock.close()
 
 
 def sweep(folder: Path) -> None:
     """Removes what killed writers left in a folder and the folders in it; call it as the folder's only writer.
 
     A folder with a lock of its own is left to whoever holds that."""
-    inside = [each for each in folder.iterdir() if each.is_dir() and not each.is_symlink()]
-    for leftover, _ in list(_leftovers([folder, *(each for each in inside if not (each / LOCK).exists())])):
-        _remove(leftover)
+    inside = (each for each in folder.iterdir() if each.is_dir() and not each.is_symlink())
+    for each in [folder, *(each for each in inside if not (each / LOCK).exists())]:
+        for leftover, _ in _leftovers(each):
+            _remove(leftover)
 
 
 def sweep_beside(path: Path) -> None:
     """Removes what killed writers left of `path` itself; what a running process writes is kept."""
-    for leftover, match in list(_leftovers([path.parent])):
+    for leftover, match in _leftovers(path.parent):
         if match["name"] == path.name and not _is_running(match["pid"]):
             _remove(leftover)
 
 
-def _leftovers(folders: Iterable[Path]) -> Iterator[tuple[Path, re.Match[str]]]:
-    """What lies in these folders under the name of something that was being written or deleted."""
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as listing:
-            for each in listing:
-                if match := _LEFTOVER.fullmatch(each.name):
-                    yield Path(each.path), match
+def _leftovers(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    """What lies in a folder under the name of something that was being written or deleted."""
+    try:
+        return [(folder / name, match) for name in os.listdir(folder) if (match := _LEFTOVER.fullmatch(name))]
+    except (FileNotFoundError, PermissionError):
+        return []
 
 
 def _remove(path: Path) -> None:
@@ -331,5 +312,5 @@ def _is_running(pid: str) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass
     return True
