@@ -1,7 +1,6 @@
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,17 +121,6 @@ def walk(command, path=()):
         yield " ".join(path), sorted(option for parameter in command.params for option in parameter.opts)
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from refine_control.cli.app import main; sys.exit(main())", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever started the tests may ignore it
-    )
-
-
 def call(monkeypatch, *arguments: str) -> int:
     """`main` in this process; its exit code."""
     monkeypatch.setattr(sys, "argv", ["refine-control", *arguments])
@@ -178,13 +166,13 @@ def test_the_command_line_imports_nothing_heavy():
     assert {"torch", "numpy", "diffusers", "transformers", "pydantic", "matplotlib"} & set(modules) == set()
 
 
-def test_an_unknown_recipe_key_suggests_the_nearest_and_leaves_with_2(tmp_path):
+def test_an_unknown_recipe_key_suggests_the_nearest_and_leaves_with_2(monkeypatch, capsys, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("name: mine\noptimiser: {learning_rate: 1e-4}\n")
-    refused = run("train", str(recipe), "--dry-run")
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert refused.stderr == f"refine-control: {recipe}: unknown key optimiser; the nearest valid one is optimizer\n"
+    assert call(monkeypatch, "train", str(recipe), "--dry-run") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"refine-control: {recipe}: unknown key optimiser; the nearest valid one is optimizer\n"
 
 
 def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(monkeypatch, capsys, tmp_path):
@@ -393,6 +381,7 @@ def test_the_doctor_finds_nothing_missing_here(monkeypatch, capsys):
 def test_the_doctor_says_how_many_threads_and_how_they_wait(monkeypatch):
     chosen = threads.choose({"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "7"}, 4, 4, adaptive=True)
     monkeypatch.setattr(doctor, "set_up", lambda: chosen)
+    monkeypatch.setattr(doctor, "_importing", lambda *names: "not asked here")
     assert ("threads", "ok", "3, from OMP_NUM_THREADS; they wait as GOMP_SPINCOUNT=7 says") in doctor.diagnose()
 
 

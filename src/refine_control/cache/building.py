@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -116,27 +116,19 @@ def write_cache(
     return True
 
 
-def _text_reader(
-    writer: CacheWriter, backbone: Backbone, stored: Stored
-) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
-    """A function: numbers of prompts -> prompt_embeds and pooled_prompt_embeds, as stored or else encoded."""
-    if stored.prompts == "none":
-        memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
-        return lambda numbers: memory([prompts[number] for number in numbers])
-
-    def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = writer.read("pooled_prompt_embeds", numbers)
-        if (layout := writer.state.prompt_layout) is None:
-            return writer.read("prompt_embeds", numbers), pooled
-        packed = Packed(*(writer.read(name, numbers) for name in ("prompt_codes", "prompt_scales")))
-        return unpack(packed, Layout(*layout)), pooled
-
-    return read
+def _read_text(writer: CacheWriter, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of prompts -> prompt_embeds and pooled_prompt_embeds, as stored."""
+    pooled = writer.read("pooled_prompt_embeds", numbers)
+    if (layout := writer.state.prompt_layout) is None:
+        return writer.read("prompt_embeds", numbers), pooled
+    packed = Packed(*(writer.read(name, numbers) for name in ("prompt_codes", "prompt_scales")))
+    return unpack(packed, Layout(*layout)), pooled
 
 
 def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> None:
     """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
-    read_text, factor = _text_reader(writer, backbone, stored), backbone.pipeline.vae_scale_factor
+    memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
+    factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
 
     def batch(rows: range) -> None:
@@ -144,10 +136,12 @@ def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerC
         count = pictures_at_once(backbone.device, height, width, len(rows))
         for part in (rows[first : first + count] for first in range(0, len(rows), count)):
             latents, mask = (writer.read_sized(name, part) for name in ("masked_latents", "masks"))
-            numbers = index[part.start : part.stop]
-            text, empty = read_text(numbers), read_text(np.zeros_like(numbers))
+            each = (index[part.start : part.stop], np.zeros(len(part), int))  # the samples' prompts, and the empty one
+            if stored.prompts == "none":
+                text, empty = (memory([prompts[number] for number in numbers]) for numbers in each)
+            else:
+                text, empty = (_read_text(writer, numbers) for numbers in each)
             noise = slot_normals(latents.shape[1:], list(part), sampler.seed, "completion")
-            teacher: Any = backbone.pipeline.controlnet
             painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)
             writer.put_sized("completions", part, to_numpy(painted, stored.dtype))
 
@@ -261,24 +255,21 @@ def write_prompts(writer: CacheWriter, backbone: Backbone, stored: Stored) -> di
 
     def batch(rows: range) -> None:
         embeds, pooled = (t.cpu() for t in backbone.encode_prompts([prompts[row] for row in rows]))
+        arrays = {"pooled_prompt_embeds": to_numpy(pooled, stored.dtype)}
         if stored.prompts == "int8":
             state.prompt_layout = state.prompt_layout or list(find_layout(embeds))
             layout = Layout(*state.prompt_layout)
             packed = pack(embeds, layout)
-            writer.put("prompt_codes", rows.start, len(prompts), packed.codes.numpy())
-            writer.put("prompt_scales", rows.start, len(prompts), packed.scales.numpy())
-            state.prompt_errors.append(
-                [relative_error(kept, embeds) for kept in (unpack(packed, layout), embeds.bfloat16())]
-            )
+            arrays |= {"prompt_codes": packed.codes.numpy(), "prompt_scales": packed.scales.numpy()}
+            kept = (unpack(packed, layout), embeds.bfloat16())
+            state.prompt_errors.append([relative_error(each, embeds) for each in kept])
         else:
-            writer.put("prompt_embeds", rows.start, len(prompts), to_numpy(embeds, stored.dtype))
-        writer.put("pooled_prompt_embeds", rows.start, len(prompts), to_numpy(pooled, stored.dtype))
+            arrays["prompt_embeds"] = to_numpy(embeds, stored.dtype)
+        for name, values in arrays.items():
+            writer.put(name, rows.start, len(prompts), values)
 
     writer.phase("prompts", [range(len(prompts))], batch)
     if stored.prompts != "int8":
         return {}
-    mean = np.mean(state.prompt_errors, 0)
-    return {
-        "prompt_layout": state.prompt_layout,
-        "prompt_relative_error": {"int8": float(mean[0]), "bfloat16": float(mean[1])},
-    }
+    errors = dict(zip(("int8", "bfloat16"), map(float, np.mean(state.prompt_errors, 0)), strict=True))
+    return {"prompt_layout": state.prompt_layout, "prompt_relative_error": errors}

@@ -39,11 +39,9 @@ class Cache:
         try:
             self.manifest = read_manifest(folder, required=("role", "count", "model", "dtype", "prompts"))
         except FileNotFoundError:
-            raise InvalidInputError(
-                f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`"
-            ) from None
+            self.manifest = {}
         if self.manifest.get("kind") != "cache":
-            raise InvalidInputError(f"{folder} is no cache; make one with `refine-control cache`")
+            raise InvalidInputError(f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`")
         if model is not None and self.manifest["model"] != model:
             raise InvalidInputError(
                 f"the cache {folder} was made by another model (other VAE, text encoders or token count); make it again"
@@ -75,14 +73,14 @@ class Cache:
             return unpack(packed, Layout(*self.manifest["prompt_layout"]))
         if not self.has(name):
             raise InvalidInputError(f"the cache {self.folder} of role {self.role} has no {name}")
-        stored, places = (name, np.asarray(rows)) if name in self.arrays else self._place(name, np.asarray(rows))
-        values = np.ascontiguousarray(self.arrays[stored][places])
-        if values.dtype == np.uint16 and self.bfloat16:
-            return torch.from_numpy(values).view(torch.bfloat16)
-        return torch.from_numpy(values)
+        stored, places = self._place(name, np.asarray(rows))
+        values = torch.from_numpy(np.ascontiguousarray(self.arrays[stored][places]))
+        return values.view(torch.bfloat16) if values.dtype == torch.uint16 and self.bfloat16 else values
 
     def _place(self, name: str, rows: np.ndarray) -> tuple[str, np.ndarray]:
-        """The name of the array for the size of all `rows`, and their places in it."""
+        """The name of the array that holds `rows`, and their places in it."""
+        if name in self.arrays:
+            return name, rows
         for size, group in self.groups.items():
             if ((rows >= group.start) & (rows < group.stop)).all():
                 return stored_name(name, size), rows - group.start

@@ -76,7 +76,7 @@ def inpaint(
     model: opt.Model = "mini",
     controlnet: opt.Network = None,
     size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,
-    composite: Annotated[bool, opt.flag("--composite", "Restore the original pixels outside the mask.")] = False,
+    composite: Annotated[bool, typer.Option("--composite", help="Keep the original pixels outside the mask.")] = False,
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
     scale: opt.Scale = None,

@@ -52,10 +52,8 @@ def data_annotate(
     prompts: Prompts = "given",
     describer: Describer = QWEN,
     server: Server = SERVER,
-    api_key_variable: Annotated[
-        str | None, typer.Option(help="Environment variable with the server's API key.")
-    ] = None,
-    global_prompts: Annotated[bool, opt.flag("--global-prompts", "Describe whole photos as well.")] = False,
+    api_key_variable: Annotated[str | None, typer.Option(help="Environment variable of the server's API key.")] = None,
+    global_prompts: Annotated[bool, typer.Option("--global-prompts", help="Describe whole photos as well.")] = False,
     min_area: Annotated[float, opt.number("Smallest area of a region as a share of the photo.", 0, 1)] = 0.05,
     max_area: Annotated[float, opt.number("Largest area of a region.", 0, 1)] = 0.4,
     per_photo: Annotated[int, opt.number("Largest number of regions of a photo.")] = 2,
@@ -71,7 +69,7 @@ def data_annotate(
     seed: opt.Seed = 0,
     limit: Limit = None,
     retry_failed: Annotated[
-        bool, opt.flag("--retry-failed", "Try the photos again that a model refused or failed on.")
+        bool, typer.Option("--retry-failed", help="Try the photos again that a model refused or failed on.")
     ] = False,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
@@ -99,11 +97,9 @@ def data_build(
     prompts: Prompts = "given",
     describer: Describer = QWEN,
     server: Server = SERVER,
-    size: Annotated[
-        int, typer.Option(help="Side of the square samples in pixels; 64 for the mini model, 1024 for SD3.")
-    ] = 64,
+    size: Annotated[int, typer.Option(help="Side of the samples in pixels; 64 for the mini model, 1024 for SD3.")] = 64,
     buckets: Annotated[
-        bool, opt.flag("--buckets", "Keep the aspect ratio, 1:2 to 2:1, at about --size^2 pixels.")
+        bool, typer.Option("--buckets", help="Keep the aspect ratio, 1:2 to 2:1, at about --size^2 pixels.")
     ] = False,
     test_fraction: Annotated[float, opt.number("Share of the photos in the test set.", 0, 1)] = 0.2,
     unlabeled_fraction: Annotated[float, opt.number("Share of the other photos in D_ssl.", 0, 1)] = 0.5,
@@ -147,11 +143,10 @@ def data_review(
     folder: opt.InFolder,
     port: Annotated[int, opt.number("Port; 0: any free one.", 0, 65535)] = 8765,
     host: Annotated[str, typer.Option(help="Address; only loopback without --allow-remote.")] = "127.0.0.1",
-    allow_remote: Annotated[bool, opt.flag("--allow-remote", "Allow other machines.")] = False,
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="Allow other machines.")] = False,
     reviewer: Annotated[str | None, typer.Option(help="Name of the reviewer; default: the page asks.")] = None,
     to_label_studio: Annotated[
-        Path | None,
-        opt.output_option("Write tasks for Label Studio to this folder instead.", "TASKS", "ANNOTATIONS"),
+        Path | None, opt.output_option("Write tasks for Label Studio to this folder instead.", "TASKS", "ANNOTATIONS")
     ] = None,
     from_label_studio: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Import the decisions of a Label Studio export.")
@@ -277,8 +272,7 @@ def cache(
         ),
     ] = "full",
     teacher: Annotated[
-        str | None,
-        typer.Option(help="ControlNet for --complete, a folder or hub id; default: the model's own."),
+        str | None, typer.Option(help="ControlNet for --complete, a folder or hub id; default: the model's own.")
     ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],

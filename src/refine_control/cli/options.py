@@ -82,11 +82,6 @@ def number(help: str, least: float = 1, most: float | None = None) -> Any:
     return typer.Option(min=least, max=most, help=help)
 
 
-def flag(name: str, help: str) -> Any:
-    """A switch that is off by default."""
-    return typer.Option(name, help=help)
-
-
 InFile = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
 InFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 Source = Annotated[Path, typer.Argument(exists=True)]
@@ -106,8 +101,7 @@ MetricWeights = Annotated[
 SmallPhotos = Annotated[Path | None, folder("Folder of tars of small photographs with category and box.")]
 Steps = Annotated[int | None, number("Number of denoising steps; default: 28 for SD3, 20 for mini.", 1, 1000)]
 Guidance = Annotated[
-    float | None,
-    number("Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini.", 0, 100),
+    float | None, number("Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini.", 0, 100)
 ]
 Scale = Annotated[
     float | None,
