@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from refine_control.errors import DamagedError, InUseError, InvalidInputError, RefineControlError, StorageError
 
@@ -133,21 +133,28 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `path` so that a reader sees the old bytes or the new ones, never a part, and all of it is on the disk.
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write; it gets its name at the end of the block, when all of it is on the disk.
 
     Raises StorageError when the disk refuses; then, and after any other error, the old file is as it was."""
     with storage_errors(path):
         temporary = _temporary(path)
         try:
             with temporary.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_path(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `path` so that a reader sees the old bytes or the new ones, never a part. Raises as `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
