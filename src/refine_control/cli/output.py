@@ -106,8 +106,7 @@ def _progress_lines(label: str) -> Callable[..., None]:
         if now - printed >= _LINE_EVERY and done > first:
             printed, each = now, (now - began) / (done - first)
             left = tqdm.format_interval((total - done) * each)
-            print(
-                f"{label}: {done}/{total}, {each:.3g} s each, {left} left. {note}".rstrip(), file=sys.stderr, flush=True
-            )
+            line = f"{label}: {done}/{total}, {each:.3g} s each, {left} left. {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
 
     return advance
