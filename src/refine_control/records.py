@@ -103,8 +103,11 @@ class Rejected(Exception):
     """An entry that becomes a line in `rejects.jsonl`, not a sample."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
-        super().__init__(f"{reason.value}: {detail}")
+        super().__init__(reason, detail)  # what pickle gives back to `__init__`
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}"
 
 
 @dataclass(frozen=True)

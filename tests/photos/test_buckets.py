@@ -16,8 +16,7 @@ from PIL import Image
 
 from refine_control.errors import InvalidInputError
 from refine_control.photos.buckets import grouped, nearest, sizes_for, sizes_of
-from refine_control.photos.build import build
-from refine_control.photos.build_parameters import Parameters
+from refine_control.photos.build import Parameters, build
 from refine_control.photos.inspect import contact_sheet, inspect, write_page
 from refine_control.photos.load import crop_box, crop_window
 from refine_control.photos.shards import Shards, read_shards, verify

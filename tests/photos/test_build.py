@@ -96,6 +96,32 @@ def test_two_builds_have_the_same_bytes_and_a_second_one_does_nothing(source, tm
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*") if path.name != ".lock"}
 
 
+def test_a_build_of_a_version_that_did_not_count_what_is_left_out_is_done(tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (H, W, 3), np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 6)[:H, :]).resize((W, H)).save(
+            folder / f"{number}.mask.png"
+        )
+        (folder / f"{number}.txt").write_text(f"thing {number}")
+    (folder / "stray.md").touch()
+    first = build(folder, out, **CHOSEN)
+    assert (first.entries, first.rejects) == (4, {"unused": 1})
+    written = json.loads((out / "build.json").read_text())
+    (out / "build.json").write_text(json.dumps({**written, "entries": 3}))
+    before = tree(out)
+    assert build(folder, out, **CHOSEN).did_nothing
+    (folder / "another.md").touch()  # no shard depends on it
+    assert build(folder, out, **CHOSEN).did_nothing
+    assert tree(out) == before
+    (folder / "0.txt").write_text("another thing")
+    with pytest.raises(InvalidInputError, match="the content of the source"):
+        build(folder, out, **CHOSEN)
+
+
 def test_the_split_is_by_photo_whatever_the_rows_call_it(source, tmp_path):
     rows = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
     for number in range(PHOTOS):  # the same pixels once more: by another name, by another id, by another spelling

@@ -19,19 +19,28 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 from refine_control.errors import InvalidInputError
 from refine_control.folders import Kind, refuse_output_kind
-from refine_control.photos.build_parameters import Parameters
+from refine_control.photos.buckets import Size, nearest, sizes_for
 from refine_control.photos.load import load
-from refine_control.photos.shards import MADE_BY, Shards, ShardWriter, encode, open_manifest, write_manifest
+from refine_control.photos.shard_index import SampleRecord
+from refine_control.photos.shards import (
+    IMAGE_FORMATS,
+    MADE_BY,
+    Shards,
+    ShardWriter,
+    encode,
+    open_manifest,
+    write_manifest,
+)
 from refine_control.photos.sources import entries
 from refine_control.photos.survey import Survey, split, survey
 from refine_control.progress import Progress
-from refine_control.records import LABELED, ROLES, Entry, Photo, Rejected
+from refine_control.records import LABELED, ROLES, Entry, Photo, Rejected, RejectReason, Row
 from refine_control.storage import (
     MANIFEST,
     TEMPORARY,
@@ -51,12 +60,53 @@ FORMAT = 2
 _PARTS = ".parts"
 
 
-class _Job(NamedTuple):
-    """What is built, and how."""
+@dataclass(frozen=True)
+class Parameters:
+    """Everything the bytes of a build depend on, besides the source."""
 
-    source: Path
-    images: Path | None
-    chosen: Parameters
+    size: int = 64
+    """Side of a sample in pixels, a multiple of 8, 8 to 4096; of 16 with buckets."""
+    test_fraction: float = 0.2
+    """Share of the photographs that go to `test`, 0 to 1."""
+    unlabeled_fraction: float = 0.5
+    """Share of the other photographs that go to `unlabeled`, 0 to 1."""
+    seed: int = 0
+    image_format: str = "webp"
+    """webp (lossless), png, or jpg."""
+    limit: int | None = None
+    """Only the first so many entries."""
+    samples_per_shard: int = 1000
+    enlarge: bool = False
+    """Whether photos smaller than `size` are enlarged rather than refused."""
+    buckets: bool = False
+    """Whether samples have the sizes of `buckets.sizes_for(size)`, each the nearest to its photo's shape."""
+
+    def __post_init__(self) -> None:
+        for name in ("test_fraction", "unlabeled_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.size % 8 or not 8 <= self.size <= 4096:
+            raise InvalidInputError(f"size is {self.size}; it must be a multiple of 8 between 8 and 4096")
+        if self.image_format not in IMAGE_FORMATS:
+            raise InvalidInputError(f"image_format is {self.image_format!r}; choose {', '.join(IMAGE_FORMATS)}")
+        if self.samples_per_shard < 1 or (self.limit is not None and self.limit < 1):
+            raise InvalidInputError("samples_per_shard and limit must be at least 1")
+        if self.buckets:
+            sizes_for(self.size)  # raises for a size that is no multiple of 16
+
+    @property
+    def sizes(self) -> int | list[Size]:
+        """What `photos.load` takes."""
+        return sizes_for(self.size) if self.buckets else self.size
+
+    def fits(self, width: int, height: int) -> bool:
+        """Whether a photo is large enough for its sample."""
+        h, w = nearest(width, height, sizes_for(self.size)) if self.buckets else (self.size, self.size)
+        return self.enlarge or (width >= w and height >= h)
+
+    def as_dict(self) -> Row:
+        """For manifests: `buckets` only where there are some, so that builds of squares stay what they were."""
+        return {name: value for name, value in asdict(self).items() if name != "buckets" or value}
 
 
 @dataclass(frozen=True)
@@ -77,11 +127,22 @@ class BuildSummary:
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {self.samples[role]} ({self.photos[role]} photos)" for role in self.samples)
-        head = f"{self.entries} entries -> {sum(self.samples.values())} samples: {roles}"
-        tail = f"rejected {sum(self.rejects.values())}"
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.rejects.items()))
+        rejected = f"rejected {sum(self.rejects.values())}" + ": " * bool(self.rejects) + _listed(self.rejects)
         done = f"{self.out} was already built; nothing to do" if self.did_nothing else f"built in {self.seconds:.1f} s"
-        return f"{head}\n{tail}{': ' + reasons if reasons else ''}\n{done}"
+        return f"{self.entries} entries -> {sum(self.samples.values())} samples: {roles}\n{rejected}\n{done}"
+
+
+def _listed(rejects: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items()))
+
+
+class _Part(TypedDict):
+    """The record of a run of entries that is done."""
+
+    records: list[SampleRecord]
+    rejects: list[Row]
+    shard_sha256: str | None
+    """None without records."""
 
 
 def build(
@@ -100,33 +161,32 @@ def build(
     source or with other parameters; InUseError while another process builds there; DamagedError where what an
     earlier run finished is no longer whole; WorkerDiedError when a worker dies: the same command then continues."""
     started = time.monotonic()
-    chosen = Parameters(**parameters)
-    job = _Job(Path(source), images, chosen)
-    out = Path(out)
+    source, out, chosen = Path(source), Path(out), Parameters(**parameters)
     with worker_processes(workers) as in_order:
-        surveyed = survey(job.source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
+        surveyed = survey(source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
         if not surveyed.photos:
             others = f", only others such as {surveyed.left_out[0].image}" if surveyed.left_out else ""
             raise InvalidInputError(
                 f"no photo was found in {source}{others}; want a manifest.jsonl, tars, or name.jpg files"
             )
-        entries_in_all = len(surveyed.photos) + len(surveyed.left_out)
-        expected = {**chosen.as_dict(), "format": FORMAT, "source_sha256": surveyed.sha256, "entries": entries_in_all}
+        expected = {**chosen.as_dict(), "format": FORMAT, "source_sha256": surveyed.sha256}
         _check_folder(out, expected)
         with only_writer(out):
             _check_folder(out, expected)  # again: nobody else can change it now
             done = (out / MANIFEST).is_file()
             if not done:
                 if not (out / PARAMETERS).is_file():
-                    write_json(out / PARAMETERS, {**expected, "made_by": MADE_BY})
-                _build_roles(job, out, surveyed, in_order, progress)
+                    write_json(out / PARAMETERS, {**expected, "entries": surveyed.count, "made_by": MADE_BY})
+                _Build(source, images, out, chosen, surveyed, in_order, progress).run()
             with storage_errors(out):
                 shutil.rmtree(out / _PARTS, ignore_errors=True)
             return _summary(out, time.monotonic() - started, done)
 
 
-def _check_folder(out: Path, expected: dict[str, Any]) -> None:
-    """Refuses an `out` that is anything but this build, begun or done."""
+def _check_folder(out: Path, expected: Row) -> None:
+    """Refuses an `out` that is anything but this build, begun or done.
+
+    What is left out of a source is no part of `expected`: no shard depends on it."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -136,140 +196,127 @@ def _check_folder(out: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
         strangers = [each.name for each in out.iterdir() if each.name != ".lock" and not each.name.endswith(TEMPORARY)]
         if strangers:
-            raise InvalidInputError(f"{out} holds {sorted(strangers)[0]!r} and is not a build; name a new folder")
+            raise InvalidInputError(f"{out} holds {min(strangers)!r} and is not a build; name a new folder")
         return
     try:
-        there, now = ({"buckets": False, **facts} for facts in (json.loads(path.read_bytes()), expected))
-        differing = [
-            f"{key.replace('source_sha256', 'the content of the source')} ({there.get(key)} there, {value} now)"
-            for key, value in now.items()
-            if there.get(key) != value
-        ]
-    except (ValueError, AttributeError, TypeError):
+        there = {"buckets": False, **json.loads(path.read_bytes())}
+    except (ValueError, TypeError):
         raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
+    differing = [
+        f"{key.replace('source_sha256', 'the content of the source')} ({there.get(key)} there, {value} now)"
+        for key, value in {"buckets": False, **expected}.items()
+        if there.get(key) != value
+    ]
     if differing:
         raise InvalidInputError(f"{out} was built differently: {', '.join(differing)}; delete it or name a new folder")
 
 
-def _build_roles(job: _Job, out: Path, surveyed: Survey, in_order: InOrder, progress: Progress | None) -> None:
-    """Every role's shards, then the rejects, then the manifest of the whole."""
-    report = progress or (lambda done, total: None)
-    chosen, total, count = job.chosen, len(surveyed.photos), itertools.count(1)
-    rejects: list[dict[str, Any]] = []
-    described = {"parameters": chosen.as_dict(), "source_sha256": surveyed.sha256}
-    roles = split(surveyed.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
-    for role in ROLES:
-        writer = ShardWriter(out / role, role, chosen.samples_per_shard, chosen.image_format, chosen.buckets)
-        runs = _batched(_role_entries(role, job, surveyed, roles), chosen.samples_per_shard)
-        for number, run in enumerate(runs):
-            part = out / _PARTS / f"{role}-{number:05d}.json"
-            kept = _kept(part, out / role)
-            if kept is None:
-                refused = []
-                for _ in _add(writer, run, surveyed.photos, chosen, in_order, refused):
-                    report(next(count), total)
-                kept = {"rejects": refused, "records": writer.cut()}
-                kept["shard_sha256"] = _shard_sha256(out / role, kept["records"])
-                with storage_errors(out):
-                    part.parent.mkdir(exist_ok=True)
-                write_json(part, kept)
+@dataclass
+class _Build:
+    """What is built, from what, and how."""
+
+    source: Path
+    images: Path | None
+    out: Path
+    chosen: Parameters
+    surveyed: Survey
+    in_order: InOrder
+    progress: Progress | None
+    finished: int = 0
+    """Entries that are samples or rejects by now."""
+
+    def run(self) -> None:
+        """Every role's shards, then the rejects, then the manifest of the whole."""
+        chosen, surveyed = self.chosen, self.surveyed
+        described = {"parameters": chosen.as_dict(), "source_sha256": surveyed.sha256}
+        roles = split(surveyed.usable, chosen.seed, chosen.test_fraction, chosen.unlabeled_fraction)
+        rejects: list[Row] = []
+        for role in ROLES:
+            writer = ShardWriter(
+                self.out / role, role, chosen.samples_per_shard, chosen.image_format, several_sizes=chosen.buckets
+            )
+            coming = self._entries(role, roles)
+            runs = iter(lambda coming=coming: list(itertools.islice(coming, chosen.samples_per_shard)), [])
+            for number, run in enumerate(runs):
+                rejects += self._run(writer, run, self.out / _PARTS / f"{role}-{number:05d}.json")
+            writer.finish(**described)
+        rejects.sort(key=lambda line: line["row"])
+        all_rejected = len(rejects) == len(surveyed.photos)
+        rejects += [_reject_line(each, *each.problem) for each in surveyed.left_out if each.problem is not None]
+        write_atomic(self.out / REJECTS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejects))
+        reasons = dict(Counter(line["reason"] for line in rejects))
+        if all_rejected:
+            where = f"{_listed(reasons)}; see {self.out / REJECTS}"
+            raise InvalidInputError(f"all {surveyed.count} entries of {self.source} were rejected: {where}")
+        facts = {"kind": "build", "entries": surveyed.count, "rejects": reasons, **described}
+        write_manifest(self.out, facts, [PARAMETERS, REJECTS, *(f"{role}/{MANIFEST}" for role in ROLES)])
+
+    def _entries(self, role: str, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
+        """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
+        photos = self.surveyed.photos
+        coming = entries(self.source, self.images, lambda left_out: None)  # the survey has them already
+        for row, (entry, photo) in enumerate(zip(coming, photos, strict=False)):
+            if roles.get(photo, LABELED) == role:
+                yield row, entry
+
+    def _run(self, writer: ShardWriter, run: list[tuple[int, Entry]], path: Path) -> list[Row]:
+        """Makes the shard of a run of entries, unless it is there with its record `path`; the rejects of the run."""
+        part = _read_part(path, writer.folder)
+        if part is not None:
+            if part["records"]:
+                writer.adopt(part["records"])
+            for _ in run:
+                self._report()
+            return part["rejects"]
+        rejects: list[Row] = []
+        making = functools.partial(_sample, self.chosen, writer.role)
+        tasks = ((entry, self.surveyed.photos[row]) for row, entry in run)
+        for (row, entry), sample in zip(run, self.in_order(making, tasks), strict=True):
+            if isinstance(sample, Rejected):
+                rejects.append({"row": row, **_reject_line(entry, sample.reason, sample.detail)})
             else:
-                if kept["records"]:
-                    writer.adopt(kept["records"])
-                for _ in run:
-                    report(next(count), total)
-            rejects += kept["rejects"]
-        writer.finish(**described)
-    rejects.sort(key=lambda line: line["row"])
-    all_rejected = len(rejects) == total
-    rejects += [
-        _reject_line(entry, _Refusal(entry.problem[0].value, entry.problem[1]))
-        for entry in surveyed.left_out
-        if entry.problem is not None
-    ]
-    total += len(surveyed.left_out)
-    write_atomic(out / REJECTS, "".join(json.dumps(line, sort_keys=True) + "\n" for line in rejects))
-    reasons = dict(Counter(line["reason"] for line in rejects))
-    if all_rejected:
-        listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
-        raise InvalidInputError(f"all {total} entries of {job.source} were rejected: {listed}; see {out / REJECTS}")
-    facts = {"kind": "build", "entries": total, "rejects": reasons, **described}
-    write_manifest(out, facts, [PARAMETERS, REJECTS, *(f"{role}/{MANIFEST}" for role in ROLES)])
+                writer.add(*sample)
+            self._report()
+        records = writer.cut()
+        with storage_errors(self.out):
+            path.parent.mkdir(exist_ok=True)
+        sha256 = _shard_sha256(writer.folder, records)
+        write_json(path, {"rejects": rejects, "records": records, "shard_sha256": sha256})
+        return rejects
+
+    def _report(self) -> None:
+        self.finished += 1
+        if self.progress is not None:
+            self.progress(self.finished, len(self.surveyed.photos))
 
 
-def _role_entries(role: str, job: _Job, surveyed: Survey, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
-    """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
-    coming = entries(job.source, job.images, lambda left_out: None)  # the survey has them already
-    for row, entry in enumerate(itertools.islice(coming, job.chosen.limit)):
-        if row < len(surveyed.photos) and roles.get(surveyed.photos[row], LABELED) == role:
-            yield row, entry
-
-
-def _batched(items: Iterator[tuple[int, Entry]], count: int) -> Iterator[list[tuple[int, Entry]]]:
-    while run := list(itertools.islice(items, count)):
-        yield run
-
-
-def _add(
-    writer: ShardWriter,
-    run: list[tuple[int, Entry]],
-    photos: list[str],
-    chosen: Parameters,
-    in_order: InOrder,
-    refused: list[dict[str, Any]],
-) -> Iterator[None]:
-    """Each entry of a run becomes a sample or a line of `refused`, and is counted by the caller."""
-    making = functools.partial(_sample, chosen, writer.role)
-    tasks = ((entry, photos[row]) for row, entry in run)
-    for (row, entry), sample in zip(run, in_order(making, tasks), strict=True):
-        if isinstance(sample, _Sample):
-            writer.add(sample.photo, sample.members)
-        else:
-            refused.append({"row": row, **_reject_line(entry, sample)})
-        yield
-
-
-class _Refusal(NamedTuple):
-    """Why an entry is no sample; an exception would not travel between processes."""
-
-    reason: str
-    detail: str
-
-
-def _reject_line(entry: Entry, refusal: _Refusal) -> dict[str, Any]:
+def _reject_line(entry: Entry, reason: RejectReason, detail: str) -> Row:
     """A line of `rejects.jsonl`; without a `row` for what was left out."""
-    return {"key": entry.key, "path": entry.image, **refusal._asdict()}
+    return {"key": entry.key, "path": entry.image, "reason": reason.value, "detail": detail}
 
 
-class _Sample(NamedTuple):
-    """A sample with its files."""
-
-    photo: Photo
-    members: dict[str, bytes]
-
-
-def _sample(chosen: Parameters, role: str, task: tuple[Entry, str]) -> _Sample | _Refusal:
-    """Loads and encodes an entry of the photograph that the task names."""
+def _sample(chosen: Parameters, role: str, task: tuple[Entry, str]) -> tuple[Photo, dict[str, bytes]] | Rejected:
+    """Loads and encodes an entry of the photograph that the task names: the sample with its files."""
     entry, photo = task
     try:
         loaded = load(entry, chosen.sizes, enlarge=chosen.enlarge)
     except Rejected as error:
-        return _Refusal(error.reason.value, error.detail)
+        return error
     named = replace(loaded, meta={**loaded.meta, "photo": photo})
-    return _Sample(named, encode(named, role, chosen.image_format))
+    return named, encode(named, role, chosen.image_format)
 
 
-def _shard_sha256(folder: Path, records: list[dict[str, Any]]) -> str | None:
+def _shard_sha256(folder: Path, records: list[SampleRecord]) -> str | None:
     path = folder / records[0]["shard"] if records else None
     return sha256_file(path) if path is not None and path.is_file() else None
 
 
-def _kept(part: Path, folder: Path) -> dict[str, Any] | None:
+def _read_part(path: Path, folder: Path) -> _Part | None:
     """The record of a run that is done and whose shard is whole, None where it must be done (again)."""
     try:
-        kept = json.loads(part.read_bytes())
-        whole = kept["shard_sha256"] == _shard_sha256(folder, kept["records"])
-        return kept if whole and (kept["shard_sha256"] or not kept["records"]) else None
+        part = json.loads(path.read_bytes())
+        whole = part["shard_sha256"] == _shard_sha256(folder, part["records"])
+        return part if whole and (part["shard_sha256"] or not part["records"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -279,5 +326,5 @@ def _summary(out: Path, seconds: float, did_nothing: bool) -> BuildSummary:
     whole = open_manifest(out)
     manifests = {role: Shards(out / role).manifest for role in ROLES}
     samples = {role: manifest["samples"] for role, manifest in manifests.items()}
-    counted = {role: manifest["photos"] for role, manifest in manifests.items()}
-    return BuildSummary(out, whole["entries"], samples, counted, whole["rejects"], seconds, did_nothing)
+    photos = {role: manifest["photos"] for role, manifest in manifests.items()}
+    return BuildSummary(out, whole["entries"], samples, photos, whole["rejects"], seconds, did_nothing)

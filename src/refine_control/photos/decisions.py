@@ -51,7 +51,7 @@ class Decision:
             raise InvalidInputError(f"the action is {self.action!r}; it must be one of {', '.join(ACTIONS)}")
         if not all(isinstance(name, str) and name.strip() for name in (self.id, self.reviewer)):
             raise InvalidInputError("a decision needs the id of its row and the name of its reviewer")
-        if (self.action == EDIT) != (self.prompt is not None) or (self.prompt is not None and not self.prompt):
+        if (self.action == EDIT) != bool(self.prompt) or self.prompt == "":
             raise InvalidInputError("an edit has a prompt that is not empty, and nothing else has one")
         _moment(self.time)
 
@@ -75,13 +75,11 @@ def id_of(entry: Entry) -> str:
 
 def _moment(time: str) -> datetime:
     """The time as a date; InvalidInputError when it is none or has no zone."""
-    try:
+    with contextlib.suppress(ValueError, TypeError):
         moment = datetime.fromisoformat(time)
-    except (ValueError, TypeError):
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise InvalidInputError(f"{time!r} is not a time like 2025-01-31T12:00:00+00:00")
-    return moment
+        if moment.tzinfo is not None:
+            return moment
+    raise InvalidInputError(f"{time!r} is not a time like 2025-01-31T12:00:00+00:00")
 
 
 def _parse(line: bytes) -> Decision:
@@ -160,8 +158,8 @@ class DecisionLog:
 
     def counting(self, id: str) -> Decision | None:
         """The decision that counts for a row."""
-        latest = max(self._last(id), key=lambda each: (_moment(each[0].time), each[1]), default=None)
-        return None if latest is None else latest[0]
+        latest = max(self._last(id), key=lambda each: (_moment(each[0].time), each[1]), default=(None, 0))
+        return latest[0]
 
     def disagree(self, id: str) -> bool:
         """Whether two reviewers decided differently on a row."""
@@ -170,13 +168,11 @@ class DecisionLog:
     def latest_by(self, reviewer: str, among: Container[str]) -> Decision | None:
         """The decision on one of the rows `among` that this reviewer wrote last and that still stands."""
         stacks = (standing.get(reviewer) for id, standing in self._standing.items() if id in among)
-        mine = (stack[-1] for stack in stacks if stack)
-        latest = max(mine, key=lambda each: each[1], default=None)
-        return None if latest is None else latest[0]
+        return max((stack[-1] for stack in stacks if stack), key=lambda each: each[1], default=(None, 0))[0]
 
     def ids(self) -> list[str]:
         """The rows on which a decision stands, in the order of their first line."""
-        return [id for id in self._standing if any(True for _ in self._last(id))]
+        return [id for id, standing in self._standing.items() if any(standing.values())]
 
     def reviewers(self) -> set[str]:
         """Everybody who has a decision that stands."""
@@ -190,13 +186,10 @@ def read_decisions(path: Path) -> dict[str, Decision]:
 
 
 def by_reviewer(path: Path) -> dict[str, dict[str, Decision]]:
-    """Each reviewer's own decisions: `[reviewer][id]`. Raises as `DecisionLog.refresh`."""
+    """The decisions of each reviewer: `[reviewer][id]`. Raises as `DecisionLog.refresh`."""
     log = DecisionLog(path)
-    decisions: dict[str, dict[str, Decision]] = defaultdict(dict)
-    for id in log.ids():
-        for reviewer, decision in log.of(id).items():
-            decisions[reviewer][id] = decision
-    return dict(decisions)
+    ids = log.ids()
+    return {name: {id: log.of(id)[name] for id in ids if name in log.of(id)} for name in log.reviewers()}
 
 
 def append_decision(path: Path, decision: Decision) -> None:
@@ -211,7 +204,8 @@ def append_decision(path: Path, decision: Decision) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             end = _close_last_line(descriptor)
             try:
-                _write_all(descriptor, line)
+                while line:
+                    line = line[os.write(descriptor, line) :]
                 os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, end)
@@ -222,25 +216,19 @@ def append_decision(path: Path, decision: Decision) -> None:
             fsync_path(path.parent)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
 def _close_last_line(descriptor: int) -> int:
     """The size of the file once its last line is whole: what a kill left over is cut off, a missing end added."""
-    end = os.fstat(descriptor).st_size
-    if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
-        return end
-    start, tail = end, b""
+    start = end = os.fstat(descriptor).st_size
+    tail = b""
     while start and b"\n" not in tail:
         step = min(start, 4096)
         start -= step
         tail = os.pread(descriptor, step, start) + tail
     tail = tail.rpartition(b"\n")[2]
+    if not tail:
+        return end
     with contextlib.suppress(InvalidInputError):
         _parse(tail)
-        _write_all(descriptor, b"\n")
-        return end + 1
+        return end + os.write(descriptor, b"\n")
     os.ftruncate(descriptor, end - len(tail))
     return end - len(tail)

@@ -83,13 +83,10 @@ def _read(data: bytes, work: Callable[[Image.Image], Result]) -> Result:
             return work(image)
     except Rejected as error:
         plain = without_metadata(data) if error.reason in (RejectReason.UNREADABLE, RejectReason.TRUNCATED) else data
-        if plain == data:
-            raise
-        try:
-            with _opened(plain) as image:
+        if plain != data:
+            with contextlib.suppress(Rejected), _opened(plain) as image:
                 return work(image)
-        except Rejected:
-            raise error from None
+        raise
 
 
 def _header(image: Image.Image) -> Header:

@@ -94,7 +94,7 @@ def _statistics(shards: Shards) -> tuple[Row, _Measured]:
         measured.words.update({word.strip(".,;:!?\"'()") for word in words} - _PLAIN_WORDS - {""})
         described += bool(photo.global_prompt)
     names = ("role", "samples", "photos", "image_size", "image_sizes", "image_format", "sources", "licenses")
-    statistics = {name: shards.manifest[name] for name in names if name in shards.manifest} | {
+    statistics = {name: value for name, value in shards.manifest.items() if name in names} | {
         "bytes": sum(file["bytes"] for file in shards.manifest["files"].values()),
         "mask_fraction": _quantiles(measured.areas),
         "prompt_words": _quantiles(measured.lengths),

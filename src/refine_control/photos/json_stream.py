@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 _STEP = 1 << 20
 _LARGEST = 1 << 26
 """Bytes of a single value: more is no annotation, but a file that is broken somewhere."""
-_SPACE = " \t\n\r"
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 _TAIL = 3
 """So many characters must follow a number before it is sure to have ended: the window may break off in `1e+5`."""
 _BOM = "\xef\xbb\xbf"
@@ -40,8 +41,7 @@ class JsonStream:
         self._file, self._base = file, file.tell()
         self._window, self._at = "", 0
         self._more()
-        if self._window.startswith(_BOM):
-            self._at = len(_BOM)
+        self._at = len(_BOM) * self._window.startswith(_BOM)
 
     def members(self) -> Iterator[str]:
         """The names of the object, whose values come next."""
@@ -93,7 +93,7 @@ class JsonStream:
         if self._peek() != closing:
             yield
             while self._peek() == ",":
-                self._take(",")
+                self._at += 1
                 yield
         self._take(closing)
 
@@ -112,12 +112,10 @@ class JsonStream:
     def _peek(self) -> str:
         """The next character that is no space, where the walk then stands; empty at the end of the file."""
         while True:
-            while self._at < len(self._window):
-                if self._window[self._at] not in _SPACE:
-                    return self._window[self._at]
-                self._at += 1
-            if not self._more():
-                return ""
+            match = _NO_SPACE.search(self._window, self._at)
+            self._at = match.start() if match else len(self._window)
+            if match or not self._more():
+                return match[0] if match else ""
 
     def _more(self) -> bool:
         """Moves the window on; it grows to twice its size where nothing of it has been used up. False at the end."""

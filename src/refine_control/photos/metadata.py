@@ -7,8 +7,7 @@ way round. A JPEG has no checksums; an interrupted download that was filled up w
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from refine_control.records import Rejected, RejectReason
 
@@ -24,21 +23,12 @@ _ZEROS = 64
 """So many zero bytes at the end of a JPEG without an end mark are no picture."""
 
 
-class _Chunk(NamedTuple):
-    """A part of a PNG, from its length to its checksum."""
-
-    kind: bytes
-    start: int
-    end: int
-
-
-def _chunks(data: bytes) -> Iterator[_Chunk]:
-    """The whole chunks of a PNG, up to IEND or to where the file is cut."""
-    start = len(_PNG)
-    while (end := start + 12 + int.from_bytes(data[start : start + 4], "big")) <= len(data):
-        yield _Chunk(data[start + 4 : start + 8], start, end)
-        if data[start + 4 : start + 8] == b"IEND":
-            return
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each whole chunk of a PNG, up to IEND or to where the file is cut."""
+    start, kind = len(_PNG), b""
+    while kind != b"IEND" and (end := start + 12 + int.from_bytes(data[start : start + 4])) <= len(data):
+        kind = data[start + 4 : start + 8]
+        yield kind, start, end
         start = end
 
 
@@ -46,26 +36,24 @@ def check_pixels(data: bytes) -> bytes:
     """The file without metadata that fail their checksum; Rejected where this is a part of the picture."""
     if data.startswith(_PNG):
         view, broken = memoryview(data), []
-        for chunk in _chunks(data):
-            if zlib.crc32(view[chunk.start + 4 : chunk.end - 4]) == int.from_bytes(data[chunk.end - 4 : chunk.end]):
+        for kind, start, end in _chunks(data):
+            if zlib.crc32(view[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end]):
                 continue
-            if chunk.kind not in _PNG_METADATA:
-                reason = RejectReason.UNREADABLE if chunk.kind == b"IHDR" else RejectReason.TRUNCATED
-                name = chunk.kind.decode("ascii", "backslashreplace")
-                raise Rejected(reason, f"the checksum of its {name} chunk is wrong")
-            broken.append(chunk)
-        return _without(data, [(chunk.start, chunk.end) for chunk in broken])
-    if data.startswith(_JPEG):
-        picture = data.rstrip(b"\0")
-        if len(data) - len(picture) >= _ZEROS and not picture.endswith(_END):
-            raise Rejected(RejectReason.TRUNCATED, f"its last {len(data) - len(picture):,} bytes are zeros")
+            if kind not in _PNG_METADATA:
+                reason = RejectReason.UNREADABLE if kind == b"IHDR" else RejectReason.TRUNCATED
+                raise Rejected(reason, f"the checksum of its {kind.decode('ascii', 'backslashreplace')} chunk is wrong")
+            broken.append((start, end))
+        return _without(data, broken)
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    if data.startswith(_JPEG) and zeros >= _ZEROS and not data.endswith(_END, 0, len(data) - zeros):
+        raise Rejected(RejectReason.TRUNCATED, f"its last {zeros:,} bytes are zeros")
     return data
 
 
 def without_metadata(data: bytes) -> bytes:
     """A PNG or JPEG with nothing but its picture and its EXIF; files of other formats as they are."""
     if data.startswith(_PNG):
-        return _without(data, [(c.start, c.end) for c in _chunks(data) if c.kind in _PNG_METADATA - {b"eXIf"}])
+        return _without(data, [each[1:] for each in _chunks(data) if each[0] in _PNG_METADATA - {b"eXIf"}])
     return _without(data, list(_jpeg_metadata(data))) if data.startswith(_JPEG) else data
 
 
@@ -79,9 +67,8 @@ def _jpeg_metadata(data: bytes) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _without(data: bytes, parts: list[tuple[int, int]]) -> bytes:
+def _without(data: bytes, parts: Sequence[tuple[int, int]]) -> bytes:
     """The bytes outside the given parts, which are in order."""
-    if not parts:
-        return data
-    starts, ends = zip(*parts, strict=True)
-    return b"".join(data[start:end] for start, end in zip((0, *ends), (*starts, len(data)), strict=True))
+    starts, ends = [start for start, _ in parts], [end for _, end in parts]
+    pieces = zip((0, *ends), (*starts, len(data)), strict=True)
+    return b"".join(data[start:end] for start, end in pieces) if parts else data

@@ -50,6 +50,11 @@ class Survey:
     left_out: list[Entry]
     """What never was a sample to be; none of it is in `sha256` or `photos`."""
 
+    @property
+    def count(self) -> int:
+        """All entries, those that are left out included."""
+        return len(self.photos) + len(self.left_out)
+
 
 class _Look(NamedTuple):
     """What the files of consecutive entries of one image say; None for what cannot be read."""
