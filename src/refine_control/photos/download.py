@@ -174,17 +174,17 @@ def _digest(urls: Path) -> str:
 
 def _count(urls: Path, out: Path) -> Downloaded:
     """The sums of the tool's statistics, which it writes after each finished tar. MissingError without one photo."""
-    shards = addresses = photos = 0
+    counts: list[tuple[int, int]] = []
     for path in sorted(out.glob("*_stats.json")):
         try:
             stats = json.loads(path.read_bytes())
-            addresses, photos = addresses + int(stats["count"]), photos + int(stats["successes"])
+            counts.append((int(stats["count"]), int(stats["successes"])))
         except (ValueError, KeyError, TypeError):
             raise InvalidInputError(f"{path} is not the tool's; delete it and run the same command again") from None
-        shards += 1
+    addresses, photos = (sum(count[which] for count in counts) for which in (0, 1))
     if not photos:
         raise MissingError(
             f"none of the {addresses} addresses in {urls} gave a photo; is there a network? "
             f"The tool's reasons are in {out}/*_stats.json: delete {out} and run the same command again"
         )
-    return Downloaded(out, shards, addresses, photos)
+    return Downloaded(out, len(counts), addresses, photos)

@@ -36,19 +36,17 @@ def load_whole(entry: Entry) -> np.ndarray:
     return np.asarray(on_ground(_picture(entry)[0], "white"))
 
 
-def load_mask(entry: Entry) -> np.ndarray:
-    """(H, W) bool: the entry's region on the whole photo as shown. Raises Rejected with the reason."""
-    return _mask(entry, read_header(read_bytes(entry.root, entry.image)))
-
-
 def _picture(entry: Entry) -> tuple[Image.Image, Header]:
     if entry.problem is not None:
         raise Rejected(*entry.problem)
     return decode(read_bytes(entry.root, entry.image))
 
 
-def _mask(entry: Entry, header: Header) -> np.ndarray:
-    """(H, W) bool of a photo with this header; Rejected by the rules above."""
+def load_mask(entry: Entry, header: Header | None = None) -> np.ndarray:
+    """(H, W) bool: the entry's region on the whole photo as shown, whose `header` is read where it is not given.
+
+    Raises Rejected with the reason."""
+    header = header or read_header(read_bytes(entry.root, entry.image))
     given = _mask_file(entry) if entry.mask is not None else _drawn(entry, header)
     if given.size == header.stored != header.size:
         given = turn(given, header.orientation)
@@ -130,7 +128,7 @@ def load(entry: Entry, size: int | Sequence[Size], *, enlarge: bool = False) -> 
     h, w = (size, size) if isinstance(size, int) else nearest(picture.width, picture.height, size)
     if (picture.width < w or picture.height < h) and not enlarge:
         raise Rejected(RejectReason.TOO_SMALL, f"{picture.width} x {picture.height}, a sample has {w} x {h}")
-    mask = _mask(entry, header)
+    mask = load_mask(entry, header)
     if entry.prompt is None:
         raise Rejected(RejectReason.NO_PROMPT, "no words for the hole")
     x, y, width, height = crop_window(mask, (h, w))
@@ -145,4 +143,4 @@ def load(entry: Entry, size: int | Sequence[Size], *, enlarge: bool = False) -> 
         raise Rejected(RejectReason.MASK_FULL, "nothing but the hole is left in the crop")
     crop = [x, y, width] if isinstance(size, int) else [x, y, width, height]
     where = {"photo": entry.photo, "width": picture.width, "height": picture.height, "crop": crop}
-    return Photo(entry.key, np.asarray(image), hole, entry.prompt, entry.global_prompt, {**entry.meta, **where})
+    return Photo(entry.key, np.asarray(image), hole, entry.prompt, entry.global_prompt, entry.meta | where)

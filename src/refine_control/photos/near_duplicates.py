@@ -36,19 +36,15 @@ _FEWEST = 24
 _SCALE = 1 << 14
 
 
-def _cosines() -> np.ndarray:
-    """(8, 32) whole numbers: the first rows of the cosine transform; whole, so that every machine adds up the same."""
-    places, waves = np.arange(SIDE) + 0.5, np.arange(_LOW)
-    return np.rint(np.cos(np.pi / SIDE * waves[:, None] * places) * _SCALE).astype(np.int64)
-
-
 def fingerprint(small: np.ndarray) -> int | None:
     """(32, 32) uint8 grey -> 63 bits; None for a picture too plain to be recognised by them.
 
     None is no near duplicate of anything; equal files are found by their content."""
     if small.std() < _FLAT:
         return None
-    cosines = _cosines()
+    # the first 8 rows of the cosine transform in whole numbers, so that every machine adds up the same
+    angles = np.pi / SIDE * np.arange(_LOW)[:, None] * (np.arange(SIDE) + 0.5)
+    cosines = np.rint(np.cos(angles) * _SCALE).astype(np.int64)
     low = (cosines @ small.astype(np.int64) @ cosines.T).ravel()[1:]
     bits = low > np.median(low)
     if bits.sum() < _FEWEST:

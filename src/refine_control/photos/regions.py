@@ -17,13 +17,12 @@ would change, and it returns uninitialised memory for run lengths that do not ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from refine_control.errors import InvalidInputError
 from refine_control.photos.values import number, shown, whole
-from refine_control.records import MAX_PIXELS, Rejected, RejectReason
+from refine_control.records import MAX_PIXELS, Rejected, RejectReason, Row
 
 _GROUPS = 6
 """Five-bit groups of one count: 30 bits with the sign, more than MAX_PIXELS needs."""
@@ -33,7 +32,7 @@ _MOST_CROSSINGS = 4_000_000
 """Of a polygon's edges with rows: more is an attack on memory, not an outline."""
 
 
-def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+def encode_rle(mask: np.ndarray) -> Row:
     """(H, W) bool -> {"size": [H, W], "counts": compressed}, as COCO's own tools write it."""
     if mask.ndim != 2 or mask.dtype != bool or not mask.size:
         raise InvalidInputError(f"a mask is (H, W) bool with at least one pixel, not {mask.shape} {mask.dtype}")
@@ -51,10 +50,9 @@ def _compress(counts: np.ndarray) -> str:
     groups = steps[:, None] >> (5 * np.arange(_GROUPS))  # an arithmetic shift: the sign fills from above
     # group k is the last when the rest is nothing but its sign, which its highest bit states already
     last = (groups >> 4 == 0) | (groups >> 4 == -1)
-    length = last.argmax(1) + 1
-    place = np.arange(_GROUPS)
-    signs = (groups & 31) + np.where(place < length[:, None] - 1, 32, 0) + 48
-    return signs[place < length[:, None]].astype(np.uint8).tobytes().decode("ascii")
+    end, place = last.argmax(1)[:, None], np.arange(_GROUPS)
+    signs = (groups & 31) + np.where(place < end, 32, 0) + 48
+    return signs[place <= end].astype(np.uint8).tobytes().decode("ascii")
 
 
 def _decompress(text: str) -> np.ndarray:
@@ -65,48 +63,47 @@ def _decompress(text: str) -> np.ndarray:
         signs = np.full(1, -1)
     ends = np.flatnonzero((signs & 32) == 0)
     if not signs.size or signs.min() < 0 or signs.max() > 63 or not ends.size or ends[-1] != signs.size - 1:
-        raise Rejected(RejectReason.MASK_UNREADABLE, "`counts` is not the text of COCO's run lengths")
+        raise _unreadable("`counts` is not the text of COCO's run lengths")
     starts = np.concatenate([[0], ends[:-1] + 1])
     length = ends - starts + 1
     if length.max() > _GROUPS:
-        raise Rejected(RejectReason.MASK_UNREADABLE, "`counts` holds a run that is longer than any photo")
+        raise _unreadable("`counts` holds a run that is longer than any photo")
     place = np.arange(signs.size) - np.repeat(starts, length)
     steps = np.add.reduceat((signs & 31) << (5 * place), starts)
     steps -= np.where(signs[ends] & 16, np.int64(1) << (5 * length), 0)
-    counts = steps.copy()
-    counts[1::2] = np.cumsum(steps[1::2])
-    counts[2::2] = np.cumsum(steps[2::2])
-    return counts
+    for first in (1, 2):  # differences to the count two places before
+        steps[first::2] = np.cumsum(steps[first::2])
+    return steps
 
 
-def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
+def decode_rle(segmentation: Row) -> np.ndarray:
     """{"size": [H, W], "counts": compressed text or list of ints} -> (H, W) bool.
 
     Rejected when it is not that, or when the counts do not add up to H x W: this is known before memory is taken."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
     sides = [whole(side) or 0 for side in size] if isinstance(size, list | tuple) else []
     if len(sides) != 2 or min(sides) < 1:
-        raise Rejected(RejectReason.MASK_UNREADABLE, f"`size` is {shown(size)}, not [height, width] in whole pixels")
+        raise _unreadable(f"`size` is {shown(size)}, not [height, width] in whole pixels")
     height, width = sides
     if height * width >= MAX_PIXELS:
-        detail = f"{width} x {height} pixels; a photo has fewer than {MAX_PIXELS:,}"
-        raise Rejected(RejectReason.MASK_UNREADABLE, detail)
-    if isinstance(counts, bytes):
-        counts = counts.decode("ascii", "replace")
-    if isinstance(counts, str):
-        runs = _decompress(counts)
+        raise _unreadable(f"{width} x {height} pixels; a photo has fewer than {MAX_PIXELS:,}")
+    if isinstance(counts, str | bytes):
+        runs = _decompress(counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts)
     else:
         lengths = [whole(count) for count in counts] if isinstance(counts, list) else [None]
         if not all(length is not None and 0 <= length <= MAX_PIXELS for length in lengths):
-            detail = "`counts` is neither text nor a list of whole numbers from 0"
-            raise Rejected(RejectReason.MASK_UNREADABLE, detail)
+            raise _unreadable("`counts` is neither text nor a list of whole numbers from 0")
         runs = np.asarray(lengths, np.int64)
     if runs.size and (runs.min() < 0 or runs.max() > MAX_PIXELS):
-        raise Rejected(RejectReason.MASK_UNREADABLE, "`counts` holds a run that is negative or longer than any photo")
+        raise _unreadable("`counts` holds a run that is negative or longer than any photo")
     if (total := int(runs.sum())) != height * width:
-        raise Rejected(RejectReason.MASK_UNREADABLE, f"the runs add up to {total} pixels, not {width} x {height}")
+        raise _unreadable(f"the runs add up to {total} pixels, not {width} x {height}")
     flat = np.repeat(np.arange(runs.size) % 2 == 1, runs)
     return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def _unreadable(detail: str) -> Rejected:
+    return Rejected(RejectReason.MASK_UNREADABLE, detail)
 
 
 def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
@@ -117,8 +114,7 @@ def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: in
     for polygon in polygons:
         values = [number(value) for value in polygon] if isinstance(polygon, list | tuple) else [None]
         if len(values) % 2 or not all(value is not None and -_FARTHEST <= value <= _FARTHEST for value in values):
-            detail = f"a polygon is {shown(polygon)}, not a list [x0, y0, x1, y1, ...] of numbers"
-            raise Rejected(RejectReason.MASK_UNREADABLE, detail)
+            raise _unreadable(f"a polygon is {shown(polygon)}, not a list [x0, y0, x1, y1, ...] of numbers")
         if len(values) >= 6:
             _fill(mask, np.asarray(values, np.float64).reshape(-1, 2))
     return mask
@@ -135,7 +131,7 @@ def _fill(mask: np.ndarray, corners: np.ndarray) -> None:
     behind = np.clip(np.ceil(np.maximum(y, y_next) - 0.5), 0, height).astype(np.int64)
     crossed = behind - first
     if (total := int(crossed.sum())) > _MOST_CROSSINGS:
-        raise Rejected(RejectReason.MASK_UNREADABLE, f"a polygon's {len(corners):,} edges cross rows {total:,} times")
+        raise _unreadable(f"a polygon's {len(corners):,} edges cross rows {total:,} times")
     if not total:
         return
     edge = np.repeat(np.arange(len(corners)), crossed)

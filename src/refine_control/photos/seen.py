@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-_FIRST = 1 << 10
 _FULLEST = 0.7
-"""Of the places: beyond, a search takes long."""
+"""Share of the places in use; a search takes long beyond."""
 
 
 class Seen:
@@ -15,7 +14,7 @@ class Seen:
 
     def __init__(self) -> None:
         self._count = 0
-        self._places = array("Q", [0]) * (2 * _FIRST)  # the halves of a hash at 2i and 2i + 1, or zeros
+        self._places = array("Q", [0]) * (1 << 11)  # the halves of a hash at 2i and 2i + 1, or zeros
 
     def __len__(self) -> int:
         return self._count
@@ -46,10 +45,10 @@ class Seen:
     def _grow(self) -> None:
         former = self._places
         self._places = array("Q", [0]) * (2 * len(former))
-        for start in range(0, len(former), 2):
-            if former[start]:
-                at = self._place(former[start], former[start + 1])
-                self._places[at], self._places[at + 1] = former[start], former[start + 1]
+        for high, low in zip(former[::2], former[1::2], strict=True):
+            if high:
+                at = self._place(high, low)
+                self._places[at], self._places[at + 1] = high, low
 
 
 def _halves(key: str) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """`manifest.json` of a folder of shards or of a build."""
+    """`manifest.json` of a folder of shards or of a build; which of the keys it has depends on that."""
 
     kind: str
     """shards or build."""

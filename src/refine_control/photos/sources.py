@@ -58,21 +58,7 @@ def entries(
     what never was a sample to be (LEFT_OUT), each before the next that is streamed; without it a warning counts them
     at the end. Raises InvalidInputError when
     `source` is nothing of the kind, or a folder that this project writes for another use."""
-    listed = _reader(Path(source), images)
-    return _warning(source, listed) if left_out is None else _checked(listed, left_out)
-
-
-def _warning(source: Path, listed: Iterator[Entry]) -> Iterator[Entry]:
-    """The entries; in the end a warning counts those that are left out, once for a source."""
-    count, first = 0, None
-
-    def left_out(entry: Entry) -> None:
-        nonlocal count, first
-        count, first = count + 1, first or entry
-
-    yield from _checked(listed, left_out)
-    if first is not None and first.problem is not None:
-        _warn_once(f"{count} files or annotations of {source} are left out, first {first.image}: {first.problem[1]}")
+    return _checked(source, _reader(Path(source), images), left_out)
 
 
 @functools.lru_cache
@@ -128,12 +114,15 @@ def _folder_entries(folder: Path) -> Iterator[Entry]:
     return _tar_entries(folder, tars, [Leftover(name, whys[is_dir]) for name, is_dir in listed if name not in known])
 
 
-def _checked(listed: Iterator[Entry], left_out: Callable[[Entry], None]) -> Iterator[Entry]:
+def _checked(source: Path, listed: Iterator[Entry], left_out: Callable[[Entry], None] | None) -> Iterator[Entry]:
     """The entries without those that are left out; what no source may hold is found here for all of them."""
+    count, first = 0, ""
     seen = Seen()
     for entry in listed:
         if entry.problem is not None and entry.problem[0] in LEFT_OUT:
-            left_out(entry)
+            count, first = count + 1, first or entry.image + ": " + entry.problem[1]
+            if left_out is not None:
+                left_out(entry)
             continue
         new, problem = seen.add(entry.key), entry.problem
         if problem is None and not new:
@@ -143,6 +132,8 @@ def _checked(listed: Iterator[Entry], left_out: Callable[[Entry], None]) -> Iter
         elif problem is None and entry.mask and os.path.normpath(entry.mask) == os.path.normpath(entry.image):
             problem = (RejectReason.BAD_ROW, "the mask is the photo itself")
         yield entry if problem is entry.problem else replace(entry, problem=problem)
+    if count and left_out is None:
+        _warn_once(f"{count} files or annotations of {source} are left out, first {first}")
 
 
 def photos_of(listed: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -103,7 +103,7 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
             numbers.append(number)
             serves.append(_serves(entry, look, mask, fits))
             if serves[-1] and entry.mask is not None:
-                masks.append(_hash(os.path.normpath(entry.mask)))
+                masks.append(int.from_bytes(_hash(os.path.normpath(entry.mask)), "little"))
                 masked.append(number)
             if look.content is None:
                 continue
@@ -149,15 +149,15 @@ def _warn_of_shared_masks(masks: np.ndarray, photos: np.ndarray, names: list[str
         logger.warning(message, len(different), *different[0])
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def _hash(name: str) -> bytes:
+    """Eight bytes."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _listed_facts(entry: Entry) -> list[object]:
     """What the source says of an entry, as far as it reaches a sample."""
-    problem = entry.problem[0].value if entry.problem else None
-    words = [entry.prompt, entry.global_prompt, entry.meta, problem, entry.segmentation]
-    return [entry.key, entry.image, entry.mask, *words]
+    words = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
+    return [*words, entry.problem[0].value if entry.problem else None, entry.segmentation]
 
 
 def _serves(entry: Entry, look: _Look, mask: str | None, fits: Fits) -> bool:
@@ -173,14 +173,8 @@ def split(photographs: Iterable[str], seed: int, test_fraction: float, unlabeled
     the rest `labeled`. When the set grows that order stays and the two borders move: of a set of N some
     sqrt(N) photographs change their roles, so what was tested on may be trained on afterwards. Who lets a set grow
     builds the test from a source of its own, or trains anew."""
-    ordered = sorted(set(photographs), key=lambda name: (_place(seed, name), name))
+    ordered = sorted(set(photographs), key=lambda name: (_hash(f"{seed}\0{name}"), name))
     tests = round(test_fraction * len(ordered))
     unlabeled = tests + round(unlabeled_fraction * (len(ordered) - tests))
-    roles = itertools.chain(
-        itertools.repeat(TEST, tests), itertools.repeat(UNLABELED, unlabeled - tests), itertools.repeat(LABELED)
-    )
-    return dict(zip(ordered, roles, strict=False))
-
-
-def _place(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    roles = [TEST] * tests + [UNLABELED] * (unlabeled - tests) + [LABELED] * (len(ordered) - unlabeled)
+    return dict(zip(ordered, roles, strict=True))

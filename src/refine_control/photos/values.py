@@ -52,7 +52,7 @@ def given(row: Row, name: str) -> Any:
 def take_id(row: Row, name: str) -> int | str | None:
     """An id as it is written, a float as a whole number; None where it is absent. Rejected where it can be no id."""
     value = given(row, name)
-    if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
+    if value is None or isinstance(value, str) or type(value) is int:
         return value
     return _or_refuse(whole(value), name, value, "neither a whole number nor text")
 
