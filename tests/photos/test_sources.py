@@ -411,7 +411,7 @@ def test_decisions_beside_a_manifest_hold(tmp_path):
 
 
 def test_a_folder_is_told_in_the_order_of_its_names_however_it_is_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr("refine_control.photos.folder_search._NAMES_SORTED", 3)
+    monkeypatch.setattr("refine_control.photos.named_files._NAMES_SORTED", 3)
     names = ["a-b.jpg", "a.jpg", "a.b.jpg", "a.b.txt", "a", "a.mask.png", "a.b.mask.png", "A.PNG", "a b.webp", "ö.jpg"]
     names += ["ö.txt", ".h.jpg", ".h.txt", "sub/q.webp", "sub/deep/q.webp", "sub.d/q.jpg", ".hidden/q.jpg", "b.txt"]
     names += [f"{number}.jpg" for number in range(12)]

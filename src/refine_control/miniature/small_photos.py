@@ -28,7 +28,7 @@ from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.miniature.scene_shards import write_role
 from refine_control.photos.decode import decode, on_ground
 from refine_control.photos.files import TAR_SUFFIXES, read_bytes, tar_listing
-from refine_control.photos.webdataset import tar_entries
+from refine_control.photos.named_files import tar_entries
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
 from refine_control.records import (
@@ -197,7 +197,7 @@ def _square(entry: Entry, side: int) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _box(entry: Entry) -> tuple[float, float, float, float]:
-    """The `box` of an entry's description, which `photos.webdataset` has read as a polygon around its last pixels."""
+    """The `box` of an entry's description, which `photos.named_files` has read as a polygon around its last pixels."""
     polygons = entry.segmentation if isinstance(entry.segmentation, list) else []
     if entry.mask is None and len(polygons) == 1 and len(polygons[0]) == 8:
         x0, y0, x1, _, _, y1, *_ = polygons[0]

@@ -2,7 +2,9 @@
 
 The content of a file decides its format, not its name. EXIF orientation is applied. An embedded colour profile
 is applied (-> sRGB) and then, like all metadata, dropped. Broken metadata (EXIF, profile, texts) count as absent, as
-long as the pixels are whole: see `photos.metadata`. 16-bit grey is scaled by 1/257; transparent pixels become white in
+long as the pixels are whole. Pillow checks no checksum of a PNG's pixels and refuses the whole file for a broken text;
+here it is the other way round. A JPEG has no checksums: an interrupted download that was filled up with zeros is
+recognised by its end. 16-bit grey is scaled by 1/257; transparent pixels become white in
 a photo and black (keep) in a mask. The first picture of a phone's multi-picture JPEG is the photo; any other file with
 two frames or pages is refused.
 """
@@ -14,13 +16,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from refine_control.photos.metadata import check_pixels, without_metadata
 from refine_control.records import MAX_PIXELS, Rejected, RejectReason
 
 Result = TypeVar("Result")
@@ -35,6 +37,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_PNG_METADATA = frozenset(
+    b"tEXt zTXt iTXt tIME gAMA cHRM sRGB iCCP cICP mDCv cLLi sBIT bKGD hIST sPLT pHYs oFFs pCAL sCAL sTER eXIf".split()
+)
+"""Chunks without which every viewer shows the picture; tRNS is no metadata."""
+_JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+"""APP1 to APP13, APP15 and comments. APP0 and APP14 say how colours are stored."""
+_SCAN, _END = 0xDA, b"\xff\xd9"
+_ZEROS = 64
+"""So many zero bytes at the end of a JPEG without an end mark are no picture."""
 
 
 class Header(NamedTuple):
@@ -77,12 +90,12 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def _read(data: bytes, work: Callable[[Image.Image], Result]) -> Result:
     """`work` on the opened picture; once more without the metadata where these may be what cannot be read."""
-    data = check_pixels(data)
+    data = _check_pixels(data)
     try:
         with _opened(data) as image:
             return work(image)
     except Rejected as error:
-        plain = without_metadata(data) if error.reason in (RejectReason.UNREADABLE, RejectReason.TRUNCATED) else data
+        plain = _without_metadata(data) if error.reason in (RejectReason.UNREADABLE, RejectReason.TRUNCATED) else data
         if plain != data:
             with contextlib.suppress(Rejected), _opened(plain) as image:
                 return work(image)
@@ -169,3 +182,57 @@ def on_ground(image: Image.Image, ground: str) -> Image.Image:
 def turn(picture: Image.Image, orientation: int) -> Image.Image:
     """Stored pixels as shown, by an EXIF orientation from 1 to 8."""
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+# Which bytes of a file are metadata
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each whole chunk of a PNG, up to IEND or to where the file is cut."""
+    start, kind = len(_PNG), b""
+    while kind != b"IEND" and (end := start + 12 + int.from_bytes(data[start : start + 4])) <= len(data):
+        kind = data[start + 4 : start + 8]
+        yield kind, start, end
+        start = end
+
+
+def _check_pixels(data: bytes) -> bytes:
+    """The file without metadata that fail their checksum; Rejected where this is a part of the picture."""
+    if data.startswith(_PNG):
+        view, broken = memoryview(data), []
+        for kind, start, end in _chunks(data):
+            if zlib.crc32(view[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end]):
+                continue
+            if kind not in _PNG_METADATA:
+                reason = RejectReason.UNREADABLE if kind == b"IHDR" else RejectReason.TRUNCATED
+                raise Rejected(reason, f"the checksum of its {kind.decode('ascii', 'backslashreplace')} chunk is wrong")
+            broken.append((start, end))
+        return _without(data, broken)
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    if data.startswith(_JPEG) and zeros >= _ZEROS and not data.endswith(_END, 0, len(data) - zeros):
+        raise Rejected(RejectReason.TRUNCATED, f"its last {zeros:,} bytes are zeros")
+    return data
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG with nothing but its picture and its EXIF; files of other formats as they are."""
+    if data.startswith(_PNG):
+        return _without(data, [each[1:] for each in _chunks(data) if each[0] in _PNG_METADATA - {b"eXIf"}])
+    return _without(data, list(_jpeg_metadata(data))) if data.startswith(_JPEG) else data
+
+
+def _jpeg_metadata(data: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of the segments before the first scan that are metadata and no EXIF."""
+    start = 2
+    while start + 4 <= len(data) and data[start] == 0xFF and (marker := data[start + 1]) != _SCAN:
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if marker in _JPEG_METADATA and data[start + 4 : start + 8] != b"Exif":
+            yield start, end
+        start = end
+
+
+def _without(data: bytes, parts: Sequence[tuple[int, int]]) -> bytes:
+    """The bytes outside the given parts, which are in order."""
+    starts, ends = [start for start, _ in parts], [end for _, end in parts]
+    pieces = zip((0, *ends), (*starts, len(data)), strict=True)
+    return b"".join(data[start:end] for start, end in pieces) if parts else data

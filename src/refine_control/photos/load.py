@@ -101,11 +101,10 @@ def crop_window(mask: np.ndarray, shape: Size) -> tuple[int, int, int, int]:
     (height, width), (h, w) = mask.shape, shape
     slides_along_x = width * h >= height * w
     if slides_along_x:
-        crop_width, crop_height = min(width, max(1, (2 * height * w + h) // (2 * h))), height
+        side = min(width, max(1, (2 * height * w + h) // (2 * h)))
     else:
-        crop_width, crop_height = width, min(height, max(1, (2 * width * h + w) // (2 * w)))
+        side = min(height, max(1, (2 * width * h + w) // (2 * w)))
     line = mask.sum(axis=0 if slides_along_x else 1)  # pixels of the hole in each column, or in each row
-    side = crop_width if slides_along_x else crop_height
     total = np.concatenate([[0], np.cumsum(line)])
     held = total[side:] - total[:-side]
     occupied = np.flatnonzero(line)
@@ -115,7 +114,7 @@ def crop_window(mask: np.ndarray, shape: Size) -> tuple[int, int, int, int]:
     if held[start] < MIN_HOLE_KEPT * total[-1]:
         share, crop = held[start] / total[-1], "a square" if h == w else f"a crop as {w} : {h}"
         raise Rejected(RejectReason.MASK_DOES_NOT_FIT, f"{share:.0%} of the hole fits into {crop}")
-    return (start, 0, crop_width, crop_height) if slides_along_x else (0, start, crop_width, crop_height)
+    return (start, 0, side, height) if slides_along_x else (0, start, width, side)
 
 
 def load(entry: Entry, size: int | Sequence[Size], *, enlarge: bool = False) -> Photo:

@@ -3,7 +3,7 @@
 | source | what it is |
 | --- | --- |
 | `manifest.jsonl`, or a folder that holds one | rows of `image`, `mask` or `segmentation`, `local_prompt`, ... |
-| a folder with tars at its top, or one tar | WebDataset, as img2dataset writes it: see `photos.webdataset` |
+| a folder with tars at its top, or one tar | WebDataset, as img2dataset writes it: see `photos.named_files` |
 | any other folder | searched for photos, masks and texts by the names of `photos.pairing`; a text is a local prompt |
 | a `.json` file | COCO's instances: see `photos.coco` |
 
@@ -34,11 +34,10 @@ from refine_control.errors import InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
 from refine_control.photos.files import TAR_SUFFIXES
-from refine_control.photos.folder_search import folder_entries, is_folder
+from refine_control.photos.named_files import folder_entries, is_folder, tar_entries, unused_entries
 from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, is_mask_name
 from refine_control.photos.seen import Seen
 from refine_control.photos.values import parse_object, take_id, take_segmentation, take_text, whole_ids
-from refine_control.photos.webdataset import tar_entries, unused_entries
 from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, Row, flat_meta, make_key, one_line
 
 logger = logging.getLogger(__name__)
