@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -42,16 +42,6 @@ from refine_control.records import Entry, Rejected, RejectReason, Row, make_key,
 _NAMES_TRIED = 20
 _LISTINGS_KEPT = 2
 _PHOTO_FIELD = {"images": "id", "annotations": "image_id"}
-
-
-class _ListedPhoto(NamedTuple):
-    """An element of `images` and the annotations that name its id."""
-
-    photo: Any
-    annotations: list[Row]
-    """In their order. Those of an id that several elements have come with the first of these."""
-    problem: Rejected | None
-    """Why the id does not tell which annotations belong to the photo."""
 
 
 def coco_entries(path: Path, images: Path | None = None) -> Iterator[Entry]:
@@ -77,11 +67,10 @@ def _root(listing: CocoListing, images: Path | None) -> Path:
     for folder, name in itertools.chain(pairs, others):
         if exists(folder, name):
             return folder
-    if not listing.has_photos:
+    if not first:
         return folders[0]
     searched = " nor in ".join(map(str, folders))
-    named = f", such as {first[0]}," if first else ""
-    raise InvalidInputError(f"the photos of {path}{named} are not in {searched}; name their folder")
+    raise InvalidInputError(f"the photos of {path}, such as {first[0]}, are not in {searched}; name their folder")
 
 
 def _entries(listing: CocoListing, root: Path) -> Iterator[Entry]:
@@ -89,7 +78,7 @@ def _entries(listing: CocoListing, root: Path) -> Iterator[Entry]:
         detail = f"annotation {number} {_missing_photo(annotation)}"
         yield Entry.refused(root, "", RejectReason.BAD_ROW, detail, f"annotation-{number}")
     ids = Seen()
-    for number, (photo, rows, problem) in enumerate(listing):
+    for number, (photo, rows, problem) in enumerate(listing.photos()):
         image = photo.get("file_name") if isinstance(photo, dict) else None
         if not isinstance(image, str) or not image:
             detail = f"image {number} is not an object with a `file_name`"
@@ -157,7 +146,7 @@ def _annotation_entry(photo: Entry, row: Row, earlier: list[Row], listing: CocoL
 
 
 class CocoListing:
-    """A COCO file that has been read once; iterated, it yields each photo with its annotations. It stays open.
+    """A COCO file that has been read once. It stays open.
 
     Raises InvalidInputError where it is no such file, OSError where it cannot be read."""
 
@@ -176,11 +165,6 @@ class CocoListing:
         self._first, self._last = (np.searchsorted(owners[self._order], ids, side) for side in ("left", "right"))
         values, counts = np.unique(ids[ids != 0], return_counts=True)
         self._shared = np.isin(ids, values[counts > 1])
-
-    @property
-    def has_photos(self) -> bool:
-        """Whether `images` has any element."""
-        return len(self._photos) > 0
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         """The places of the photos and of the annotations, and along the way what is short."""
@@ -221,7 +205,10 @@ class CocoListing:
         names = (photo.get("file_name") for photo in photos if isinstance(photo, dict))
         return (name for name in names if isinstance(name, str))
 
-    def __iter__(self) -> Iterator[_ListedPhoto]:
+    def photos(self) -> Iterator[tuple[Any, list[Row], Rejected | None]]:
+        """The elements of `images`, each with its annotations and the reason why these may be of another photo.
+
+        The annotations of an id that several elements have come with the first of them."""
         shared_files, passed = self._shared_files(), set[object]()
         for place, first, last in zip(self._photos, self._first, self._last, strict=True):
             photo, problem = self._value(place), None
@@ -238,7 +225,7 @@ class CocoListing:
                 annotations = [
                     row for row in rows if identifier(row["image_id"]) == name
                 ]  # two ids may have one number
-            yield _ListedPhoto(photo, annotations, problem)
+            yield photo, annotations, problem
             if files:
                 passed.add(name)
 

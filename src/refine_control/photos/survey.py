@@ -108,8 +108,9 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
             if look.content is None:
                 continue
             digest = bytes.fromhex(look.content)[:16]
-            if digest in contents:
-                same.extend((number, contents[digest]))
+            if (other := contents.get(digest)) is not None:
+                if other != number:  # not for each region of one photo
+                    same.extend((number, other))
                 continue
             contents[digest] = number
             if look.fingerprint is not None:
