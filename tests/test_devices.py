@@ -28,7 +28,7 @@ from refine_control.pipeline.files import inpaint_file
 from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
 from refine_control.records import LABELED
 from refine_control.study import evaluate as evaluate_module
-from refine_control.study import feature_metrics
+from refine_control.study import feature_metrics, model_cost
 from refine_control.study.alignment import teacher_alignment
 from refine_control.study.compare import compare
 from refine_control.study.feature_metrics import FeatureNetworks
@@ -303,9 +303,9 @@ def test_verbs_ask_for_the_best_device(monkeypatch, tmp_path):
     def load(model, controlnet=None, **given):
         raise Asked(given)
 
-    for module in (devices, evaluate_module, pipeline_module, check, building):
+    for module in (devices, model_cost, pipeline_module, check, building):
         monkeypatch.setattr(module, "best_device", lambda: GPU)
-    for module in (loading, evaluate_module, check, building):
+    for module in (loading, model_cost, check, building):
         monkeypatch.setattr(module, "load_backbone", load)
     monkeypatch.setattr(evaluate_module, "read_test", lambda folder: PHOTOS)
     monkeypatch.setattr(building, "check_folders", lambda source, out: None)

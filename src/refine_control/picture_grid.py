@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refine_control.errors import InvalidInputError
+from refine_control.records import Photo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,19 +45,24 @@ class PictureGrid:
 
 
 def repaint_grid(
-    images: Sequence[NDArray[np.uint8]],
-    masks: Sequence[NDArray[np.bool_]],
-    captions: Sequence[str],
+    photos: Sequence[Photo],
     painted: Mapping[str, Sequence[NDArray[np.uint8]] | NDArray[np.uint8]],
     title: str = "Pictures",
+    captions: Sequence[str] | None = None,
 ) -> PictureGrid:
-    """The original (mask outlined), the original with a black hole, and what each model painted, for every image."""
-    holes = [np.where(mask[..., None], 0, image).astype(np.uint8) for image, mask in zip(images, masks, strict=True)]
+    """The original (mask outlined), the original with a black hole, and what each model painted, for every photo.
+
+    The captions are the prompts by default."""
     rows = [
-        [image, hole, *(each[i] for each in painted.values())]
-        for i, (image, hole) in enumerate(zip(images, holes, strict=True))
+        [
+            photo.image,
+            np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8),
+            *(p[i] for p in painted.values()),
+        ]
+        for i, photo in enumerate(photos)
     ]
-    return PictureGrid(["original", "masked", *painted], rows, captions, masks, title=title)
+    captions = captions or [photo.prompt for photo in photos]
+    return PictureGrid(["original", "masked", *painted], rows, captions, [photo.mask for photo in photos], title=title)
 
 
 def picture_grid(grid: PictureGrid) -> bytes:
@@ -72,10 +78,7 @@ def contact_sheet(
     """PNG of small pictures, as many across as down, each with its mask outlined and its caption below.
 
     Args: (H, W, 3) uint8 and (H, W) bool of any sizes, at least one; a caption for each."""
-    cells = []
-    for picture, mask in zip(pictures, masks, strict=True):
-        longest = max(picture.shape[:2])
-        cells.append(_cell(picture, mask, max(1, SHEET_CELL // longest), max(1, math.ceil(longest / SHEET_CELL))))
+    cells = [_cell(picture, mask, sheet=True) for picture, mask in zip(pictures, masks, strict=True)]
     across = math.ceil(math.sqrt(len(cells)))
     starts = range(0, len(cells), across)
     short = [textwrap.shorten(caption, SHEET_LETTERS, placeholder="...") for caption in captions]
@@ -124,9 +127,9 @@ def _check_grid(grid: PictureGrid) -> None:
     if not grid.columns or not grid.rows:
         raise InvalidInputError("a picture grid needs at least one column and one row")
     if len(grid.captions) != len(grid.rows) or (grid.masks and len(grid.masks) != len(grid.rows)):
+        given = f"{len(grid.captions)} captions and {len(grid.masks)} masks"
         raise InvalidInputError(
-            f"{len(grid.rows)} picture rows came with {len(grid.captions)} captions and {len(grid.masks)} masks; "
-            "give one of each for a row, or no masks at all"
+            f"{len(grid.rows)} picture rows came with {given}; give one of each for a row, or no masks"
         )
     if not 0 <= grid.outlined_column < len(grid.columns):
         raise InvalidInputError(f"column {grid.outlined_column} cannot be outlined: there are {len(grid.columns)}")
@@ -140,9 +143,8 @@ def _check_grid(grid: PictureGrid) -> None:
                 raise InvalidInputError(f"a picture in row {number} has shape {picture.shape}; give (H, W, 3)")
         mask = grid.masks[number] if grid.masks else None
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != row[grid.outlined_column].shape[:2]):
-            raise InvalidInputError(
-                f"the mask of row {number} is {mask.dtype} of shape {mask.shape}; give bool of its picture's size"
-            )
+            kind = f"{mask.dtype} of shape {mask.shape}"
+            raise InvalidInputError(f"the mask of row {number} is {kind}; give bool of its picture's size")
 
 
 def picture_cells(grid: PictureGrid) -> list[list[Image]]:
@@ -150,24 +152,22 @@ def picture_cells(grid: PictureGrid) -> list[list[Image]]:
 
     Raises InvalidInputError as `picture_grid` does."""
     _check_grid(grid)
-
-    def cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None) -> Image:
-        longest = max(picture.shape[:2])
-        return _cell(picture, mask, max(1, math.ceil(CELL_PIXELS / longest)), max(1, math.ceil(longest / LARGEST_CELL)))
-
     return [
         [
-            cell(picture, grid.masks[number] if grid.masks and column == grid.outlined_column else None)
+            _cell(picture, grid.masks[number] if grid.masks and column == grid.outlined_column else None)
             for column, picture in enumerate(row)
         ]
         for number, row in enumerate(grid.rows)
     ]
 
 
-def _cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, larger: int, smaller: int) -> Image:
+def _cell(picture: NDArray[np.uint8], mask: NDArray[np.bool_] | None, sheet: bool = False) -> Image:
     """Enlarged (nearest) or reduced (mean) by a whole factor, its mask outlined."""
     from PIL import Image
 
+    longest = max(picture.shape[:2])
+    larger = SHEET_CELL // longest if sheet else math.ceil(CELL_PIXELS / longest)
+    larger, smaller = max(1, larger), math.ceil(longest / (SHEET_CELL if sheet else LARGEST_CELL))
     shown = np.asarray(Image.fromarray(picture).reduce(smaller)).repeat(larger, axis=0).repeat(larger, axis=1)
     if mask is not None:
         shown = _outlined(shown, mask[::smaller, ::smaller].repeat(larger, axis=0).repeat(larger, axis=1))

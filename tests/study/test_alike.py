@@ -95,11 +95,10 @@ def test_figure_2_is_made_once_from_the_rows(tmp_path, monkeypatch):
     assert again.text == made.text
     # pictures of another budget in the same folder are not shown as this one's
     rows = {key: row for key, row in read_rows().items() if key in ("teacher", "inherit")}
-    grid = alike_grid(rows, here, 0)
-    assert grid is not None
+    grid = alike_grid(rows, here, 0)["figure2.png"]
     assert list(grid.columns[2:]) == [f"{key}, {kind}" for key in rows for kind in ("local", "global")]
     assert len(grid.rows) == 6
-    assert alike_grid(rows, replace(here, budget=BUDGET.model_copy(update={"alike": 2})), 0) is None
+    assert alike_grid(rows, replace(here, budget=BUDGET.model_copy(update={"alike": 2})), 0) == {}
 
 
 def test_photographs_have_no_figure_2(tmp_path):

@@ -82,7 +82,7 @@ def test_scores_are_the_metrics_of_the_pictures(result):
 
 
 def test_a_perfect_answer_has_the_best_scores():
-    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), FeatureNetworks())
+    perfect = score(PHOTOS, np.stack([p.image for p in PHOTOS]), FeatureNetworks(), ({}, {}))
     assert (perfect["psnr"] == metrics.MAX_PSNR).all()
     np.testing.assert_allclose(perfect["ssim"], 1)
     assert "both" not in perfect

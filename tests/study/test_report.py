@@ -75,7 +75,7 @@ def make_data(**changes):
                 ["Mean over scenes."],
             )
         ],
-        pictures=[make_grid()],
+        pictures={"grid.png": make_grid()},
         curves=[
             Curve("Losses <b>", {"task": (steps, noise / (1 + steps)), "rate": (steps, 2 / (1 + steps))}, log_y=True),
             Curve("Layers", {f"feature_loss/{i:02d}": ([0, 10], [i + 1.0, 0.5]) for i in range(12)}),
@@ -122,12 +122,12 @@ def test_every_text_is_escaped():
         "summary": [marked],
         "facts": {marked: marked, "command " + marked: marked},
         "tables": [Table(marked, ["Row", marked], [[marked, marked], [marked, marked + " [1, 2]"]], [marked])],
-        "pictures": [dataclasses.replace(make_grid(), columns=[marked] * 3, captions=[marked] * 2, title=marked)],
+        "pictures": {"a": dataclasses.replace(make_grid(), columns=[marked] * 3, captions=[marked] * 2, title=marked)},
         "curves": [Curve(marked, {marked: ([0, 1], [1, 2])})],
         "signatures": [marked],
     }
     for name, value in fields.items():
-        html = render_report(make_data(**{"pictures": (), "curves": (), name: value}))
+        html = render_report(make_data(**{"pictures": {}, "curves": (), name: value}))
         page = Page(html)
         assert "<u>" not in html, name
         assert "u" not in {tag for tag, _ in page.elements}, name
@@ -154,7 +154,7 @@ def test_a_page_of_a_title_alone():
 
 
 def test_numbers_stand_right_and_words_left():
-    page = Page(render_report(make_data(pictures=(), curves=())))
+    page = Page(render_report(make_data(pictures={}, curves=())))
     cells = [a.get("class") for tag, a in page.elements if tag in ("td", "th")]
     assert cells == [None, "number", None] * 3
     # room under an interval is left by style, not by a copy of another row's numbers
@@ -239,7 +239,7 @@ def test_a_contact_sheet_holds_every_picture_outlined_with_its_caption():
 
 
 def broken_grid(**changes):
-    return make_data(pictures=[dataclasses.replace(make_grid(), **changes)])
+    return make_data(pictures={"grid.png": dataclasses.replace(make_grid(), **changes)})
 
 
 @pytest.mark.parametrize(

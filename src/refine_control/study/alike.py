@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refine_control.metrics.statistics import BOOTSTRAP_SEED, Interval, paired_difference, two_level
+from refine_control.metrics.statistics import BOOTSTRAP_SEED, paired_difference
 from refine_control.miniature.obedience import Reading, load_classifier, read_regions
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import BUNDLE
@@ -27,11 +27,13 @@ from refine_control.study.materials import Bar, Comparison
 from refine_control.study.plan import ALIKE, Budget, Row
 from refine_control.study.row_results import NUMERICS, RowResult, read_pictures, save_pictures
 from refine_control.study.runs import make_sampler, row_facts, row_mark, row_model, train_row
+from refine_control.study.summary import Intervals, ModelSummary, intervals_json
 from refine_control.study.tables import Table
 
 KINDS = ("same_shape", "same_colour")
 PROMPTS = ("local", "global")
 MEASURES = {"both": "obeyed %", "interference": "another object's %"}
+TITLE = "Figure 2, mini model"
 _SHOWN = 5
 """Scenes of each kind in the picture."""
 
@@ -92,29 +94,25 @@ class AlikeSummary(NamedTuple):
     """One row of Figure 2 over its seeds."""
 
     seeds: list[int]
-    mean: dict[str, Interval]
+    mean: Intervals
     """By `local both`, `global interference` and so on."""
-    global_minus_local: dict[str, Interval]
+    global_minus_local: Intervals
     """By measure."""
 
     def as_json(self) -> dict[str, object]:
         """As tables.json holds it."""
-        mean = {name: interval.as_json() for name, interval in self.mean.items()}
-        minus = {name: interval.as_json() for name, interval in self.global_minus_local.items()}
-        return {"seeds": self.seeds, "mean": mean, "global_minus_local": minus}
+        intervals = {"mean": self.mean, "global_minus_local": self.global_minus_local}
+        return {"seeds": self.seeds, **{name: intervals_json(each) for name, each in intervals.items()}}
 
 
 def summarise_alike(results: Mapping[str, Sequence[RowResult]]) -> dict[str, AlikeSummary]:
     """For each row the means with two-level intervals, and global minus local."""
     out = {}
     for key, each in results.items():
-        values = {m: np.stack([r.scores[m] for r in each]) for m in each[0].scores}
-        means = {m: two_level(v, BOOTSTRAP_SEED) for m, v in values.items()}
-        minus = {
-            name: paired_difference(values[f"global {name}"], values[f"local {name}"], BOOTSTRAP_SEED)
-            for name in MEASURES
-        }
-        out[key] = AlikeSummary([r.seed for r in each], means, minus)
+        model = ModelSummary(each, list(each[0].scores), [])
+        pairs = {name: [model.stacked(f"{kind} {name}") for kind in ("global", "local")] for name in MEASURES}
+        minus = {name: paired_difference(*pair, BOOTSTRAP_SEED) for name, pair in pairs.items()}
+        out[key] = AlikeSummary(model.seeds, model.mean, minus)
     return out
 
 
@@ -127,26 +125,27 @@ def alike_table(summary: Mapping[str, AlikeSummary], rows: Mapping[str, Row], bu
         lines.append([rows[key].title, str(len(row.seeds)), *cells, *minus])
     columns = ["row", "seeds", *(f"{kind}: {text}" for kind in PROMPTS for text in MEASURES.values())]
     columns += [f"global - local: {text}" for text in MEASURES.values()]
-    notes = [
+    note = (
         f"{2 * (budget.alike or 0)} scenes, half with another object of the target's shape, half with one of its "
-        "colour. "
-        "Obeyed: the oracle reads the target's colour and shape in the hole. Another object's: it reads those of "
-        "another object of the picture. Mean and 95 % two-level bootstrap interval; differences paired by scene."
-    ]
-    return Table("Figure 2, mini model", columns, lines, notes)
+        "colour. Obeyed: the oracle reads the target's colour and shape in the hole. Another object's: it reads those "
+        "of another object of the picture. Mean and 95 % two-level bootstrap interval; differences paired by scene."
+    )
+    return Table(TITLE, columns, lines, [note])
 
 
-def alike_grid(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
-    """Both kinds of scenes in turn, with local and with global prompts, of the rows that were painted in `out`."""
+def alike_grid(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> dict[str, PictureGrid]:
+    """Both kinds of scenes in turn, with local and with global prompts, of the rows that were painted in `out`.
+
+    By the name of its file; empty if there are none."""
     painted = {}
     for key, row in rows.items():
         mark = row_mark(row, comparison, seed, ALIKE)
-        sets = [read_pictures(_folder(comparison, key, seed, kind), mark) for kind in PROMPTS]
-        painted |= {f"{key}, {kind}": images for kind, images in zip(PROMPTS, sets, strict=True) if images is not None}
+        for kind in PROMPTS:
+            if (images := read_pictures(_folder(comparison, key, seed, kind), mark)) is not None:
+                painted[f"{key}, {kind}"] = images
     if not painted:
-        return None
+        return {}
     photos = alike_photos(comparison.budget)
     shown = [photos[number] for number in _shown(len(photos))]
-    images, masks = [p.image for p in shown], [p.mask for p in shown]
     captions = [f"local: {p.prompt}; global: {p.global_prompt}" for p in shown]
-    return repaint_grid(images, masks, captions, painted, title="Figure 2, mini model")
+    return {"figure2.png": repaint_grid(shown, painted, TITLE, captions)}

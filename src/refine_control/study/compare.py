@@ -1,10 +1,12 @@
-"""Pictures painted by several ControlNets on the same photos, masks, prompts and noise, and their scores."""
+"""Pictures painted by several models on the same photos, masks and prompts, and their scores."""
 
 # N pictures, H W pixels
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +20,10 @@ from refine_control.miniature.obedience import obedience
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.photos.buckets import grouped
+from refine_control.photos.shards import Shards, open_manifest
 from refine_control.pipeline.painting import inpaint
 from refine_control.progress import Progress
-from refine_control.records import Photo
+from refine_control.records import UNLABELED, Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
 
 Scores = dict[str, np.ndarray]
@@ -41,12 +44,10 @@ class Result(NamedTuple):
     """By model: per image, of the whole evaluation."""
 
 
-def score(
-    photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetworks, seen: tuple[Seen, Seen] | None = None
-) -> Scores:
+def score(photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetworks, seen: tuple[Seen, Seen]) -> Scores:
     """All metrics of one model's pictures, painted (N,H,W,3) uint8, against the photos; with an oracle also obedience.
 
-    `seen` are the networks' features of photos and painted pictures; without it they are computed here."""
+    `seen` are the networks' features of photos and painted pictures."""
     reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     composited = metrics.composite(reference, painted, masks)
     out = {
@@ -61,13 +62,69 @@ def score(
     inner = masks[:, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS, metrics.SSIM_RADIUS : -metrics.SSIM_RADIUS]
     if inner.any((1, 2)).all():
         out["ssim_region"] = metrics.ssim(reference, painted, masks)
-    seen = seen or (see(networks, reference, masks), see(networks, painted, masks))
     out |= pair_scores(networks, photos, painted, seen)
     if networks.classifier is not None:
         colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
         obeyed = obedience(networks.classifier, painted, masks, colour, shape)
         out |= {name: 100.0 * getattr(obeyed, name) for name in OBEYED}
     return out
+
+
+class Group:
+    """Photos of one size: images (n,H,W,3), masks (n,H,W) and prompts."""
+
+    def __init__(self, photos: Sequence[Photo], first: int):
+        self.photos, self.first, self.prompts = photos, first, [p.prompt for p in photos]
+        self.images, self.masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+
+
+Paint = Callable[[Group, Progress], np.ndarray]
+"""Pictures (n,H,W,3) uint8 of a group."""
+
+
+class TestSamples:
+    """Test photos of any sizes, and the features that the networks see in them."""
+
+    def __init__(self, photos: Sequence[Photo], networks: FeatureNetworks | None):
+        self.networks, self.count = networks or FeatureNetworks(), len(photos)
+        self.numbers = list(grouped(p.mask.shape for p in photos).values())  # pictures of one size are painted together
+        starts = np.cumsum([0, *map(len, self.numbers)])
+        self.groups = [
+            Group([photos[number] for number in each], int(first))
+            for each, first in zip(self.numbers, starts, strict=False)
+        ]
+        self.references = [see(self.networks, group.images, group.masks) for group in self.groups]
+
+    def add(self, result: Result, name: str, paint: Paint, progress: Progress | None, place: tuple[int, int]) -> None:
+        """Paints all photos by one model and adds its pictures, scores and seconds; `place` is its number of how many
+        models."""
+        number, models = place
+
+        def report(before: int, done: int, total: int, note: str = "") -> None:
+            if progress:
+                progress(number * self.count + before + done, models * self.count, name)
+
+        began = time.perf_counter()
+        painted = [paint(group, partial(report, group.first)) for group in self.groups]
+        result.seconds[name] = (time.perf_counter() - began) / self.count
+        seen = [see(self.networks, each, group.masks) for each, group in zip(painted, self.groups, strict=True)]
+        scores = [
+            score(group.photos, each, self.networks, (before, after))
+            for group, each, before, after in zip(self.groups, painted, self.references, seen, strict=True)
+        ]
+        result.images[name] = painted[0] if len(painted) == 1 else self._in_order(painted)
+        result.scores[name] = self._joined(scores)
+        result.sets[name] = set_scores(self._joined(self.references), self._joined(seen))
+
+    def _in_order(self, groups: Sequence[Sequence[Any]]) -> list[Any]:
+        """The items of all groups, each at its number."""
+        items = [item for each in groups for item in each]
+        return [items[place] for place in np.argsort(np.concatenate(self.numbers))]
+
+    def _joined(self, groups: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """By name, the rows of all groups in the order of the pictures; names that every group has."""
+        names = [name for name in groups[0] if all(name in group for group in groups)]
+        return {name: np.stack(self._in_order([group[name] for group in groups])) for name in names}
 
 
 def compare(
@@ -83,70 +140,21 @@ def compare(
     With `networks` also the metrics that need one; distances of sets only from two pictures on.
     Transformer and ControlNets are cast to `sampler.precision` and put on the backbone's device in place: measure costs
     before."""
-    import time
-
     in_precision(sampler.precision, backbone, *controlnets.values())
-    numbers = list(grouped(p.mask.shape for p in photos).values())  # pictures of one size are painted together
-    groups = [_Group(photos, each) for each in numbers]
-    networks = networks or FeatureNetworks()
-    references = [see(networks, group.images, group.masks) for group in groups]
-    result = Result({}, {}, {}, {})
+    samples, result = TestSamples(photos, networks), Result({}, {}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
-        began, done, painted = time.perf_counter(), 0, []
-        for group in groups:
 
-            def report(now: int, total: int, word: str = "", before: int = number * len(photos) + done) -> None:
-                if progress:
-                    progress(before + now, len(controlnets) * len(photos), name)  # noqa: B023
+        def paint(group: Group, report: Progress, controlnet: Any = controlnet) -> np.ndarray:
+            given = (group.images, group.masks, group.prompts)
+            return inpaint(backbone, controlnet, *given, sampler, first=group.first, progress=report)
 
-            prompts = [p.prompt for p in group.photos]
-            painted.append(
-                inpaint(backbone, controlnet, group.images, group.masks, prompts, sampler, first=done, progress=report)
-            )
-            done += len(group.photos)
-        result.seconds[name] = (time.perf_counter() - began) / len(photos)
-        seen = [see(networks, each, group.masks) for each, group in zip(painted, groups, strict=True)]
-        scores = [
-            score(group.photos, each, networks, (before, after))
-            for group, each, before, after in zip(groups, painted, references, seen, strict=True)
-        ]
-        result.images[name] = painted[0] if len(groups) == 1 else _in_order(painted, numbers)
-        result.scores[name] = _joined(scores, numbers)
-        result.sets[name] = set_scores(_joined(references, numbers), _joined(seen, numbers))
+        samples.add(result, name, paint, progress, (number, len(controlnets)))
     return result
-
-
-class _Group:
-    """Pictures of one size."""
-
-    def __init__(self, photos: Sequence[Photo], numbers: Sequence[int]):
-        self.photos = [photos[number] for number in numbers]
-        self.images, self.masks = np.stack([p.image for p in self.photos]), np.stack([p.mask for p in self.photos])
-
-
-def _in_order(groups: Sequence[Any], numbers: Sequence[Sequence[int]]) -> list[Any]:
-    """The items of all groups, each at its number."""
-    by_number = {
-        n: item for each, items in zip(numbers, groups, strict=True) for n, item in zip(each, items, strict=True)
-    }
-    return [by_number[number] for number in sorted(by_number)]
-
-
-def _joined(groups: Sequence[Mapping[str, np.ndarray]], numbers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """By name, the rows of all groups in the order of the pictures; names that every group has."""
-    if len(groups) == 1:
-        return dict(groups[0])
-    names = [name for name in groups[0] if all(name in group for group in groups)]
-    return {name: np.stack(_in_order([group[name] for group in groups], numbers)) for name in names}
 
 
 def read_test(folder: Path) -> list[Photo]:
     """The photos of a folder of shards. Raises InvalidInputError when it is none or has no pixels in its holes."""
-    from refine_control.photos.shards import Shards, open_manifest
-    from refine_control.records import UNLABELED
-
-    manifest = open_manifest(folder)
-    if manifest["role"] == UNLABELED:
+    if open_manifest(folder)["role"] == UNLABELED:
         raise InvalidInputError(f"{folder} has the role unlabeled: there is nothing to compare with; give test shards")
     shards = Shards(folder)
     if len(shards) < 2:

@@ -1,10 +1,7 @@
 """Table 2's baselines beside the teacher and the students: the same photos, prompts and metrics, their own sampler."""
 
-# N pictures, H W pixels
-
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,8 +14,8 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.progress import Progress
 from refine_control.records import Photo
-from refine_control.study.compare import Result, score
-from refine_control.study.feature_metrics import FeatureNetworks, see, set_scores
+from refine_control.study.compare import Group, Result, TestSamples
+from refine_control.study.feature_metrics import FeatureNetworks
 
 
 class BaselineRow(NamedTuple):
@@ -48,25 +45,15 @@ def add_baselines(
         raise InvalidInputError(f"the name {taken[0]} is given twice; write --baseline NAME=FOLDER with another name")
     if len({p.mask.shape for p in photos}) > 1:
         raise InvalidInputError("baselines paint samples of one size; build the test shards without --buckets")
-    networks = networks or FeatureNetworks()
-    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
-    reference = see(networks, images, masks)
-    rows = {}
+    samples, rows = TestSamples(photos, networks), {}
     for number, (name, source) in enumerate(named.items()):
-
-        def report(done: int, total: int, word: str = "", number: int = number, name: str = name) -> None:
-            if progress:
-                progress(number * total + done, len(named) * total, name)
-
         baseline = load_baseline(source, precision=sampler.precision)
         its_sampler, cost = recommended(baseline, sampler), baseline_cost(baseline)
-        began = time.perf_counter()
-        painted = paint(baseline, images, masks, [p.prompt for p in photos], its_sampler, progress=report)
-        result.seconds[name] = (time.perf_counter() - began) / len(photos)
-        result.images[name] = painted
-        seen = see(networks, painted, masks)
-        result.scores[name] = score(photos, painted, networks, (reference, seen))
-        result.sets[name] = set_scores(reference, seen)
-        how = facts(baseline, masks.shape[1], masks.shape[2], its_sampler)
+
+        def repaint(group: Group, report: Progress) -> np.ndarray:
+            return paint(baseline, group.images, group.masks, group.prompts, its_sampler, progress=report)  # noqa: B023
+
+        samples.add(result, name, repaint, progress, (number, len(named)))
+        how = facts(baseline, *photos[0].mask.shape, its_sampler)
         rows[name] = BaselineRow(cost, how, baseline.card.paper)
     return rows

@@ -16,14 +16,13 @@ from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device
-from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.storage import only_writer
 from refine_control.study.compare import compare
 from refine_control.study.evaluate import Written, sampler_facts, summarise_models, write_results
 from refine_control.study.feature_metrics import FeatureNetworks
 from refine_control.study.loss_curves import layer_curves, term_curves
 from refine_control.study.materials import Comparison, prepare_data
-from refine_control.study.model_cost import model_costs
+from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import TEACHER, Budget, read_budget, read_rows, row_recipes
 from refine_control.study.report import command_line
 from refine_control.study.runs import make_sampler, train_row
@@ -33,6 +32,7 @@ from refine_control.training.run import fast_precision
 
 SHOWN = {"fc": "fc_inherit", "ours": "balanced"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
+TITLE = "A 23-layer ControlNet distilled into 12 layers"
 
 
 def _sentences(summary: Summary, costs: Mapping[str, ModelCost], budget: Budget) -> list[str]:
@@ -48,9 +48,9 @@ def _sentences(summary: Summary, costs: Mapping[str, ModelCost], budget: Budget)
     ]
     pair = summary.differences["ours", "fc"]
     for metric, unit in (("psnr_region", "dB of region PSNR"), ("both", "points of obedience (colour and shape)")):
-        mean, low, high = pair[metric]
-        verdict = "excludes zero" if pair[metric].excludes_zero else "does not exclude zero"
-        out.append(f"Ours against fc: {mean:+.2f} {unit}, 95 % interval [{low:+.2f}, {high:+.2f}], which {verdict}.")
+        verdict = "excludes" if pair[metric].excludes_zero else "does not exclude"
+        mean, interval = f"{pair[metric]:+.2f}".split(" ", 1)
+        out.append(f"Ours against fc: {mean} {unit}, 95 % interval {interval}, which {verdict} zero.")
     for name, key in SHOWN.items():
         recipes = list(row_recipes(read_rows()[key], budget, 0).values())
         out += signatures(name, summary.differences[TEACHER, name], recipes)
@@ -70,17 +70,10 @@ def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | Non
         comparison = Comparison(numbers, out)
         prepare_data(comparison, rows.values(), progress)
         trained = {name: train_row(name, row, comparison, seed, progress) for name, row in rows.items()}
-        seconds = {key: each.seconds for key, each in trained.items()}
-        photos = comparison.test_photos()
-        sampler = make_sampler(numbers)
-        students = {key: trained[key].student for key in ("ours", "fc")}
-        backbone = load_backbone("mini", device=best_device())
-        controlnets = {
-            TEACHER: backbone.pipeline.controlnet,
-            **{n: load_controlnet(str(f)) for n, f in students.items()},
-        }
-        sources = {TEACHER: None, **{n: str(f) for n, f in students.items()}}
-        costs = model_costs(backbone, controlnets, "mini", sources, sampler.precision)
+        photos, sampler = comparison.test_photos(), make_sampler(numbers)
+        students = {name: folder for name in ("ours", "fc") if (folder := trained[name].student)}
+        backbone, controlnets = load_models("mini", None, students)
+        costs = model_costs(backbone, controlnets, "mini", students, sampler.precision)
         networks = FeatureNetworks(load_classifier(BUNDLE))
         result = compare(backbone, controlnets, photos, sampler, networks, progress("evaluate"))
         summary = summarise_models(result)
@@ -89,24 +82,11 @@ def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | Non
             "labelled scenes": str(numbers.labeled),
             "unlabelled scenes": str(numbers.unlabeled),
             "training": f"{numbers.steps} steps of {numbers.batch_size} samples for each student, seed {seed}",
-            "training seconds": ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()),
+            "training seconds": ", ".join(f"{name} {each.seconds:.0f}" for name, each in trained.items()),
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "command": command_line(
-                ["demo"], [("budget", budget), ("steps", numbers.steps), ("seed", seed), ("out", out)]
-            ),
+            "command": command_line(["demo"], {"budget": budget, "steps": numbers.steps, "seed": seed, "out": out}),
         }
-        sentences = _sentences(summary, costs, numbers)
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
-        title = "A 23-layer ControlNet distilled into 12 layers"
-        return write_results(
-            out,
-            title,
-            photos,
-            result,
-            summary,
-            costs,
-            facts,
-            networks=networks,
-            sentences=sentences,
-            curves=[*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))],
-        )
+        curves = [*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))]
+        more = {"sentences": _sentences(summary, costs, numbers), "curves": curves}
+        return write_results(out, TITLE, photos, result, summary, costs, facts, **more)

@@ -5,32 +5,31 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from refine_control import __version__
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.card import BUNDLE
-from refine_control.models.devices import best_device, device_name
+from refine_control.models.devices import device_name
 from refine_control.models.fit import check_controlnet
-from refine_control.models.loading import load_backbone, load_controlnet, read_geometry, weights_mark
-from refine_control.picture_grid import picture_grid, repaint_grid
+from refine_control.models.loading import read_geometry, weights_mark
+from refine_control.picture_grid import repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
-from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic, write_json
+from refine_control.storage import MANIFEST, only_writer, sha256_file, write_json
 from refine_control.study.compare import Result, compare, read_test
 from refine_control.study.curves import Curve
-from refine_control.study.feature_metrics import FeatureNetworks, load_networks, metric_notes
-from refine_control.study.model_cost import model_costs
+from refine_control.study.feature_metrics import load_networks, metric_notes
+from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import BASELINE, TEACHER
-from refine_control.study.report import ReportData, command_line, write_report
+from refine_control.study.report import ReportData, command_line, publish
 from refine_control.study.row_results import RowResult
 from refine_control.study.row_tables import (
     HEADINGS,
@@ -44,7 +43,7 @@ from refine_control.study.row_tables import (
 )
 from refine_control.study.signatures import signatures
 from refine_control.study.summary import Summary, intervals_json, summarise
-from refine_control.study.tables import Table, short, text_table, write_tables
+from refine_control.study.tables import Table, short, text_table
 
 OURS = "ours"
 _PICTURES = 12
@@ -60,7 +59,7 @@ def summarise_models(result: Result) -> Summary:
 
 def models_json(summary: Summary, result: Result) -> dict[str, object]:
     """A summary of models as metrics.json holds it."""
-    out: dict[str, object] = {
+    out = {
         "samples": len(next(iter(result.images.values()))),
         "models": {n: intervals_json(model.mean) for n, model in summary.models.items()},
         "paired_differences": {" - ".join(pair): intervals_json(d) for pair, d in summary.differences.items()},
@@ -86,36 +85,31 @@ def write_results(
     costs: Mapping[str, ModelCost],
     facts: Mapping[str, str],
     *,
-    networks: FeatureNetworks | None = None,
+    missing: Iterable[str] = (),
     sentences: Sequence[str] = (),
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
     made_by: Sequence[str] = (),
 ) -> Written:
-    """metrics.json (with every picture's scores), grid.png, tables.md, tables.tex and report.html in `out`."""
+    """metrics.json (with every picture's scores), grid.png, tables.md, tables.tex and report.html in `out`.
+
+    `missing` are sentences on the metrics that were not computed."""
     per_image = {n: {m: [round(float(x), 6) for x in v] for m, v in s.items()} for n, s in result.scores.items()}
-    described = {n: c._asdict() for n, c in costs.items()}
-    keys = [p.key for p in photos]
-    numbers = models_json(summary, result)
-    write_json(
-        out / "metrics.json", {**numbers, "cost": described, "facts": facts, "keys": keys, "per_image": per_image}
-    )
-    shown = photos[:_PICTURES]
-    prompts = [p.prompt for p in shown]
-    grid = repaint_grid([p.image for p in shown], [p.mask for p in shown], prompts, result.images)
-    write_atomic(out / "grid.png", picture_grid(grid))
-    missing = list(networks.missing.values()) if networks else []
-    notes = [*metric_notes(summary.metrics, len(photos)), *missing]
+    described, keys = {n: c._asdict() for n, c in costs.items()}, [p.key for p in photos]
+    numbers, absent = models_json(summary, result), list(missing)
+    more = {"cost": described, "facts": facts, "keys": keys, "per_image": per_image}
+    write_json(out / "metrics.json", {**numbers, **more})
+    grids = {"grid.png": repaint_grid(photos[:_PICTURES], result.images)}
+    notes = [*metric_notes(summary.metrics, len(photos)), *absent]
     compared = [quality_table(summary, notes), *([difference_table(summary)] if len(result.scores) > 1 else [])]
     shown = [*compared, cost_table(costs, result.seconds), *tables]
-    write_tables(out, shown)
-    signed, findings = [f"refine-control {__version__}", *made_by], [*sentences, *_gap_sentences(summary)]
+    findings = [*sentences, *_gap_sentences(summary)]
+    publish(out, ReportData(title, findings, facts, shown, grids, curves, made_by))
     report = out / "report.html"
-    write_report(report, ReportData(title, findings, facts, shown, [grid], list(curves), signed))
     head = "; ".join(facts[fact] for fact in ("pictures", "sampler", "training") if fact in facts)
     lines = map(text_table, [*map(short, compared), *shown[len(compared) :]])
-    text = "\n\n".join([head, *lines, "\n".join([*findings, *missing]), f"report: {report}"])
-    return Written(report, text, {**numbers, "not_computed": missing, "report": str(report)})
+    text = "\n\n".join([head, *lines, "\n".join([*findings, *absent]), f"report: {report}"])
+    return Written(report, text, {**numbers, "not_computed": absent, "report": str(report)})
 
 
 def _gap_sentences(summary: Summary) -> list[str]:
@@ -141,10 +135,6 @@ def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
     }
 
 
-def _weights(folder: Path) -> Path:
-    return next(iter(sorted(folder.glob("*.safetensors"))), folder)
-
-
 def _hashed(name: str, path: Path) -> str:
     """An input of a result with the beginning of its sha256."""
     return f"{name}: {path}" + (f", sha256 {sha256_file(path)[:16]}" if path.is_file() else "")
@@ -161,13 +151,19 @@ def _command(
     weights: Path | None,
 ) -> str:
     """The command line of this evaluation."""
-    parts: list[tuple[str, object]] = [("model", model), ("teacher", teacher)]
-    parts += [("student", f"{name}={folder}") for name, folder in students.items()]
-    parts += [("baseline", f"{name}={source}") for name, source in baselines.items()]
-    parts += [("test", test), ("out", out), ("steps", sampler.num_inference_steps)]
-    parts += [("guidance", f"{sampler.guidance_scale:g}"), ("conditioning-scale", f"{sampler.conditioning_scale:g}")]
-    parts += [("injection", sampler.injection), ("seed", sampler.seed), ("precision", sampler.precision)]
-    return command_line(["evaluate"], [*parts, ("weights", weights)])
+    options: dict[str, object] = {
+        "model": model,
+        "teacher": teacher,
+        "student": [f"{name}={folder}" for name, folder in students.items()],
+        "baseline": [f"{name}={source}" for name, source in baselines.items()],
+        "test": test,
+        "out": out,
+        "steps": sampler.num_inference_steps,
+        "guidance": f"{sampler.guidance_scale:g}",
+        "conditioning-scale": f"{sampler.conditioning_scale:g}",
+    }
+    options |= {name: getattr(sampler, name) for name in ("injection", "seed", "precision")}
+    return command_line(["evaluate"], {**options, "weights": weights})
 
 
 def evaluate(
@@ -189,25 +185,21 @@ def evaluate(
     note. Everything but the oracle of scenes runs on the GPU if there is one.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     if TEACHER in students:
-        raise InvalidInputError(
-            "a student cannot be called teacher, the name of the teacher's row; give it another name"
-        )
+        raise InvalidInputError("a student cannot be called teacher, the name of the teacher's row; rename it")
     for folder in students.values():
         refuse_other_kind(folder, A_CONTROLNET)
     photos, sizes = read_test(test), read_geometry(model)
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)
     with only_writer(out):
-        backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
-        controlnets = {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+        backbone, controlnets = load_models(model, teacher, students)
         for name, controlnet in controlnets.items():
             check_controlnet(controlnet.config, backbone.transformer.config, students.get(name, TEACHER))
-            controlnet.to(backbone.device)
+            controlnet.to(backbone.device)  # type: ignore[arg-type]
         backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
-        sources = {TEACHER: teacher, **{n: str(f) for n, f in students.items()}}
-        costs = model_costs(backbone, controlnets, model, sources, sampler.precision)
+        costs = model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision)
         result = compare(backbone, controlnets, photos, sampler, networks, progress)
         tables = []
         if baselines:
@@ -221,23 +213,8 @@ def evaluate(
         facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
         facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
         facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
-        title = f"Evaluation on {test.name}"
-        sentences = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
-        inputs = [
-            _hashed("test", test / MANIFEST),
-            *([f"teacher: {weights_mark(teacher)}"] if teacher else []),
-            *(_hashed(n, _weights(f)) for n, f in students.items()),
-        ]
-        return write_results(
-            out,
-            title,
-            photos,
-            result,
-            summary,
-            costs,
-            facts,
-            networks=networks,
-            sentences=sentences,
-            tables=tables,
-            made_by=inputs,
-        )
+        inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
+        inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
+        more = {"sentences": [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]}
+        more |= {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}
+        return write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, **more)

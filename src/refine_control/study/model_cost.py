@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from refine_control.config import SamplerConfig
+from refine_control.config import Precision, SamplerConfig
 from refine_control.metrics.cost import CountedCost, ModelCost, count_flops, count_parameters, interleaved, run_fresh
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import control_residuals
+from refine_control.models.controlnet import ControlNet, control_residuals
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.pipeline.painting import make_pipeline, run_pipeline
+from refine_control.study.plan import TEACHER
 
 
 def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
@@ -47,24 +50,44 @@ def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
     return CountedCost(layers, params, count_flops(controlled) / 1e9, count_flops(whole) / 1e9)
 
 
-def _peak_in_fresh_process(model: str, folder: str | None, precision: str) -> int:
+def _peak_in_fresh_process(model: str, folder: str | Path | None, precision: Precision) -> int:
     """Bytes at the peak of a process that loads the model and samples one picture; 0 where it could not."""
     try:
-        return run_fresh(_paint_one, model, folder, precision, device=best_device().type).peak_memory
-    except Exception:  # whatever ends it, the costs go on without this number
+        return run_fresh(_sample_once, model, folder, precision, device=best_device().type).peak_memory
+    except Exception:  # of any library: the other costs are worth printing without this one
         return 0
+
+
+def _sample_once(model: str, folder: str | Path | None, precision: Precision) -> None:
+    """Loads a model and repaints one picture in two steps."""
+    torch.set_num_threads(1)
+    backbone, controlnets = load_models(model, folder, {})
+    in_precision(precision, backbone, *controlnets.values())
+    side = backbone.geometry.side
+    image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
+    mask[side // 4 : side // 2, side // 4 : side // 2] = True
+    pipeline = make_pipeline(backbone, controlnets[TEACHER])
+    run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
+
+
+def load_models(
+    model: str, teacher: str | Path | None, students: Mapping[str, Path]
+) -> tuple[Backbone, dict[str, ControlNet]]:
+    """A model on the best device with its teacher (None: its own ControlNet), and the ControlNets by name."""
+    backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
+    return backbone, {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
 
 
 def model_costs(
     backbone: Backbone,
     controlnets: Mapping[str, Any],
     model: str,
-    folders: Mapping[str, str | None],
-    precision: str = "fp32",
+    sources: Mapping[str, str | Path | None],
+    precision: Precision = "fp32",
     repeats: int = 20,
 ) -> dict[str, ModelCost]:
-    """Costs by name; ControlNets of one shape share one memory measurement. `folders` say where each came from
-    (None: the model's own). All networks are cast to `precision`, in place."""
+    """Costs by name; ControlNets of one shape share one memory measurement. `sources` say where each came from
+    (the teacher by default from the model). All networks are cast to `precision`, in place."""
     in_precision(precision, backbone, *controlnets.values())
     steps = {name: _step(backbone, controlnet)[1] for name, controlnet in controlnets.items()}
     times = interleaved(steps, repeats=repeats, warmup=2)
@@ -73,31 +96,11 @@ def model_costs(
     for name, controlnet in controlnets.items():
         counted = counted_cost(backbone, controlnet)
         if counted.num_layers not in peaks:
-            peaks[counted.num_layers] = _peak_in_fresh_process(model, folders[name], precision)
+            peaks[counted.num_layers] = _peak_in_fresh_process(model, sources.get(name), precision)
         out[name] = ModelCost(*counted, times[name].median, peaks[counted.num_layers])
     return out
 
 
-def compare(model: str, folders: Mapping[str, Path], teacher: str | None = None) -> dict[str, ModelCost]:
-    """`refine-control cost`: `teacher` (the model's own ControlNet by default) and those in `folders`."""
-    backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
-    controlnets = {"teacher": backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in folders.items()}}
-    sources = {"teacher": teacher, **{n: str(f) for n, f in folders.items()}}
-    return model_costs(backbone, controlnets, model, sources)
-
-
-def _paint_one(model: str, folder: str | None, precision: str) -> None:
-    """Loads, and samples one picture in two steps."""
-    import numpy as np
-
-    from refine_control.pipeline.painting import make_pipeline, run_pipeline
-
-    torch.set_num_threads(1)
-    loaded = load_controlnet(folder) if folder else None
-    backbone = load_backbone(model, loaded, device=best_device())
-    controlnet, side = loaded or backbone.pipeline.controlnet, backbone.geometry.side
-    in_precision(precision, backbone, controlnet)
-    image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
-    mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    pipeline = make_pipeline(backbone, controlnet)
-    run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
+def compare(model: str, students: Mapping[str, Path], teacher: str | None = None) -> dict[str, ModelCost]:
+    """`refine-control cost`: `teacher` (the model's own ControlNet by default) and `students`, folders by name."""
+    return model_costs(*load_models(model, teacher, students), model, {TEACHER: teacher, **students})

@@ -10,36 +10,58 @@ from __future__ import annotations
 import base64
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from refine_control import __version__
 from refine_control.errors import InvalidInputError
-from refine_control.picture_grid import PictureGrid, picture_cells, png_bytes
+from refine_control.picture_grid import PictureGrid, picture_cells, picture_grid, png_bytes
 from refine_control.storage import write_atomic
 from refine_control.study.curves import Curve, plot
-from refine_control.study.tables import Table
+from refine_control.study.tables import Table, write_tables
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class ReportData:
     """Everything on the page, in its order. `facts` are N, steps, sampler, guidance, seeds, machine and command
-    lines; `signatures` name the recipe, code version and hashes of inputs."""
+    lines; `pictures` are grids by file name; `signatures` name the recipe, code version and hashes of inputs."""
 
     title: str
     summary: Sequence[str]
     facts: Mapping[str, str] = field(default_factory=dict)
     tables: Sequence[Table] = ()
-    pictures: Sequence[PictureGrid] = ()
+    pictures: Mapping[str, PictureGrid] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
     signatures: Sequence[str] = ()
 
 
-def command_line(words: Sequence[str], options: Iterable[tuple[str, object]]) -> str:
-    """A `refine-control` command that a shell reads as these words and options (name -> value); None is left out."""
-    given = [word for name, value in options if value is not None for word in (f"--{name}", str(value))]
+def command_line(words: Sequence[str], options: Mapping[str, object]) -> str:
+    """A `refine-control` command that a shell reads as these words and options (name -> value); None is left out, a
+    list or a tuple gives an option for each value."""
+    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in options.items()}
+    given = [
+        word
+        for name, each in lists.items()
+        for value in each
+        if value is not None
+        for word in (f"--{name}", str(value))
+    ]
     return shlex.join(["refine-control", *words, *given])
+
+
+def publish(out: Path, data: ReportData, sentences: Sequence[str] = ()) -> str:
+    """Writes tables.md (with further `sentences`), tables.tex, the picture grids and report.html; returns the first."""
+    text = write_tables(out, data.tables, sentences)
+    for name, grid in data.pictures.items():
+        write_atomic(out / name, picture_grid(grid))
+    signatures = [f"refine-control {__version__}", *data.signatures]
+    write_report(out / "report.html", replace(data, signatures=signatures))
+    return text
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -55,7 +77,10 @@ def render_report(data: ReportData) -> str:
     import jinja2
 
     for table in data.tables:
-        _check_table(table)
+        for number, row in enumerate(table.rows):
+            if len(row) != len(table.columns):
+                cells = f"{len(row)} cells for {len(table.columns)} columns"
+                raise InvalidInputError(f"row {number} of table {table.caption!r} has {cells}")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("refine_control.study", ""),
         autoescape=True,
@@ -67,17 +92,9 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         tables=[(table, _numeric_columns(table), _longest_intervals(table)) for table in data.tables],
-        grids=[_embedded(grid) for grid in data.pictures],
+        grids=[_embedded(grid) for grid in data.pictures.values()],
         plots=[plot(curve) for curve in data.curves],
     )
-
-
-def _check_table(table: Table) -> None:
-    for number, row in enumerate(table.rows):
-        if len(row) != len(table.columns):
-            raise InvalidInputError(
-                f"row {number} of table {table.caption!r} has {len(row)} cells for {len(table.columns)} columns"
-            )
 
 
 def _split_interval(cell: str) -> tuple[str, str]:
@@ -120,12 +137,9 @@ class EmbeddedGrid(NamedTuple):
 
 
 def _embedded(grid: PictureGrid) -> EmbeddedGrid:
-    rows = [
-        [
-            EmbeddedPicture("data:image/png;base64," + base64.b64encode(png_bytes(cell)).decode(), cell.size)
-            for cell in row
-        ]
-        for row in picture_cells(grid)
-    ]
+    def picture(cell: Image) -> EmbeddedPicture:
+        return EmbeddedPicture("data:image/png;base64," + base64.b64encode(png_bytes(cell)).decode(), cell.size)
+
+    rows = [[picture(cell) for cell in row] for row in picture_cells(grid)]
     outlined = grid.columns[grid.outlined_column] if any(mask is not None for mask in grid.masks) else ""
     return EmbeddedGrid(grid.title, grid.columns, list(zip(rows, grid.captions, strict=True)), outlined)

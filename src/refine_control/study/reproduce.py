@@ -14,16 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from refine_control import __version__
 from refine_control.baselines.bounds import bounds_note, psnr_bounds
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import Images
 from refine_control.miniature.scene_shards import scene_photos
-from refine_control.picture_grid import PictureGrid, picture_grid, repaint_grid
+from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.randomness import derive_seed
 from refine_control.records import TEST
-from refine_control.storage import only_writer, write_atomic, write_json
-from refine_control.study.alignment import Alignment, alignment_curves, alignment_table, teacher_alignment
+from refine_control.storage import only_writer, write_json
+from refine_control.study.alignment import alignment_curves, alignment_table, teacher_alignment
 from refine_control.study.alike import alike_grid, alike_table, run_alike, summarise_alike
 from refine_control.study.compare import compare
 from refine_control.study.curves import Curve
@@ -41,13 +40,13 @@ from refine_control.study.plan import (
     row_recipes,
     row_seeds,
 )
-from refine_control.study.report import ReportData, command_line, write_report
+from refine_control.study.report import ReportData, command_line, publish
 from refine_control.study.row_results import RowResult, read_pictures, read_row, save_pictures
 from refine_control.study.row_tables import cost_curves, findings, row_tables
 from refine_control.study.runs import collect, finished, make_sampler, row_mark, row_model, train_row
 from refine_control.study.signatures import prompt_signature
 from refine_control.study.summary import rows_json, summarise_rows
-from refine_control.study.tables import Table, write_tables
+from refine_control.study.tables import Table
 
 
 class Reproduced(NamedTuple):
@@ -135,40 +134,25 @@ def _paint(rows: Mapping[str, Row], comparison: Comparison, seed: int, bar: Bar)
     if not missing:
         return
     prepare_data(comparison, missing.values(), bar)
-    photos = comparison.test_photos()[:_SHOWN]
     for key, row in missing.items():
-        trained = train_row(key, row, comparison, seed, bar)
-        backbone, controlnet = row_model(trained, comparison)
-        result = compare(backbone, {key: controlnet}, photos, make_sampler(comparison.budget, row), None, bar(key))
-        mark = row_mark(row, comparison, seed)
-        save_pictures(comparison.out / f"{key}-{seed}", result.images[key], mark)
+        backbone, controlnet = row_model(train_row(key, row, comparison, seed, bar), comparison)
+        photos, sampler = comparison.test_photos()[:_SHOWN], make_sampler(comparison.budget, row)
+        result = compare(backbone, {key: controlnet}, photos, sampler, None, bar(key))
+        save_pictures(comparison.out / f"{key}-{seed}", result.images[key], row_mark(row, comparison, seed))
 
 
-def _figure3(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> PictureGrid | None:
-    """The first test pictures beside the output of each row that ran in `out`; None if there are none."""
+def _figure3(rows: Mapping[str, Row], comparison: Comparison, seed: int) -> dict[str, PictureGrid]:
+    """The first test pictures beside the output of each row that ran in `out`, by its file; empty if there are none."""
     saved = {key: _pictures(comparison, key, row, seed) for key, row in rows.items()}
     painted = {key: images for key, images in saved.items() if images is not None}
     if not painted or not (comparison.shards / TEST).is_dir():
-        return None
+        return {}
     photos = comparison.test_photos()[: min(_SHOWN, *(len(v) for v in painted.values()))]
-    images, masks, prompts = [p.image for p in photos], [p.mask for p in photos], [p.prompt for p in photos]
-    return repaint_grid(images, masks, prompts, painted, title=f"Figure 3, {comparison.world}")
+    return {"figure3.png": repaint_grid(photos, painted, f"Figure 3, {comparison.world}")}
 
 
 _SHOWN = 12
 _ALIGNMENT_SCENES = 256
-
-
-def _alignment(comparison: Comparison, rows: Mapping[str, Row]) -> Alignment:
-    """Of the teacher in fp32, for every count of layers that the rows have; on scenes, or on test photographs."""
-    backbone, budget = comparison.backbone(), comparison.budget
-    recipes = [next(iter(row_recipes(row, budget, 0).values())) for row in rows.values() if row.stages]
-    layers = sorted({recipe.student.num_layers for recipe in recipes}, reverse=True)
-    if comparison.rendered:
-        photos = list(scene_photos(derive_seed(budget.data_seed or 0, "alignment"), 0, _ALIGNMENT_SCENES))
-    else:
-        photos = comparison.test_photos()[:_ALIGNMENT_SCENES]
-    return teacher_alignment(backbone, backbone.pipeline.controlnet, photos, layers)
 
 
 @dataclass
@@ -183,10 +167,6 @@ class _Contents:
     grids: dict[str, PictureGrid] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
     """Row, seed, mark and machine of each number."""
-
-    def draw(self, name: str, grid: PictureGrid | None) -> None:
-        """Adds a grid if there is one."""
-        self.grids |= {name: grid} if grid else {}
 
 
 def _bounds(comparison: Comparison) -> list[str]:
@@ -212,28 +192,25 @@ def _add_tables(contents: _Contents, title: str, rows: Mapping[str, Row], agains
     contents.summary |= rows_json(summary, against)
     contents.tables += row_tables(summary, rows, against, comparison, title, _bounds(comparison))
     contents.marks += [
-        f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts.machine}" for key in results for r in results[key]
+        f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts.machine}" for key, each in results.items() for r in each
     ]
     contents.absent += absent.values()
     contents.sentences += [*absent.values(), *findings(summary, rows, against, comparison.budget)]
     contents.curves += [*cost_curves(summary, rows), *_loss_curves(rows, against, comparison, seeds)]
-    contents.draw("figure3.png", _figure3(rows, comparison, seeds[0]))
+    contents.grids |= _figure3(rows, comparison, seeds[0])
 
 
 def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, seeds: Sequence[int]) -> list[Curve]:
     """Of the rows that were trained in `out`: every term, and of the row `against` layers and seeds."""
 
-    def run(key: str, stage: str, seed: int) -> Path:
-        return comparison.out / f"{key}-{seed}" / stage.rpartition("/")[2]
+    def runs(key: str, seed: int) -> dict[str, Path]:
+        stages = [name.rpartition("/")[2] for name in rows[key].stages]
+        return {f"{key} {stage}": comparison.out / f"{key}-{seed}" / stage for stage in stages}
 
-    shown = {
-        f"{key} {stage.rpartition('/')[2]}": run(key, stage, seeds[0]) for key in rows for stage in rows[key].stages
-    }
-    out = term_curves(shown)
-    for stage in rows[against].stages:
-        name = f"{against} {stage.rpartition('/')[2]}"
-        out += layer_curves(name, run(against, stage, seeds[0]))
-        out += seed_curves(f"Loss of {name} by seed", {f"seed {n}": run(against, stage, n) for n in seeds})
+    out = term_curves({name: run for key in rows for name, run in runs(key, seeds[0]).items()})
+    for name, run in runs(against, seeds[0]).items():
+        by_seed = {f"seed {seed}": runs(against, seed)[name] for seed in seeds}
+        out += [*layer_curves(name, run), *seed_curves(f"Loss of {name} by seed", by_seed)]
     return out
 
 
@@ -243,11 +220,19 @@ def _add_figure2(contents: _Contents, rows: Mapping[str, Row], request: _Request
     contents.tables.append(alike_table(summary, rows, request.comparison.budget))
     for key, row in summary.items():
         contents.sentences += prompt_signature(rows[key].title, row.global_minus_local)
-    contents.draw("figure2.png", alike_grid(rows, request.comparison, request.seeds[0]))
+    contents.grids |= alike_grid(rows, request.comparison, request.seeds[0])
 
 
 def _add_alignment(contents: _Contents, rows: Mapping[str, Row], comparison: Comparison) -> None:
-    aligned = _alignment(comparison, rows)
+    """Of the teacher in fp32, for every count of layers that the rows have; on scenes, or on test photographs."""
+    backbone, budget = comparison.backbone(), comparison.budget
+    recipes = [next(iter(row_recipes(row, budget, 0).values())) for row in rows.values() if row.stages]
+    layers = sorted({recipe.student.num_layers for recipe in recipes}, reverse=True)
+    if comparison.rendered:
+        photos = list(scene_photos(derive_seed(budget.data_seed or 0, "alignment"), 0, _ALIGNMENT_SCENES))
+    else:
+        photos = comparison.test_photos()[:_ALIGNMENT_SCENES]
+    aligned = teacher_alignment(backbone, backbone.pipeline.controlnet, photos, layers)
     numbers = {"power": aligned.power.tolist(), "cosine": aligned.cosine.tolist()}
     contents.summary["alignment"] = numbers | {"errors": aligned.errors, "outputs": aligned.outputs}
     contents.tables.append(alignment_table(aligned))
@@ -257,11 +242,10 @@ def _add_alignment(contents: _Contents, rows: Mapping[str, Row], comparison: Com
 def _command(target: str, request: _Request, rows: Sequence[str], against: str | None) -> str:
     """The command line of this call."""
     comparison, results = request.comparison, request.results
-    parts: list[tuple[str, object]] = [("scale", comparison.scale), ("budget", results.name)]
-    parts += [("seeds", len(request.seeds)), *(("row", row) for row in rows), ("against", against)]
-    parts += [("model", comparison.model), ("teacher", comparison.teacher), ("photos", comparison.photos)]
-    parts += [("data", comparison.data), ("weights", comparison.weights)]
-    return command_line(["reproduce", target], [*parts, ("out", comparison.out), ("results", results.parent)])
+    options: dict[str, object] = {"scale": comparison.scale, "budget": results.name, "seeds": len(request.seeds)}
+    options |= {"row": list(rows), "against": against}
+    options |= {name: getattr(comparison, name) for name in ("model", "teacher", "photos", "data", "weights", "out")}
+    return command_line(["reproduce", target], {**options, "results": results.parent})
 
 
 def reproduce(
@@ -295,7 +279,7 @@ def reproduce(
             _add_figure2(contents, alike_rows, request)
         if shown := measured_rows(FIGURE3, wished, rows, against, scale):
             _paint(shown, comparison, chosen[0], bar)
-            contents.draw("figure3.png", _figure3(shown, comparison, chosen[0]))
+            contents.grids |= _figure3(shown, comparison, chosen[0])
         if "layers" in wished.studies:
             _add_alignment(contents, table_rows, comparison)
         facts = {"budget": results.name, "results": str(results)}
@@ -305,13 +289,7 @@ def reproduce(
 
 def _write(contents: _Contents, title: str, out: Path, facts: Mapping[str, str]) -> Reproduced:
     pictures = [f"{name}: {out / name}" for name in contents.grids] if not contents.tables else []
-    text = write_tables(out, contents.tables, [*contents.absent, *pictures])
+    shown = (contents.tables, contents.grids, contents.curves, contents.marks)
+    text = publish(out, ReportData(title, contents.sentences, facts, *shown), [*contents.absent, *pictures])
     write_json(out / "tables.json", contents.summary)
-    for name, grid in contents.grids.items():
-        write_atomic(out / name, picture_grid(grid))
-    signed = [f"refine-control {__version__}", *contents.marks]
-    grids, curves = list(contents.grids.values()), contents.curves
-    write_report(
-        out / "report.html", ReportData(title, contents.sentences, facts, contents.tables, grids, curves, signed)
-    )
     return Reproduced(text, contents.summary, out)

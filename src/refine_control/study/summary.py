@@ -42,16 +42,16 @@ class ModelSummary:
     @cached_property
     def mean(self) -> Intervals:
         """Of every metric."""
-        means = {m: two_level(self._stacked(m), BOOTSTRAP_SEED) for m in self.per_sample}
+        means = {m: two_level(self.stacked(m), BOOTSTRAP_SEED) for m in self.per_sample}
         return means | {m: set_interval([r.sets[m] for r in self.results], BOOTSTRAP_SEED) for m in self.of_sets}
 
     @cached_property
     def spread(self) -> dict[str, float]:
         """Standard deviation of the seeds' means, of metrics per sample; empty for one seed."""
         several = len(self.results) > 1
-        return {m: float(self._stacked(m).mean(1).std(ddof=1)) for m in self.per_sample if several}
+        return {m: float(self.stacked(m).mean(1).std(ddof=1)) for m in self.per_sample if several}
 
-    def _stacked(self, metric: str) -> np.ndarray:
+    def stacked(self, metric: str) -> np.ndarray:
         """(S, N)"""
         return np.stack([r.scores[metric] for r in self.results])
 
