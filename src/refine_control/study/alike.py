@@ -110,8 +110,10 @@ def summarise_alike(results: Mapping[str, Sequence[RowResult]]) -> dict[str, Ali
     out = {}
     for key, each in results.items():
         model = ModelSummary(each, list(each[0].scores), [])
-        pairs = {name: [model.stacked(f"{kind} {name}") for kind in ("global", "local")] for name in MEASURES}
-        minus = {name: paired_difference(*pair, BOOTSTRAP_SEED) for name, pair in pairs.items()}
+        minus = {
+            name: paired_difference(model.stacked(f"global {name}"), model.stacked(f"local {name}"), BOOTSTRAP_SEED)
+            for name in MEASURES
+        }
         out[key] = AlikeSummary(model.seeds, model.mean, minus)
     return out
 

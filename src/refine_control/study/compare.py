@@ -116,7 +116,7 @@ class TestSamples:
         result.scores[name] = self._joined(scores)
         result.sets[name] = set_scores(self._joined(self.references), self._joined(seen))
 
-    def _in_order(self, groups: Sequence[Sequence[Any]]) -> list[Any]:
+    def _in_order(self, groups: Sequence[Any]) -> list[Any]:
         """The items of all groups, each at its number."""
         items = [item for each in groups for item in each]
         return [items[place] for place in np.argsort(np.concatenate(self.numbers))]

@@ -54,6 +54,6 @@ def add_baselines(
             return paint(baseline, group.images, group.masks, group.prompts, its_sampler, progress=report)  # noqa: B023
 
         samples.add(result, name, repaint, progress, (number, len(named)))
-        how = facts(baseline, *photos[0].mask.shape, its_sampler)
-        rows[name] = BaselineRow(cost, how, baseline.card.paper)
+        height, width = photos[0].mask.shape
+        rows[name] = BaselineRow(cost, facts(baseline, height, width, its_sampler), baseline.card.paper)
     return rows

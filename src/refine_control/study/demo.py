@@ -88,5 +88,5 @@ def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | Non
         }
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
         curves = [*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))]
-        more = {"sentences": _sentences(summary, costs, numbers), "curves": curves}
+        more: dict[str, Any] = {"sentences": _sentences(summary, costs, numbers), "curves": curves}
         return write_results(out, TITLE, photos, result, summary, costs, facts, **more)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from refine_control.study.plan import (
 )
 from refine_control.study.row_results import RowFacts, RowResult, read_row
 from refine_control.study.row_tables import NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
-from refine_control.study.summary import GAP_METRICS, Summary, common_seeds, summarise
+from refine_control.study.summary import GAP_METRICS, common_seeds, summarise
 from refine_control.study.tables import Table, markdown_rows
 
 RESULTS = Path("results")
@@ -85,10 +85,6 @@ class Study(NamedTuple):
         """Title and key of a row."""
         return self.rows[key].title if key == TEACHER else f"{self.rows[key].title} (`{key}`)"
 
-    def facts(self, key: str) -> RowFacts:
-        """The facts of a row's first seed."""
-        return self.results[key][0].facts
-
 
 def read_study(folder: Path, rows: Mapping[str, Row]) -> Study:
     """The rows of which a folder has a result."""
@@ -104,27 +100,22 @@ def _cost(facts: RowFacts) -> list[str]:
     return [str(facts.num_layers), f"{facts.num_params:,}", f"{facts.gflops_step:.3f}"]
 
 
-def _shares(summary: Summary, key: str) -> list[str]:
-    shown = [m for m in GAP_METRICS if m in summary.metrics]
-    if key in (TEACHER, BASELINE):
-        return ["100" if key == TEACHER else "0" for _ in shown]
-    return [share_cell(summary.gap_closed.get(key, {}).get(m)) for m in shown]
-
-
 def means_table(study: Study, metrics: Sequence[Column] = MEANS, cost: bool = False) -> Table:
     """A row for each row of a study: seeds, with `cost` layers, parameters and operations, means, shares of the gap."""
     summary = summarise(study.results, [column.metric for column in metrics], ())
     shown = [column for column in metrics if column.metric in summary.metrics]
-    columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
-    columns += [SHARES[m] for m in GAP_METRICS if m in summary.metrics]
+    gaps = [m for m in GAP_METRICS if m in summary.metrics]
     lines = []
     for key, model in summary.models.items():
-        before = [*(_cost(study.facts(key)) if cost else ()), str(len(model.seeds)) if model.trained else ""]
+        before = [*(_cost(model.results[0].facts) if cost else ()), str(len(model.seeds)) if model.trained else ""]
         means = [column.cell(model.mean[column.metric]) for column in shown]
-        lines.append([study.name(key), *before, *means, *_shares(summary, key)])
+        end = {TEACHER: "100", BASELINE: "0"}.get(key)
+        shares = [end or share_cell(summary.gap_closed.get(key, {}).get(m)) for m in gaps]
+        lines.append([study.name(key), *before, *means, *shares])
     notes = numerics_note(summary)
     notes += [NOT_BOUNDED_WHY.format(BASELINE)] if any(NOT_BOUNDED in line for line in lines) else []
-    return Table("", columns, lines, notes)
+    columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
+    return Table("", [*columns, *(SHARES[m] for m in gaps)], lines, notes)
 
 
 def differences_table(study: Study, anchor: str) -> Table:
@@ -134,26 +125,25 @@ def differences_table(study: Study, anchor: str) -> Table:
     shown = [column for column in DIFFERENCES if column.metric in summary.metrics]
     lines = []
     for (key, _), minus in summary.differences.items():
-        cells = [column.cell(minus[column.metric]) for column in shown]
-        bold = [f"**{c}**" if minus[column.metric].excludes_zero else c for c, column in zip(cells, shown, strict=True)]
+        bold = ["**" if minus[column.metric].excludes_zero else "" for column in shown]
+        cells = [f"{b}{column.cell(minus[column.metric])}{b}" for b, column in zip(bold, shown, strict=True)]
         seeds = len(common_seeds(study.results[key], study.results[anchor])[0])
-        lines.append([study.name(key), str(seeds), *bold])
+        lines.append([study.name(key), str(seeds), *cells])
     return Table("", [f"minus `{anchor}`", "seeds", *(column.heading for column in shown)], lines)
 
 
 def cost_table(study: Study) -> Table:
     """Layers, parameters and operations of each count of layers, and their share of the teacher's, in per cent."""
-    facts = {each.num_layers: each for key in study.rows if (each := study.facts(key)).gflops_step}
-    teacher = study.facts(TEACHER)
+    first = {key: each[0].facts for key, each in study.results.items()}
+    by_layers, teacher = {f.num_layers or 0: f for f in first.values() if f.gflops_step}, first[TEACHER]
     lines = []
-    for layers in sorted(facts, key=lambda count: -(count or 0)):
-        params = 100 * (facts[layers].num_params or 0) / (teacher.num_params or 1)
-        gflops = 100 * (facts[layers].gflops_step or 0) / (teacher.gflops_step or 1)
-        count, number, step = _cost(facts[layers])
+    for layers in sorted(by_layers, reverse=True):
+        facts = by_layers[layers]
+        params = 100 * (facts.num_params or 0) / (teacher.num_params or 1)
+        gflops = 100 * (facts.gflops_step or 0) / (teacher.gflops_step or 1)
+        count, number, step = _cost(facts)
         lines.append([count, number, f"{params:.0f}", step, f"{gflops:.0f}"])
-    return Table(
-        "", ["layers", "ControlNet parameters", "% of the teacher's", "GFLOP a step", "% of the teacher's"], lines
-    )
+    return Table("", [*COST[:2], "% of the teacher's", COST[2], "% of the teacher's"], lines)
 
 
 def figure2_table(study: Study, budget: str) -> Table:
@@ -166,42 +156,30 @@ class DocTable(NamedTuple):
     """A table of the documentation: a folder of results, its rows and a layout."""
 
     folder: str
-    rows: Callable[[], Mapping[str, Row]]
+    rows: Mapping[str, Row]
     layout: Callable[[Study], Table]
 
 
-def _headline_rows() -> dict[str, Row]:
-    rows = read_rows()
-    return {key: rows[key] for key in HEADLINE}
-
-
-def _target_tables(target: str, suffix: str, folder: str) -> dict[str, DocTable]:
-    """Means and differences of a target's rows in a folder."""
-    rows, anchor = partial(select_rows, TARGETS[target]), anchor_row(TARGETS[target])
-    return {
-        target + suffix: DocTable(folder, rows, partial(means_table, cost=target == "layers")),
-        f"{target}{suffix}_differences": DocTable(folder, rows, partial(differences_table, anchor=anchor)),
-    }
-
-
+@cache
 def doc_tables() -> dict[str, DocTable]:
     """Every table by its name."""
-    layers, alike = partial(select_rows, TARGETS["layers"]), partial(measured_rows, ALIKE, TARGETS[FIGURE2])
+    layers, alike, rows = select_rows(TARGETS["layers"]), measured_rows(ALIKE, TARGETS[FIGURE2]), read_rows()
     headline = partial(means_table, metrics=[c for c in MEANS if c.metric in GAP_METRICS], cost=True)
     out = {
-        "headline": DocTable("mini/tables", _headline_rows, headline),
+        "headline": DocTable("mini/tables", {key: rows[key] for key in HEADLINE}, headline),
         "cost": DocTable("mini/tables", layers, cost_table),
         FIGURE2: DocTable("mini/tables/alike", alike, partial(figure2_table, budget="tables")),
         f"{FIGURE2}_long": DocTable("mini/long/alike", alike, partial(figure2_table, budget="long")),
     }
-    for target in ("table1", "table3", "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts"):
-        out |= _target_tables(target, "", "mini/tables")
-    out |= _target_tables("table1", "_long", "mini/long")
-    return (
-        out
-        | _target_tables("table1", "_photos", "photos/photos")
-        | _target_tables("table3", "_photos", "photos/photos")
-    )
+    usual = ("table1", "table3", "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts")
+    places = [(target, "", "mini/tables") for target in usual]
+    places += [("table1", "_long", "mini/long"), ("table1", "_photos", "photos/photos")]
+    for target, suffix, folder in [*places, ("table3", "_photos", "photos/photos")]:
+        chosen, anchor = select_rows(TARGETS[target]), anchor_row(TARGETS[target])
+        means, minus = partial(means_table, cost=target == "layers"), partial(differences_table, anchor=anchor)
+        out[target + suffix] = DocTable(folder, chosen, means)
+        out[f"{target}{suffix}_differences"] = DocTable(folder, chosen, minus)
+    return out
 
 
 def doc_table(name: str, results: Path = RESULTS) -> str:
@@ -210,7 +188,7 @@ def doc_table(name: str, results: Path = RESULTS) -> str:
     if name not in tables:
         raise InvalidInputError(f"there is no table {name} for documents; the names are {', '.join(tables)}")
     folder, rows, layout = tables[name]
-    study = read_study(results / folder, rows())
+    study = read_study(results / folder, rows)
     if not study.results:
         raise InvalidInputError(f"{results / folder} has no finished rows of {name}; name the folder results")
     table = layout(study)

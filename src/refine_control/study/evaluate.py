@@ -7,7 +7,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,7 +59,7 @@ def summarise_models(result: Result) -> Summary:
 
 def models_json(summary: Summary, result: Result) -> dict[str, object]:
     """A summary of models as metrics.json holds it."""
-    out = {
+    out: dict[str, object] = {
         "samples": len(next(iter(result.images.values()))),
         "models": {n: intervals_json(model.mean) for n, model in summary.models.items()},
         "paired_differences": {" - ".join(pair): intervals_json(d) for pair, d in summary.differences.items()},
@@ -215,6 +215,8 @@ def evaluate(
         facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
         inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
         inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
-        more = {"sentences": [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]}
+        more: dict[str, Any] = {
+            "sentences": [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
+        }
         more |= {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}
         return write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, **more)

@@ -23,7 +23,6 @@ from refine_control.metrics.distances import (
     Distance,
     Features,
     OfDraws,
-    Rows,
     SetScore,
     bias_note,
     cmmd,
@@ -153,14 +152,13 @@ def pair_scores(
 
     `seen` are the features (`see`) of the photos and of the painted pictures, (N, H, W, 3) uint8."""
     out: dict[str, PerImage] = {}
+    reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     if networks.lpips is not None:
-        reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
         out["lpips"] = features.lpips(networks.lpips, reference, painted)
         out["lpips_kept"] = features.lpips(networks.lpips, reference, composite(reference, painted, ~masks))
     if networks.classifier is not None:
         out["scene_perceptual"] = scene_features.scene_perceptual(seen[0][SCENE], seen[1][SCENE])
     if networks.clip is not None and networks.clip_text is not None:
-        masks = np.stack([p.mask for p in photos])
         out |= clip_scores(networks.clip, networks.clip_text, painted, masks, prompts_asked(photos))
     return out
 
@@ -168,42 +166,25 @@ def pair_scores(
 def set_scores(reference: Seen, painted: Seen) -> dict[str, SetScore]:
     """Every distance of sets whose network has seen both."""
     return {
-        name: drawn_distance(
-            metric.distance,
-            reference[metric.network],
-            painted[metric.network],
-            BOOTSTRAP_SEED,
-            of_draws=metric.of_draws,
-        )
-        for name, metric in SET_METRICS.items()
-        if metric.network in reference
+        name: drawn_distance(distance, reference[network], painted[network], BOOTSTRAP_SEED, of_draws=of_draws)
+        for name, (network, distance, of_draws) in SET_METRICS.items()
+        if network in reference
     }
 
 
 def metric_notes(metrics: Iterable[str], count: int) -> list[str]:
     """The notes under a table on those of `metrics` that need a network, over `count` pictures."""
-    shown, out = set(metrics), []
-    if shown & {"fid", "kid"}:
-        out += [
-            "FID and KID x 1000: Inception of 2015, 2048 features, pictures resized to 299 pixels as TensorFlow 1 did "
-            f"(bilinear, no antialias). {bias_note(count)}"
-        ]
-    if "cmmd" in shown:
-        out += ["CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, bicubic, sigma 10, times 1000."]
-    if "clip_local" in shown:
-        out += [
-            "CLIP scores: 100 cosines of the square around the mask with the region's own prompt, the photograph's "
-            "global one (or all of its regions' own), and that of another of its regions (or, where it has one alone, "
-            "of the next photograph); the same CLIP as CMMD's."
-        ]
-    if "lpips" in shown:
-        out += [
-            "LPIPS: AlexNet, version 0.1, values in [-1, 1], pictures at their own size; kept: with the original's "
-            "pixels in the hole, so that only what ought to stay is compared."
-        ]
-    if shown & {"scene_perceptual", "scene_frechet", "scene_mmd"}:
-        out += [
-            "Scene distances: the 64 features of the mini model's own oracle, of the square around each mask; they "
-            "are not FID, CMMD or LPIPS. " + bias_note(count, width=64)
-        ]
-    return out
+    notes = {
+        ("fid", "kid"): "FID and KID x 1000: Inception of 2015, 2048 features, pictures resized to 299 pixels as "
+        f"TensorFlow 1 did (bilinear, no antialias). {bias_note(count)}",
+        ("cmmd",): "CMMD: CLIP ViT-L/14 at 336 pixels, largest central square, bicubic, sigma 10, times 1000.",
+        ("clip_local",): "CLIP scores: 100 cosines of the square around the mask with the region's own prompt, the "
+        "photograph's global one (or all of its regions' own), and that of another of its regions (or, where it has "
+        "one alone, of the next photograph); the same CLIP as CMMD's.",
+        ("lpips",): "LPIPS: AlexNet, version 0.1, values in [-1, 1], pictures at their own size; kept: with the "
+        "original's pixels in the hole, so that only what ought to stay is compared.",
+        ("scene_perceptual", "scene_frechet", "scene_mmd"): "Scene distances: the 64 features of the mini model's own "
+        f"oracle, of the square around each mask; they are not FID, CMMD or LPIPS. {bias_note(count, width=64)}",
+    }
+    shown = set(metrics)
+    return [note for names, note in notes.items() if shown & {*names}]

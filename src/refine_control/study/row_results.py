@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,16 +46,16 @@ class RowFacts:
     """Keys of a file that this version does not know; they are kept."""
 
     @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> RowFacts:
+    def from_json(cls, values: Mapping[str, Any]) -> RowFacts:
         """The facts of a file."""
         names = {each.name for each in fields(cls)} - {"other"}
         known = {name: value for name, value in values.items() if name in names}
-        return cls(**known, other={name: value for name, value in values.items() if name not in names})  # type: ignore[arg-type]
+        return cls(**known, other={name: value for name, value in values.items() if name not in names})
 
     def as_json(self) -> dict[str, object]:
         """All facts that are known."""
-        known = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "other"}
-        return {name: value for name, value in known.items() if value not in (None, "")} | dict(self.other)
+        known = {name: value for name, value in vars(self).items() if name != "other" and value not in (None, "")}
+        return known | dict(self.other)
 
 
 class RowResult(NamedTuple):
@@ -127,17 +127,10 @@ def read_row(path: Path, mark: str | None = None) -> RowResult | None:
         document = json.loads(path.read_text())
         scores = {m: np.asarray(values, np.float64) for m, values in document["scores"].items()}
         sets = {m: SetScore(s["value"], np.asarray(s["drawn"], np.float64)) for m, s in document["sets"].items()}
-        facts = {name: value for name, value in document["facts"].items() if name != "steps"}
-        result = RowResult(
-            document["row"],
-            document["seed"],
-            document["mark"],
-            scores,
-            sets,
-            RowFacts.from_json(facts),
-            int(document["steps"] if "steps" in document else document["facts"]["steps"]),
-            document.get("numerics"),
-        )
+        facts = dict(document["facts"])
+        steps = document.get("steps", facts.pop("steps", None))
+        known = (document["row"], document["seed"], document["mark"], scores, sets, RowFacts.from_json(facts))
+        result = RowResult(*known, int(steps), document.get("numerics"))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidInputError(f"{path} is not the result of a row; delete it and run the command again") from None
     return result if mark in (None, result.mark) else None

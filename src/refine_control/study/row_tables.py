@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from refine_control.metrics.cost import ModelCost
@@ -13,10 +14,9 @@ from refine_control.study.curves import Curve
 from refine_control.study.feature_metrics import NETWORK_METRICS, metric_notes, not_computed
 from refine_control.study.materials import Comparison
 from refine_control.study.plan import TEACHER, Budget, Row, row_recipes
-from refine_control.study.row_results import RowFacts
 from refine_control.study.runs import make_sampler
 from refine_control.study.signatures import advised_once, signatures, stage_signature
-from refine_control.study.summary import GAP_METRICS, Intervals, Summary
+from refine_control.study.summary import GAP_METRICS, Intervals, ModelSummary, Summary
 from refine_control.study.tables import Table
 
 HEADINGS = {
@@ -56,11 +56,6 @@ NOT_BOUNDED_WHY = (
 COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step", "s a picture")
 
 
-def cell(interval: Interval, metric: str) -> str:
-    """`19.25 [19.10, 19.41]` with the decimal places of the metric."""
-    return format(interval, f".{digits(metric)}f")
-
-
 def digits(metric: str) -> int:
     """Decimal places that a metric is shown with."""
     percent = metric in (*OBEYED, "interference")
@@ -74,8 +69,26 @@ def share_cell(share: Interval | None) -> str:
     return format(share.scaled(100), ".0f") if share.bounded else NOT_BOUNDED
 
 
-def _cells(intervals: Intervals, metrics: Iterable[str]) -> list[str]:
-    return [cell(intervals[m], m) for m in metrics]
+Lines = Iterable[tuple[Sequence[str], Intervals]]
+"""For each line of a table its first cells, and its intervals by metric."""
+
+
+def _metric_table(
+    caption: str, columns: Sequence[str], lines: Lines, metrics: Sequence[str], notes: Sequence[str]
+) -> Table:
+    """`columns`, then one for each metric: `19.25 [19.10, 19.41]` with the decimal places of the metric."""
+    rows = [[*first, *(f"{values[m]:.{digits(m)}f}" for m in metrics)] for first, values in lines]
+    return Table(caption, [*columns, *(HEADINGS[m] for m in metrics)], rows, notes)
+
+
+def _with_paper(table: Table, papers: Sequence[Mapping[str, float]]) -> Table:
+    """With further columns for the paper's numbers, if it has any of these lines."""
+    published = [m for m in PAPER if any(m in paper for paper in papers)]
+    rows = [
+        [*row, *(f"{paper[m]:g}" if m in paper else "" for m in published)]
+        for row, paper in zip(table.rows, papers, strict=True)
+    ]
+    return replace(table, columns=[*table.columns, *(f"paper's {PAPER[m]}" for m in published)], rows=rows)
 
 
 # Tables of any models, by name.
@@ -83,42 +96,33 @@ def _cells(intervals: Intervals, metrics: Iterable[str]) -> list[str]:
 
 def quality_table(summary: Summary, notes: Sequence[str] = ()) -> Table:
     """A row for each model, a column for each metric; `notes` follow the table's own."""
-    rows = [[name, *_cells(model.mean, summary.metrics)] for name, model in summary.models.items()]
-    samples = next(iter(summary.models.values())).samples
-    about = f"Mean and 95 % bootstrap interval over {samples} pictures. {CONVENTIONS}"
-    return Table("Quality", ["model", *(HEADINGS[m] for m in summary.metrics)], rows, [about, *notes])
+    about = f"Mean and 95 % bootstrap interval over {summary.samples} pictures. {CONVENTIONS}"
+    lines = [([name], model.mean) for name, model in summary.models.items()]
+    return _metric_table("Quality", ["model"], lines, summary.metrics, [about, *notes])
 
 
 def difference_table(summary: Summary) -> Table:
     """A row for each pair of models."""
-    rows = [[" - ".join(pair), *_cells(minus, summary.metrics)] for pair, minus in summary.differences.items()]
-    columns = ["pair", *(HEADINGS[m] for m in summary.metrics)]
-    return Table("Paired differences", columns, rows, [f"On the same pictures and noise. {NO_DIFFERENCE}"])
+    lines = [([" - ".join(pair)], minus) for pair, minus in summary.differences.items()]
+    note = f"On the same pictures and noise. {NO_DIFFERENCE}"
+    return _metric_table("Paired differences", ["pair"], lines, summary.metrics, [note])
 
 
 def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> Table:
     """A row for each model."""
-    rows = [
-        [
-            name,
-            str(c.num_layers),
-            f"{c.num_params:,}",
-            f"{c.gflops_controlnet:.3f}",
-            f"{c.gflops_step:.3f}",
-            f"{1000 * c.step_seconds:.1f}",
-            f"{1000 * seconds[name]:.0f}" if name in seconds else "",
-            f"{c.peak_memory / 2**20:.0f}" if c.peak_memory else "",
-        ]
-        for name, c in costs.items()
-    ]
+    rows = []
+    for name, c in costs.items():
+        numbers = [str(c.num_layers), f"{c.num_params:,}", f"{c.gflops_controlnet:.3f}", f"{c.gflops_step:.3f}"]
+        times = [f"{1000 * c.step_seconds:.1f}", f"{1000 * seconds[name]:.0f}" if name in seconds else ""]
+        rows.append([name, *numbers, *times, f"{c.peak_memory / 2**20:.0f}" if c.peak_memory else ""])
     columns = ["model", "layers", "ControlNet parameters", "GFLOP ControlNet", "GFLOP a denoising step"]
     columns += ["ms a denoising step", "ms an image, sampled in batches", "peak memory MiB"]
-    notes = [
+    note = (
         "1 multiply-add = 2 FLOP, one picture, no guidance, in the arithmetic that pictures are sampled in. Steps are "
         "timed alternately in one run (medians), those of other baselines alone; peak memory is of a fresh process "
         "that samples with this model."
-    ]
-    return Table("Cost", columns, rows, notes)
+    )
+    return Table("Cost", columns, rows, [note])
 
 
 class BaselineWay(NamedTuple):
@@ -131,20 +135,12 @@ class BaselineWay(NamedTuple):
 
 def baseline_table(ways: Mapping[str, BaselineWay]) -> Table:
     """A row for each baseline."""
-    published = [m for m in PAPER if any(m in way.paper for way in ways.values())]
-    lines = [
-        [
-            name,
-            *(way.facts[fact] for fact in ("model", "resolution", "sampler", "license")),
-            f"{way.denoiser_params:,}",
-            *(f"{way.paper[m]:g}" if m in way.paper else "" for m in published),
-        ]
-        for name, way in ways.items()
-    ]
-    columns = ["baseline", "model", "resolution", "sampler", "license", "denoiser parameters"]
+    facts = ("model", "resolution", "sampler", "license")
+    lines = [[name, *(way.facts[f] for f in facts), f"{way.denoiser_params:,}"] for name, way in ways.items()]
     notes = ["The same test samples, masks and prompts as the other rows; each model is sampled in its own way."]
-    notes += [PAPER_NOTE] if published else []
-    return Table("Baselines", [*columns, *(f"paper's {PAPER[m]}" for m in published)], lines, notes)
+    notes += [PAPER_NOTE] if any(m in way.paper for way in ways.values() for m in PAPER) else []
+    table = Table("Baselines", ["baseline", *facts, "denoiser parameters"], lines, notes)
+    return _with_paper(table, [way.paper for way in ways.values()])
 
 
 # Tables of the rows of a study, by title.
@@ -152,29 +148,23 @@ def baseline_table(ways: Mapping[str, BaselineWay]) -> Table:
 
 def _row_quality(summary: Summary, rows: Mapping[str, Row], title: str, notes: Sequence[str]) -> Table:
     """A row for each row of the study with its cost, a column for each metric, and the paper's numbers beside ours."""
-    papers = {key: rows[key].paper or {} for key in summary.models}
-    published = [m for m in PAPER if any(m in paper for paper in papers.values())]
     lines = []
     for key, model in summary.models.items():
-        beside = [f"{papers[key][m]:g}" if m in papers[key] else "" for m in published]
-        cost, quality = _cost_cells(model.results[0].facts), _cells(model.mean, summary.metrics)
-        lines.append([rows[key].title, str(len(model.seeds)), *cost, *quality, *beside])
-    columns = ["row", "seeds", *COST_COLUMNS, *(HEADINGS[m] for m in summary.metrics)]
-    return Table(title, [*columns, *(f"paper's {PAPER[m]}" for m in published)], lines, notes)
-
-
-def _cost_cells(facts: RowFacts) -> list[str]:
-    values = [(facts.num_layers, "d"), (facts.num_params, ",d"), (facts.gflops_step, ".3f")]
-    values += [(facts.seconds_per_image, ".3f")]
-    return ["" if value is None else format(value, spec) for value, spec in values]
+        facts = model.results[0].facts
+        values = [(facts.num_layers, "d"), (facts.num_params, ",d"), (facts.gflops_step, ".3f")]
+        values += [(facts.seconds_per_image, ".3f")]
+        cost = ["" if value is None else format(value, spec) for value, spec in values]
+        lines.append(([rows[key].title, str(len(model.seeds)), *cost], model.mean))
+    table = _metric_table(title, ["row", "seeds", *COST_COLUMNS], lines, summary.metrics, notes)
+    return _with_paper(table, [rows[key].paper or {} for key in summary.models])
 
 
 def _row_differences(summary: Summary, rows: Mapping[str, Row], against: str) -> Table:
     """Each row minus the anchor row, paired by sample and seed."""
     pairs = {key: summary.minus(key, against) for key in summary.models}
-    lines = [[rows[key].title, *_cells(minus, summary.metrics)] for key, minus in pairs.items() if minus]
-    columns, note = ["row", *(HEADINGS[m] for m in summary.metrics)], f"Paired by scene and seed. {NO_DIFFERENCE}"
-    return Table(f"Row minus {rows[against].title}", columns, lines, [note])
+    lines = [([rows[key].title], minus) for key, minus in pairs.items() if minus]
+    note = f"Paired by scene and seed. {NO_DIFFERENCE}"
+    return _metric_table(f"Row minus {rows[against].title}", ["row"], lines, summary.metrics, [note])
 
 
 def gap_table(summary: Summary, rows: Mapping[str, Row]) -> Table:
@@ -191,45 +181,35 @@ def gap_table(summary: Summary, rows: Mapping[str, Row]) -> Table:
     return Table("Share of the gap closed, %", ["row", *(HEADINGS[m] for m in shown)], lines, notes)
 
 
-def _spread_table(summary: Summary, rows: Mapping[str, Row]) -> Table:
+def _spread_table(several: Mapping[str, ModelSummary], rows: Mapping[str, Row]) -> Table:
     """How far apart the seeds of a row are: the stability of its training."""
-    several = {key: model for key, model in summary.models.items() if model.spread}
-    lines = [
-        [rows[key].title, str(len(model.seeds)), *(f"{value:.{digits(m)}f}" for m, value in model.spread.items())]
-        for key, model in several.items()
-    ]
-    metrics = next(iter(several.values())).spread
+    lines = []
+    for key, model in several.items():
+        spread = [f"{value:.{digits(m)}f}" for m, value in model.spread.items()]
+        lines.append([rows[key].title, str(len(model.seeds)), *spread])
+    columns = ["row", "seeds", *(HEADINGS[m] for m in next(iter(several.values())).spread)]
     note = "Standard deviation of the seeds' means: training alone, the test samples being the same."
-    return Table("Spread between training seeds", ["row", "seeds", *(HEADINGS[m] for m in metrics)], lines, [note])
-
-
-def _baselines(summary: Summary, rows: Mapping[str, Row]) -> list[Table]:
-    facts = {rows[key].title: model.results[0].facts for key, model in summary.models.items()}
-    ways = {title: BaselineWay(f.baseline, f.denoiser_params or 0) for title, f in facts.items() if f.baseline}
-    return [baseline_table(ways)] if ways else []
+    return Table("Spread between training seeds", columns, lines, [note])
 
 
 def _not_computed(summary: Summary, comparison: Comparison) -> list[str]:
     """For each metric of a published network that the table lacks: which file it needs, or which rows."""
-    lacking = [m for m in NETWORK_METRICS if m not in summary.metrics]
-    absent = not_computed(comparison.weights)
-    return [
-        absent.get(m)
-        or f"{HEADINGS[m].removesuffix(' (less)')} not computed: some rows were measured without its network; name its "
-        "folder with --weights, and they are measured again"
-        for m in lacking
-    ]
+    why = (
+        "{} not computed: some rows were measured without its network; name its folder with --weights, and they are "
+        "measured again"
+    )
+    absent, lacking = not_computed(comparison.weights), [m for m in NETWORK_METRICS if m not in summary.metrics]
+    return [absent.get(m) or why.format(HEADINGS[m].removesuffix(" (less)")) for m in lacking]
 
 
 def numerics_note(summary: Summary) -> list[str]:
     """A sentence if trained rows of the summary were made with different versions of the arithmetic."""
-    versions = {key: {r.numerics for r in model.results} for key, model in summary.models.items() if model.trained}
     groups: dict[str, list[str]] = {}
-    for key, each in versions.items():
-        groups.setdefault(" and ".join("unknown" if v is None else str(v) for v in sorted(each, key=str)), []).append(
-            key
-        )
-    if len(groups) < 2 and all(len(each) == 1 for each in versions.values()):
+    for key, model in summary.models.items():
+        if model.trained:
+            versions = sorted({str(r.numerics or "unknown") for r in model.results})
+            groups.setdefault(" and ".join(versions), []).append(key)
+    if len(groups) < 2 and not any(" and " in name for name in groups):
         return []
     named = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in sorted(groups.items()))
     return [
@@ -258,27 +238,27 @@ def row_tables(
         f"(seeds, then scenes). {CONVENTIONS} Seconds a picture are of the whole evaluation, whatever else the machine "
         f"did. {PAPER_NOTE}"
     )
-    about = [note, *metric_notes(summary.metrics, next(iter(summary.models.values())).samples)]
-    about += [*notes, *_not_computed(summary, comparison), *numerics_note(summary)]
+    about = [note, *metric_notes(summary.metrics, summary.samples), *notes]
+    about += [*_not_computed(summary, comparison), *numerics_note(summary)]
     out = [_row_quality(summary, rows, f"{title}, {comparison.world}", about), _row_differences(summary, rows, against)]
-    out += _baselines(summary, rows)
+    facts = {rows[key].title: model.results[0].facts for key, model in summary.models.items()}
+    ways = {name: BaselineWay(f.baseline, f.denoiser_params or 0) for name, f in facts.items() if f.baseline}
+    several = {key: model for key, model in summary.models.items() if model.spread}
+    out += [baseline_table(ways)] if ways else []
     out += [gap_table(summary, rows)] if summary.gap_closed else []
-    return out + ([_spread_table(summary, rows)] if any(model.spread for model in summary.models.values()) else [])
+    return out + ([_spread_table(several, rows)] if several else [])
 
 
 def cost_curves(summary: Summary, rows: Mapping[str, Row]) -> list[Curve]:
     """Quality against cost: the students of the study of layers, and the teacher."""
-    chosen = [key for key, row in rows.items() if "layers" in row.studies]
-    if len(chosen) < 3:
-        return []
     cost = {key: model.results[0].facts.gflops_step or 0.0 for key, model in summary.models.items()}
-    by_cost = sorted(chosen, key=lambda key: cost[key])
+    students = sorted((key for key, row in rows.items() if "layers" in row.studies), key=cost.__getitem__)
     out = []
-    for metric in GAP_METRICS:
+    for metric in GAP_METRICS if len(students) > 2 else ():
         if metric in summary.metrics:
             lines = {
                 name: ([cost[key] for key in keys], [summary.models[key].mean[metric].mean for key in keys])
-                for name, keys in (("students", by_cost), ("teacher", [TEACHER]))
+                for name, keys in (("students", students), ("teacher", [TEACHER]))
             }
             out.append(Curve(f"{HEADINGS[metric]} against cost", lines, x_label="GFLOP of a denoising step"))
     return out

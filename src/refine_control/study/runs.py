@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from refine_control.config import Recipe, SamplerConfig, fingerprint
 from refine_control.miniature.obedience import load_classifier
 from refine_control.models.backbone import Backbone
@@ -124,8 +126,6 @@ def row_model(trained: TrainedRow, comparison: Comparison) -> tuple[Backbone, Co
 
 
 def _machine() -> str:
-    import torch
-
     return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
@@ -151,9 +151,15 @@ def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> 
     trained = train_row(key, row, comparison, seed, bar)
     backbone, controlnet = row_model(trained, comparison)
     result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
-    save_pictures(folder, result.images[key], mark)
     facts = row_facts(trained, backbone, controlnet, result.seconds[key])
-    steps = comparison.budget.steps if row.stages else 0
+    return _row_result(key, seed, mark, result, facts, folder, comparison.budget.steps if row.stages else 0)
+
+
+def _row_result(
+    key: str, seed: int, mark: str, result: Result, facts: RowFacts, folder: Path, steps: int = 0
+) -> RowResult:
+    """A row's result; its first pictures are saved in `folder`."""
+    save_pictures(folder, result.images[key], mark)
     return RowResult(key, seed, mark, result.scores[key], result.sets[key], facts, steps, NUMERICS)
 
 
@@ -175,19 +181,18 @@ def run_baseline(
 
     result = Result({}, {}, {}, {})
     row = add_baselines(result, {key: source}, photos, sampler, networks, progress)[key]
-    save_pictures(folder, result.images[key], mark)
     cost = row.cost.model
     facts = RowFacts(
-        num_layers=cost.num_layers or None,
-        num_params=cost.num_params or None,
-        gflops_controlnet=cost.gflops_controlnet,
-        gflops_step=cost.gflops_step,
-        denoiser_params=row.cost.denoiser_params,
-        baseline=row.facts,
+        cost.num_layers or None,
+        cost.num_params or None,
+        cost.gflops_controlnet,
+        cost.gflops_step,
+        row.cost.denoiser_params,
+        row.facts,
         seconds_per_image=round(result.seconds[key], 4),
         machine=_machine(),
     )
-    return RowResult(key, seed, mark, result.scores[key], result.sets[key], facts, numerics=NUMERICS)
+    return _row_result(key, seed, mark, result, facts, folder)
 
 
 Measure = Callable[[str, Row, Comparison, int, Bar], RowResult]
@@ -228,24 +233,24 @@ def collect(
     """The results of every row and seed: read from `results` if finished, else made and written there.
 
     `workers` rows run at a time, each in its own process with its share of the cores."""
-    chosen = [(key, seed) for seed in seeds for key, row in rows.items() if seed in row_seeds(row, seeds)]
-    paths = {(key, seed): results / f"{key}-{seed}.json" for key, seed in chosen}
-    missing = [
-        (key, seed) for key, seed in chosen if not finished(paths[key, seed], rows[key], comparison, seed, measured)
+    threads = max(1, usable_cpus() // workers) if workers > 1 else 0
+    tasks = [  # seed by seed: a table with one seed is complete early
+        Task(key, row, seed, comparison, results / f"{key}-{seed}.json", threads, measure)
+        for seed in seeds
+        for key, row in rows.items()
+        if seed in row_seeds(row, seeds)
     ]
+    missing = [task for task in tasks if not finished(task.path, task.row, comparison, task.seed, measured)]
     if missing:
-        prepare_data(comparison, [rows[key] for key, _ in missing], bar)
-        threads = max(1, usable_cpus() // workers) if workers > 1 else 0
-        tasks = [Task(key, rows[key], seed, comparison, paths[key, seed], threads, measure) for key, seed in missing]
+        prepare_data(comparison, [task.row for task in missing], bar)
         progress: Any = bar("rows")
         with worker_processes(workers) as in_order:
-            # seed by seed: a table with one seed is complete early
-            for done, task in enumerate(in_order(_run if workers > 1 else partial(_run, bar=bar), tasks), 1):
+            for done, task in enumerate(in_order(_run if workers > 1 else partial(_run, bar=bar), missing), 1):
                 if progress:
-                    progress(done, len(tasks), f"{task.key}-{task.seed}")
+                    progress(done, len(missing), f"{task.key}-{task.seed}")
     results_by_key: dict[str, list[RowResult]] = {key: [] for key in rows}
-    for key, seed in chosen:
-        result = read_row(paths[key, seed])  # rounded, as every later reader gets it
+    for task in tasks:
+        result = read_row(task.path)  # rounded, as every later reader gets it
         assert result is not None
-        results_by_key[key].append(result)
+        results_by_key[task.key].append(result)
     return results_by_key

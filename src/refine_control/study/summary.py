@@ -85,6 +85,11 @@ class Summary:
     bounded) if the gap is not statistically distinguishable from zero; a metric is absent if the teacher's mean is
     not above fc's."""
 
+    @property
+    def samples(self) -> int:
+        """Test samples of one seed."""
+        return next(iter(self.models.values())).samples
+
     def minus(self, left: str, right: str) -> Intervals | None:
         """The differences left - right, if they were asked for."""
         return self.differences.get((left, right))
