@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from refine_control.study.loss_curves import layer_curves, seed_curves, term_curves
+from refine_control.study.curves import layer_curves, seed_curves, term_curves
 
 
 def log(folder, **terms):

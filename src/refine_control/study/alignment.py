@@ -58,11 +58,10 @@ def teacher_alignment(
     controlnet.to(backbone.device)
     sites = backbone.num_blocks - 1
     feeds = layer_of_site(len(controlnet.controlnet_blocks), sites)
-    count, power, cosine = 0, np.zeros(sites), np.zeros(sites - 1)
-    errors, outputs, control = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0), 0.0
+    power, cosine, control = np.zeros(sites), np.zeros(sites - 1), 0.0
+    errors, outputs = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     for first in range(0, len(photos), batch_size):
-        part = photos[first : first + batch_size]
-        points = _points(backbone, part, seed, first)
+        points = _points(backbone, photos[first : first + batch_size], seed, first)
         residuals = _residuals(backbone, controlnet, points)
         exact = _velocity(backbone, points, residuals)
         control += float((_velocity(backbone, points, None) - exact).square().mean((1, 2, 3)).sum())
@@ -75,33 +74,24 @@ def teacher_alignment(
             errors[layer_count] += float(spread.square().mean(2).sum())
             shared = _velocity(backbone, points, [mean.view_as(residuals[0]) for mean in means])
             outputs[layer_count] += float((shared - exact).square().mean((1, 2, 3)).sum())
-        count += len(part)
-    return Alignment(
-        power / count,
-        cosine / count,
-        {s: error / float(power.sum()) for s, error in errors.items()},
-        {s: error / control if control else 1.0 for s, error in outputs.items()},
-        count,
-    )
+    shares = {s: error / control if control else 1.0 for s, error in outputs.items()}
+    errors = {s: error / float(power.sum()) for s, error in errors.items()}
+    return Alignment(power / len(photos), cosine / len(photos), errors, shares, len(photos))
 
 
 def alignment_table(measured: Alignment) -> Table:
     """A row for each count of layers."""
     rows = [[str(s), f"{100 * measured.errors[s]:.1f}", f"{100 * measured.outputs[s]:.2f}"] for s in measured.errors]
     cosine = measured.cosine
-    notes = [
+    note = (
         f"Of the teacher alone, over {measured.pictures} pictures at training's noise levels, with the mean of its "
         "residuals in each group of sites. Residuals: sum over sites of E |f_T^s - mean of its group|^2 as a share of "
         "E |f_T^s|^2, which no training of the student removes. Velocity: the squared change of the transformer's "
         "velocity as a share of the change without control. Cosine of neighbouring residuals: "
         f"{cosine.min():.2f} to {cosine.max():.2f}, mean {cosine.mean():.2f}."
-    ]
-    return Table(
-        "What sharing a residual loses",
-        ["layers", "residuals' error by sharing %", "velocity's error by sharing %"],
-        rows,
-        notes,
     )
+    columns = ["layers", "residuals' error by sharing %", "velocity's error by sharing %"]
+    return Table("What sharing a residual loses", columns, rows, [note])
 
 
 def alignment_curves(measured: Alignment) -> list[Curve]:

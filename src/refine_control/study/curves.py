@@ -1,4 +1,4 @@
-"""Training logs read back, and curves drawn by matplotlib as SVG for the report.
+"""Training logs read back, their curves, and curves drawn by matplotlib as SVG for the report.
 
 # series: name -> (steps, values), both (n,)
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
+Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 PALETTE = ("#2f6fde", "#d9600f", "#16906a", "#b5379f", "#8a6a00", "#0f8aa8", "#c3303c", "#6a55d6")
 """Colours of up to eight lines: --c0 to --c7 of report.html.j2, which has others for a dark page."""
@@ -30,6 +31,12 @@ SOFT, LINE = "#5b6372", "#e3e4e8"
 """Labels and grid: --soft and --line of report.html.j2."""
 _SMOOTHED_FROM, _SMOOTHED_SERIES = 150, 4  # a mean is drawn for noisy lines from so many points, among so few lines
 _DOTTED_TO = 12
+LOG = "metrics.jsonl"
+TERMS = {
+    "task_loss": "Task loss, Eq. 3",
+    "output_loss": "Output loss, Eq. 4",
+    "feature_loss": "Feature loss, Eq. 5",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,35 @@ def read_metrics_jsonl(path: Path) -> dict[str, Series]:
     }
 
 
+def _logs(runs: Mapping[str, Path]) -> dict[str, dict[str, Series]]:
+    return {name: read_metrics_jsonl(folder / LOG) for name, folder in runs.items() if (folder / LOG).is_file()}
+
+
+def term_curves(runs: Mapping[str, Path]) -> list[Curve]:
+    """A plot for each term with a line for each run (a folder by its name) that has it.
+
+    Runs without a log are left out."""
+    logs = _logs(runs)
+    out = []
+    for term, title in TERMS.items():
+        lines = {name: log[term] for name, log in logs.items() if term in log and log[term][1].any()}
+        out += [Curve(title, lines, log_y=True)] if lines else []
+    return out
+
+
+def layer_curves(name: str, run: Path) -> list[Curve]:
+    """The feature term of each student layer of one run, where it has one."""
+    log = _logs({name: run}).get(name, {}).items()
+    layers = {key.split("/")[1]: line for key, line in log if key.startswith("feature_losses/")}
+    return [Curve(f"Feature loss by student layer, {name}", layers, log_y=True)] if layers else []
+
+
+def seed_curves(title: str, runs: Mapping[str, Path]) -> list[Curve]:
+    """The whole loss of the same stage for each seed, where there are several: how stable training is."""
+    logs = {name: log["loss"] for name, log in _logs(runs).items() if "loss" in log}
+    return [Curve(title, logs, log_y=True)] if len(logs) > 1 else []
+
+
 def plot(curve: Curve) -> Plot:
     """One plot for the page; equal curves give equal text.
 
@@ -133,16 +169,14 @@ def draw(curve: Curve) -> Figure:
     return figure
 
 
-def _drawable(curve: Curve) -> tuple[dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], int]:
+def _drawable(curve: Curve) -> tuple[Points, int]:
     """The points of each line that can be drawn, without empty lines, and how many cannot."""
     series, dropped = {}, 0
     for name, (raw_steps, raw_values) in curve.series.items():
         steps, values = np.asarray(raw_steps, dtype=np.float64), np.asarray(raw_values, dtype=np.float64)
         if steps.ndim != 1 or steps.shape != values.shape:
-            raise InvalidInputError(
-                f"series {name!r} of curve {curve.title!r} has steps {steps.shape} and values {values.shape}; "
-                "give two lists of one length"
-            )
+            shapes = f"steps {steps.shape} and values {values.shape}; give two lists of one length"
+            raise InvalidInputError(f"series {name!r} of curve {curve.title!r} has {shapes}")
         kept = np.isfinite(values) & np.isfinite(steps) & ((values > 0) | (not curve.log_y))
         dropped += int((~kept).sum())
         if kept.any():
@@ -172,8 +206,8 @@ def _style(axes: Axes, log_y: bool) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8) if decades >= 1 else MaxNLocator(4))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        data = axes.dataLim.intervaly
-        axes.set_ylim(bottom=0 if 0 <= data[0] < 0.3 * data[1] else None)
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(bottom=0 if 0 <= low < 0.3 * high else None)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.02)
@@ -205,12 +239,8 @@ def _inline_svg(figure: Figure) -> str:
 
 def _themed(text: str) -> str:
     """Colours of this module as variables of the page."""
-    names = {color: f"var(--c{index})" for index, color in enumerate(PALETTE)} | {
-        SOFT: "var(--soft)",
-        LINE: "var(--line)",
-    }
-    for color, name in names.items():
-        text = text.replace(color, name)
+    for color, name in [*((color, f"c{index}") for index, color in enumerate(PALETTE)), (SOFT, "soft"), (LINE, "line")]:
+        text = text.replace(color, f"var(--{name})")
     return text
 
 
@@ -222,7 +252,7 @@ def _label(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _means(series: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+def _means(series: Points) -> dict[str, NDArray[np.float64]]:
     """Running means of the noisy lines, if there are few lines."""
     few = len(series) <= _SMOOTHED_SERIES
     return {name: _running_mean(values) for name, (_, values) in series.items() if few and _is_noisy(values)}

@@ -18,9 +18,9 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device
 from refine_control.storage import only_writer
 from refine_control.study.compare import compare
+from refine_control.study.curves import layer_curves, term_curves
 from refine_control.study.evaluate import Written, sampler_facts, summarise_models, write_results
 from refine_control.study.feature_metrics import FeatureNetworks
-from refine_control.study.loss_curves import layer_curves, term_curves
 from refine_control.study.materials import Comparison, prepare_data
 from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import TEACHER, Budget, read_budget, read_rows, row_recipes

@@ -25,7 +25,7 @@ from refine_control.models.loading import load_backbone, load_controlnet, weight
 from refine_control.photos.shards import open_manifest
 from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
-from refine_control.records import LABELED, TEST, UNLABELED, Photo
+from refine_control.records import LABELED, ROLES, TEST, UNLABELED, Photo
 from refine_control.storage import MANIFEST, sha256_file
 from refine_control.study.compare import read_test
 from refine_control.study.plan import Budget, Row, Scale, row_recipes
@@ -63,16 +63,12 @@ class Comparison:
             raise InvalidInputError("--photos needs --model, a bundle of `mini train --world photos`")
         if self.data:
             refuse_other_kind(self.data, ALL_ROLES)
-        for role in (LABELED, UNLABELED, TEST):
-            if self.data and not (self.data / role / MANIFEST).is_file():
-                raise InvalidInputError(
-                    f"{self.data} has no shards in {role}; give a folder of `data build` with samples of all roles"
-                )
-        if not self.rendered:
-            return
-        if self.scale == "sd3":
+            if lacking := [role for role in ROLES if not (self.data / role / MANIFEST).is_file()]:
+                why = f"has no shards in {lacking[0]}; give a folder of `data build` with samples of all roles"
+                raise InvalidInputError(f"{self.data} {why}")
+        if self.rendered and self.scale == "sd3":
             raise InvalidInputError("the scale sd3 needs --data, a folder of `data build` with all three roles")
-        if self.model:
+        if self.rendered and self.model:
             raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
 
     @property
@@ -105,11 +101,10 @@ class Comparison:
 
     def mark(self) -> list[str]:
         """Hashes and names of the model and data that results depend on, beside the budget."""
-        parts = [_model_mark(*self.names)]
-        parts += [small_photos_mark(self.photos)] if self.photos else []
-        if self.data:
-            parts += [sha256_file(self.data / role / MANIFEST) for role in (LABELED, UNLABELED, TEST)]
-        return parts
+        model, teacher = self.names
+        marks = [weights_mark(str(BUNDLE) if model == "mini" else model), *([weights_mark(teacher)] if teacher else [])]
+        photos = [small_photos_mark(self.photos)] if self.photos else []
+        return [" ".join(marks), *photos, *(sha256_file(self.data / r / MANIFEST) for r in ROLES if self.data)]
 
     def test_photos(self) -> list[Photo]:
         """The test samples, as many as the budget says."""
@@ -119,12 +114,6 @@ class Comparison:
 def results_name(scale: Scale, photos: Path | None = None, data: Path | None = None) -> str:
     """The folder of a comparison's results: mini, photos, sd3, or that with the name of the data."""
     return f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale
-
-
-def _model_mark(model: str, teacher: str | None) -> str:
-    """The marks of the weights of model and teacher."""
-    mark = weights_mark(str(BUNDLE) if model == "mini" else model)
-    return f"{mark} {weights_mark(teacher)}" if teacher else mark
 
 
 def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:

@@ -25,8 +25,7 @@ from refine_control.storage import only_writer, write_json
 from refine_control.study.alignment import alignment_curves, alignment_table, teacher_alignment
 from refine_control.study.alike import alike_grid, alike_table, run_alike, summarise_alike
 from refine_control.study.compare import compare
-from refine_control.study.curves import Curve
-from refine_control.study.loss_curves import layer_curves, seed_curves, term_curves
+from refine_control.study.curves import Curve, layer_curves, seed_curves, term_curves
 from refine_control.study.materials import Bar, Comparison, prepare_data
 from refine_control.study.plan import (
     ALIKE,

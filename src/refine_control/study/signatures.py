@@ -19,37 +19,28 @@ SEEN_POINTS = 10.0
 
 Difference = Mapping[str, Interval]
 """By metric."""
-
-
 OUTPUT = "the teacher's output beside the task (weights.output above 0), or "
 INIT, X0, NORMALISED = "init: teacher", "x0_source: teacher in stage 2", "feature_normalisation: layer"
 
 
 def _untried(recipes: Sequence[Recipe]) -> list[str]:
     """The most effective settings (docs/results.md) that some stage does not have; all of them without recipes."""
-    if not recipes:
-        return [INIT, X0, NORMALISED]
+    noising_answers = [r for r in recipes if r.objective.kind in ("self_supervised", "mixed")]
     taught = [r for r in recipes if r.objective.kind != "from_scratch"]
     used = {
         INIT: all(r.student.init == "teacher" for r in recipes),
-        X0: all(r.objective.x0_source == "teacher" for r in recipes if _noises_answers(r)),
+        X0: all(r.objective.x0_source == "teacher" for r in noising_answers),
         NORMALISED: all(r.objective.feature_normalisation == "layer" for r in taught),
     }
-    return [choice for choice, done in used.items() if not done]
-
-
-def _noises_answers(recipe: Recipe) -> bool:
-    return recipe.objective.kind in ("self_supervised", "mixed")
+    return [choice for choice, done in used.items() if not (recipes and done)]
 
 
 def signatures(name: str, teacher_minus_student: Difference, recipes: Sequence[Recipe] = ()) -> list[str]:
     """A sentence for each failure of a student, from the difference teacher - student.
 
     `recipes` are those of its stages, if they are known."""
-    untried = _untried(recipes)
-    with_output = bool(recipes) and all(
-        r.objective.kind != "from_scratch" and r.objective.weights.output for r in recipes
-    )
+    untried, objectives = _untried(recipes), [r.objective for r in recipes]
+    with_output = objectives and all(o.kind != "from_scratch" and o.weights.output for o in objectives)
     lacks = {m: v.mean for m, v in teacher_minus_student.items() if v.excludes_zero and v.mean > 0}
     region, whole = lacks.get("psnr_region", 0.0), lacks.get("psnr", 0.0)
     disobeys = lacks.get("both", 0.0) > SEEN_POINTS
@@ -66,10 +57,9 @@ def signatures(name: str, teacher_minus_student: Difference, recipes: Sequence[R
             "masked region is hardly controlled. Try a larger alpha, a larger weights.task, or weights.output_alpha."
         )
     if disobeys:
-        out.append(
-            f"{name} obeys {lacks['both']:.0f} points less than the teacher. Try {', '.join(['more steps', *untried])}."
-        )
-    if lacks.get("ssim", 0.0) > SEEN_SSIM and not disobeys:
+        advice = ", ".join(["more steps", *untried])
+        out.append(f"{name} obeys {lacks['both']:.0f} points less than the teacher. Try {advice}.")
+    elif lacks.get("ssim", 0.0) > SEEN_SSIM:
         out.append(
             f"{name} obeys but is {lacks['ssim']:.3f} of SSIM behind the teacher: blurry or incoherent. The "
             f"features are not aligned; try {' or '.join(['more steps', *({NORMALISED} & {*untried})])}."
@@ -88,17 +78,15 @@ def advised_once(sentences: Iterable[str]) -> list[str]:
 
 def stage_signature(one_stage_minus_ours: Difference, recipes: Sequence[Recipe] = ()) -> list[str]:
     """A sentence if stage 1 alone (the row sl) is better than both stages, made by `recipes`, for the same steps."""
-    worse = {
-        m: v.mean
-        for m, v in one_stage_minus_ours.items()
-        if m in ("psnr_region", "both") and v.excludes_zero and v.mean > 0
-    }
+    measures = {"psnr_region": "dB", "both": "points"}
+    worse = {m: v.mean for m, v in one_stage_minus_ours.items() if m in measures and v.excludes_zero and v.mean > 0}
     if not worse:
         return []
-    amounts = " and ".join(f"{value:.1f} {'dB' if m == 'psnr_region' else 'points'}" for m, value in worse.items())
+    amounts = " and ".join(f"{value:.1f} {measures[m]}" for m, value in worse.items())
+    advice = " and ".join(["a longer stage 1", *({X0} & {*_untried(recipes)})])
     return [
         f"Stage 1 alone, for the same steps, is better than both stages by {amounts}: stage 2 harms the student. Try "
-        f"{' and '.join(['a longer stage 1', *({X0} & {*_untried(recipes)})])}."
+        f"{advice}."
     ]
 
 

@@ -59,8 +59,9 @@ def build_variant(
                 raise InvalidInputError(f"{out} holds other samples; choose another folder")
             return False
         count = max(1, math.ceil(round(variant.share * len(shards), 6)))
-        samples = [_worded(shards[number]) for number in range(count)]
-        words = reworded(samples, variant.prompts, derive_seed("variants", variant.prompts))
+        words = reworded(
+            [_worded(shards[n]) for n in range(count)], variant.prompts, derive_seed("variants", variant.prompts)
+        )
         writer = ShardWriter(out, role)
         for number in range(count):
             photo = shards[number]
