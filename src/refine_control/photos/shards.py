@@ -15,6 +15,7 @@ image is encoded, and is filled again after decoding, because JPEG rings.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -202,17 +203,10 @@ class ShardWriter:
         self._open.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         source, license = (str(photo.meta.get(field) or "unknown") for field in ("source", "license"))
         photo_id, shape = str(photo.meta.get("photo") or photo.key), list(photo.mask.shape)
-        self._pending.append(
-            {
-                "shard": name,
-                "key": photo.key,
-                "photo": photo_id,
-                "shape": shape,
-                "source": source,
-                "license": license,
-                "members": members,
-            }
+        record = SampleRecord(
+            shard=name, key=photo.key, photo=photo_id, shape=shape, source=source, license=license, members=members
         )
+        self._pending.append(record)
 
     def _temporary(self, name: str) -> Path:
         return self.folder / f".{name}.{os.getpid()}{TEMPORARY}"
@@ -316,6 +310,13 @@ class Shards(Sequence[Photo]):
                     raise DamagedError(f"{member} in {path} is damaged; delete {self.folder} and build it again")
         return data
 
+    def is_whole(self, record: SampleRecord) -> bool:
+        """Whether a sample is what was written."""
+        try:
+            return bool(self._read(record))
+        except DamagedError:
+            return False
+
 
 def read_shards(folder: Path) -> Iterator[Photo]:
     """Every sample in the order of the index, checked; errors as `Shards`."""
@@ -348,15 +349,8 @@ def verify(folder: Path) -> list[str]:
 
 def _damaged_samples(folder: Path, shard: str) -> str:
     """` (samples KEY, ...)` of a shard with changed bytes, nothing where they are not known."""
-    try:
+    keys: list[str] = []
+    with contextlib.suppress(InvalidInputError, DamagedError):
         shards = Shards(folder)
-    except (InvalidInputError, DamagedError):
-        return ""
-    keys = []
-    for record in shards.records:
-        if record["shard"] == shard:
-            try:
-                shards._read(record)
-            except DamagedError:
-                keys.append(record["key"])
+        keys = [record["key"] for record in shards.records if record["shard"] == shard and not shards.is_whole(record)]
     return f" (samples {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from refine_control.photos.decode import thumbnail
 from refine_control.photos.files import read_bytes
@@ -131,6 +129,9 @@ def _photographs(ids: list[str], same: np.ndarray) -> list[str]:
     """The name of each id's photograph: the least of the ids that a chain of the pairs `same` (n, 2) connects."""
     if not len(same):
         return ids
+    from scipy.sparse import coo_array  # here, because every worker imports this module
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(same), bool), (same[:, 0], same[:, 1])), (len(ids), len(ids)))
     labels = connected_components(graph, directed=False)[1].tolist()
     least: dict[int, str] = {}
