@@ -177,4 +177,11 @@ def percentile_interval(mean: float, drawn: NDArray[np.float64], level: float, s
 
 
 def _interval_of_mean(values: NDArray[np.float64], seed: int, resamples: int, level: float) -> Interval:
+    return _remembered_interval(values.tobytes(), values.shape, seed, resamples, level)
+
+
+@lru_cache(maxsize=1024)
+def _remembered_interval(data: bytes, shape: tuple[int, ...], seed: int, resamples: int, level: float) -> Interval:
+    """Of (S, N) values; tables of one study share many of their rows."""
+    values = np.frombuffer(data).reshape(shape)
     return percentile_interval(float(values.mean()), _resampled_means(values[None], seed, resamples)[0], level)

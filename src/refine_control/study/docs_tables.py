@@ -86,13 +86,16 @@ class Study(NamedTuple):
         return self.rows[key].title if key == TEACHER else f"{self.rows[key].title} (`{key}`)"
 
 
+@cache
+def _finished(folder: Path, key: str) -> list[RowResult]:
+    """The results of a row in a folder, by seed."""
+    files = [path for path in folder.glob(f"{key}-*.json") if path.stem.removeprefix(f"{key}-").isdigit()]
+    return sorted((result for path in files if (result := read_row(path))), key=lambda result: result.seed)
+
+
 def read_study(folder: Path, rows: Mapping[str, Row]) -> Study:
     """The rows of which a folder has a result."""
-    results: dict[str, list[RowResult]] = {}
-    for key in rows:
-        files = [path for path in folder.glob(f"{key}-*.json") if path.stem.removeprefix(f"{key}-").isdigit()]
-        read = [result for path in files if (result := read_row(path))]
-        results |= {key: sorted(read, key=lambda result: result.seed)} if read else {}
+    results = {key: each for key in rows if (each := _finished(folder, key))}
     return Study({key: rows[key] for key in results}, results)
 
 

@@ -215,8 +215,6 @@ def evaluate(
         facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
         inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
         inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
-        sentences = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
         more: dict[str, Any] = {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}
-        return write_results(
-            out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, sentences=sentences, **more
-        )
+        more["sentences"] = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
+        return write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, **more)

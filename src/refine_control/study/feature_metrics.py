@@ -23,6 +23,7 @@ from refine_control.metrics.distances import (
     Distance,
     Features,
     OfDraws,
+    Rows,
     SetScore,
     bias_note,
     cmmd,
