@@ -183,3 +183,26 @@ def test_a_skip_that_is_not_listed_fails_the_run(tmp_path, content, allowed, cod
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == code, run.stdout
     assert ("does not name it" in run.stdout) == (code != 0)
+
+
+# Size of functions, and records where the keys of a mapping are known.
+
+LONGEST_FUNCTION = 60
+LONG_FUNCTIONS = {"training.loop.fit"}  # the one loop reads best as one screen after another
+UNTYPED_MAPPINGS = 60
+
+
+def functions(module: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{module}.{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_no_function_but_the_loop_is_longer_than_sixty_lines():
+    lengths = {name: length for module in MODULES for name, length in functions(module) if length > LONGEST_FUNCTION}
+    assert {name: length for name, length in lengths.items() if name not in LONG_FUNCTIONS} == {}
+
+
+def test_mappings_without_known_keys_are_few():
+    counts = {module: path.read_text().count("dict[str, Any]") for module, path in MODULES.items()}
+    assert sum(counts.values()) < UNTYPED_MAPPINGS, {module: count for module, count in counts.items() if count}

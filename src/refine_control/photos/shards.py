@@ -40,7 +40,7 @@ from refine_control.records import ROLES, UNLABELED, Photo
 from refine_control.storage import MANIFEST, TEMPORARY, fsync_path, sha256_file, storage_errors, write_atomic
 
 HOLE_FILL = 128
-IMAGE_FORMATS: dict[str, dict[str, str | int]] = {
+IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True, "quality": 70, "method": 4},
     "png": {"format": "PNG", "compress_level": 6},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
