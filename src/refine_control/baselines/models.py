@@ -188,7 +188,8 @@ def _folder(name: str | Path) -> Path:
 
 
 def _read_kind(folder: Path) -> Kind:
-    class_name = read_json(folder / "model_index.json", "name a pipeline folder in diffusers layout").get("_class_name")
+    index = read_json(folder / "model_index.json", "name a pipeline folder in diffusers layout")
+    class_name = str(index.get("_class_name"))
     if class_name not in _KINDS:
         raise InvalidInputError(
             f"{folder} holds a {class_name}, which is no inpainting baseline; name a folder of {' or '.join(_KINDS)}"
