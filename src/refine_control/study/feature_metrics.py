@@ -153,14 +153,16 @@ def pair_scores(
 
     `seen` are the features (`see`) of the photos and of the painted pictures, (N, H, W, 3) uint8."""
     out: dict[str, PerImage] = {}
-    reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     if networks.lpips is not None:
+        reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
         out["lpips"] = features.lpips(networks.lpips, reference, painted)
         out["lpips_kept"] = features.lpips(networks.lpips, reference, composite(reference, painted, ~masks))
     if networks.classifier is not None:
         out["scene_perceptual"] = scene_features.scene_perceptual(seen[0][SCENE], seen[1][SCENE])
     if networks.clip is not None and networks.clip_text is not None:
-        out |= clip_scores(networks.clip, networks.clip_text, painted, masks, prompts_asked(photos))
+        out |= clip_scores(
+            networks.clip, networks.clip_text, painted, np.stack([p.mask for p in photos]), prompts_asked(photos)
+        )
     return out
 
 
