@@ -1,8 +1,9 @@
-"""One thread for each worker, no network, and no skip that `allowed_skips.txt` does not name."""
+"""One thread a worker, no network, default signals, and no skip that `allowed_skips.txt` does not name."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
     from refine_control.models.backbone import Backbone
     from refine_control.models.controlnet import ControlNet
+
+# A suite that a script starts in the background, or nohup, inherits an ignored SIGINT; tests need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LIST = Path(__file__).with_name("allowed_skips.txt")
 _ALLOWED = {line.partition("#")[0].strip() for line in _LIST.read_text().splitlines()} - {""}
