@@ -16,6 +16,7 @@ from refine_control.metrics.cost import (
     count_parameters,
     interleaved,
     peak_memory,
+    peak_memory_fresh,
     ratio,
     run_fresh,
     time_call,
@@ -187,3 +188,8 @@ def test_memory_of_other_devices():
     else:
         with pytest.raises(MissingError, match="no GPU"):
             peak_memory("cuda")
+
+
+def test_a_peak_that_cannot_be_measured_is_said(caplog):
+    assert peak_memory_fresh(divmod, 1, 0) == 0
+    assert "peak memory is not measured: ZeroDivisionError" in caplog.text

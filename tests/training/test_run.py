@@ -272,3 +272,15 @@ def test_prompts_encoded_on_the_way_are_those_of_the_cache(recipe, caches):
         assert torch.equal(ours.latents, theirs.latents)
         torch.testing.assert_close(ours.prompt_embeds, theirs.prompt_embeds, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.pooled_prompt_embeds, theirs.pooled_prompt_embeds, rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_of_another_model_is_refused_as_a_start_and_in_every_comparison(tmp_path, tiny_student):
+    from refine_control.models.loading import save_controlnet
+    from refine_control.study.model_cost import load_models
+
+    save_controlnet(tiny_student(12), tmp_path / "student", 24)  # half as wide as the miniature
+    recipe = Recipe.model_validate({"name": "x", "init_from": str(tmp_path / "student")})
+    with pytest.raises(InvalidInputError, match=r"init_from .*width"):
+        run.new_student(recipe, load_backbone("mini"))
+    with pytest.raises(InvalidInputError, match="width"):
+        load_models("mini", None, {"ours": tmp_path / "student"})

@@ -9,7 +9,7 @@ import numpy as np
 from refine_control.baselines.models import Baseline, load_baseline
 from refine_control.baselines.painting import denoising_step, paint
 from refine_control.config import Precision, SamplerConfig
-from refine_control.metrics.cost import ModelCost, count_flops, count_parameters, run_fresh, time_call
+from refine_control.metrics.cost import ModelCost, count_flops, count_parameters, peak_memory_fresh, time_call
 
 
 class BaselineCost(NamedTuple):
@@ -43,10 +43,7 @@ def _peak_in_fresh_process(baseline: Baseline) -> int:
     precision = "bf16" if "bfloat16" in str(baseline.denoiser.dtype) else "fp32"
     device = str(baseline.denoiser.device)
     arguments = (baseline.name, baseline.size, device, precision)
-    try:
-        return run_fresh(_paint_one, *arguments, device=device).peak_memory
-    except Exception:  # whatever ends it, the costs go on without this number
-        return 0
+    return peak_memory_fresh(_paint_one, *arguments, device=device)
 
 
 def _paint_one(name: str, side: int, place: str, precision: Precision) -> None:

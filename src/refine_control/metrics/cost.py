@@ -5,6 +5,7 @@ One multiply-accumulate (MAC) is 2 FLOPs everywhere in this project; papers that
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import resource
@@ -20,6 +21,8 @@ from refine_control.errors import InvalidInputError, MissingError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Spread(NamedTuple):
@@ -61,6 +64,15 @@ def run_fresh(fn: Callable[..., Any], *args: Any, device: str = "cpu", **kwargs:
             return pool.submit(_measure, fn, args, kwargs, device).result()
         except BrokenProcessPool:
             raise MissingError(f"the process that measures {fn.__name__} died, probably out of memory") from None
+
+
+def peak_memory_fresh(fn: Callable[..., Any], *args: Any, device: str = "cpu") -> int:
+    """Bytes at the peak of `run_fresh`; 0 and a warning where the process fails, for other costs do not need it."""
+    try:
+        return run_fresh(fn, *args, device=device).peak_memory
+    except Exception as error:  # of any library that runs there
+        logger.warning("peak memory is not measured: %s: %s", type(error).__name__, " ".join(str(error).split())[:200])
+        return 0
 
 
 def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> FreshRun:

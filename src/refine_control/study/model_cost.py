@@ -10,11 +10,19 @@ import numpy as np
 import torch
 
 from refine_control.config import Precision, SamplerConfig
-from refine_control.metrics.cost import CountedCost, ModelCost, count_flops, count_parameters, interleaved, run_fresh
+from refine_control.metrics.cost import (
+    CountedCost,
+    ModelCost,
+    count_flops,
+    count_parameters,
+    interleaved,
+    peak_memory_fresh,
+)
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
+from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.pipeline.painting import make_pipeline, run_pipeline
 from refine_control.study.plan import TEACHER
@@ -52,10 +60,7 @@ def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
 
 def _peak_in_fresh_process(model: str, folder: str | Path | None, precision: Precision) -> int:
     """Bytes at the peak of a process that loads the model and samples one picture; 0 where it could not."""
-    try:
-        return run_fresh(_sample_once, model, folder, precision, device=best_device().type).peak_memory
-    except Exception:  # of any library: the other costs are worth printing without this one
-        return 0
+    return peak_memory_fresh(_sample_once, model, folder, precision, device=best_device().type)
 
 
 def _sample_once(model: str, folder: str | Path | None, precision: Precision) -> None:
@@ -73,9 +78,14 @@ def _sample_once(model: str, folder: str | Path | None, precision: Precision) ->
 def load_models(
     model: str, teacher: str | Path | None, students: Mapping[str, Path]
 ) -> tuple[Backbone, dict[str, ControlNet]]:
-    """A model on the best device with its teacher (None: its own ControlNet), and the ControlNets by name."""
+    """A model on the best device with its teacher (None: its own ControlNet), and the ControlNets by name.
+
+    Raises InvalidInputError for a ControlNet that does not fit the transformer."""
     backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
-    return backbone, {TEACHER: backbone.pipeline.controlnet, **{n: load_controlnet(f) for n, f in students.items()}}
+    loaded = {name: load_controlnet(folder) for name, folder in students.items()}
+    for name, controlnet in loaded.items():
+        check_controlnet(controlnet.config, backbone.transformer.config, students[name])
+    return backbone, {TEACHER: backbone.pipeline.controlnet, **loaded}
 
 
 def model_costs(

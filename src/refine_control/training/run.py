@@ -23,6 +23,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
+from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size
@@ -84,6 +85,7 @@ def new_student(recipe: Recipe, backbone: Backbone) -> ControlNet:
             backbone.transformer, teacher, recipe.student.num_layers, recipe.student.init, recipe.student.seed
         )
     student = load_controlnet(student_folder(recipe.init_from))
+    check_controlnet(student.config, backbone.transformer.config, f"init_from {recipe.init_from}")
     if len(student.transformer_blocks) != recipe.student.num_layers:
         raise InvalidInputError(
             f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
