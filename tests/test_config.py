@@ -199,8 +199,9 @@ def test_the_packaged_recipes_are_these():
         "wo_cf_stage2",
         "wo_mask",
     )
-    named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched")]
-    same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched") if name != "ours_completed_stage2"]
+    few_steps = ("codi", "end_points", "guidance", "lcm", "pcm", "windows")
+    named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched", *few_steps)]
+    same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched", *few_steps) if name != "ours_completed_stage2"]
     assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", *same])
 
 

@@ -56,18 +56,76 @@ class LossWeights(Section):
     )
 
 
+FEW_STEP_KINDS = frozenset({"codi", "end_points", "windows", "guidance", "phases"})
+
+
+class FewStepConfig(Section):
+    """The objectives for sampling in few steps (`consistency`); an objective reads the settings that it has."""
+
+    data: Literal["labeled", "unlabeled"] = Field(
+        default="unlabeled", description="data set whose samples the teacher completed; the ground truth is of D_sl"
+    )
+    teacher_guidance: float = Field(
+        default=3.0, ge=1, le=100, description="guidance scale of the frozen network, which the student learns"
+    )
+    steps: int = Field(
+        default=4, ge=1, le=64, description="knots of the path, windows or phases: the most steps it is made for"
+    )
+    points: Literal["path", "line"] = Field(
+        default="path", description="end_points: knots of the teacher's path, or lines from completion to its noise"
+    )
+    rollout: Fraction = Field(
+        default=0.0, description="end_points: share of the points below pure noise that the student's own step reaches"
+    )
+    first: Fraction = Field(default=0.0, description="share of the samples at pure noise, where one step begins")
+    data_weight: Weight = Field(default=1.0, description="factor of the term that compares with data")
+    consistency: Weight = Field(default=1.0, description="factor of the consistency term")
+    weighting: Literal["one", "codi"] = Field(
+        default="one", description="w(t) of the velocity consistency: 1, or CoDi's (1 - t)(1 - s)"
+    )
+    dt: float = Field(
+        default=0.05, gt=0, lt=1, description="step of the consistency term on the unshifted noise levels from 1 to 0"
+    )
+    ode: Literal["own", "frozen", "none"] = Field(
+        default="own",
+        description="what makes the second point: the student's own step, the frozen network's guided one, or the "
+        "sample's own noise at the lower level",
+    )
+    shared_level: bool = Field(default=False, description="one noise level for the whole batch, or one a sample")
+    distance: Literal["latent", "encoded", "pixel", "perceptual"] = Field(
+        default="latent", description="CoDi's data term: on latents, on encode(decode), on pixels, on VAE features"
+    )
+    huber: float = Field(default=0.0, ge=0, le=1e3, description="phases: constant of the pseudo-Huber loss; 0 is l2")
+
+
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    kind: Literal["supervised", "self_supervised", "from_scratch", "mixed", "one_to_one"] = Field(
+    kind: Literal[
+        "supervised",
+        "self_supervised",
+        "from_scratch",
+        "mixed",
+        "one_to_one",
+        "codi",
+        "end_points",
+        "windows",
+        "guidance",
+        "phases",
+    ] = Field(
         default="supervised",
         description="Eq. 1 (stage 1), Eq. 6 (stage 2), Eq. 3 alone without the teacher (Student_fc), Eq. 1 and 6 mixed "
-        "in every batch (one_stage), or SSD-1B's loss with one-to-one layer terms (Student_ssd)",
+        "in every batch (one_stage), SSD-1B's loss with one-to-one layer terms (Student_ssd); or, for few steps: CoDi, "
+        "end points or windows of the teacher's guided path, its guided velocity, consistency within phases (LCM, PCM)",
     )
     weights: LossWeights = Field(default_factory=LossWeights, description="factors of the terms")
-    x0_source: Literal["masked", "teacher"] = Field(
+    x0_source: Literal["masked", "teacher", "truth"] = Field(
         default="masked",
-        description="clean latents of stage 2: of the masked image, or the teacher's cached completion",
+        description="clean latents of stage 2: of the masked image, or the teacher's cached completion; for few steps: "
+        "that completion, or the ground truth of D_sl",
+    )
+    few_step: FewStepConfig = Field(
+        default_factory=lambda: FewStepConfig(), description="settings of the objectives for few steps"
     )
     feature_normalisation: Literal["none", "layer"] = Field(
         default="none",
@@ -75,8 +133,30 @@ class ObjectiveConfig(Section):
     )
 
     @property
+    def is_few_step(self) -> bool:
+        """Whether the student is to be sampled in few steps without guidance."""
+        return self.kind in FEW_STEP_KINDS
+
+    @property
+    def reads_paths(self) -> bool:
+        """Whether it reads points of the teacher's path from the cache, beside the completion."""
+        return self.kind == "windows" or (self.kind == "end_points" and self.few_step.points == "path")
+
+    @model_validator(mode="after")
+    def _x0_fits(self) -> ObjectiveConfig:
+        if self.is_few_step and self.x0_source == "masked":
+            raise ValueError(f"kind {self.kind} needs x0_source teacher or truth: the masked image is no clean picture")
+        if self.kind in ("end_points", "windows") and self.x0_source == "truth":
+            raise ValueError(f"kind {self.kind} follows the teacher's path and needs x0_source teacher")
+        if self.x0_source == "truth" and not self.is_few_step:
+            raise ValueError(f"x0_source truth is for objectives of few steps; kind {self.kind} knows its own")
+        return self
+
+    @property
     def roles(self) -> tuple[Literal["labeled", "unlabeled"], ...]:
         """The data sets that it learns from, as `DataConfig` names them."""
+        if self.is_few_step:
+            return ("labeled",) if self.x0_source == "truth" else (self.few_step.data,)
         if self.kind == "mixed":
             return ("labeled", "unlabeled")
         return ("unlabeled",) if self.kind == "self_supervised" else ("labeled",)
@@ -153,6 +233,12 @@ class SamplerConfig(Section):
     guidance_scale: float = Field(default=7.0, ge=0, le=100, description="classifier-free guidance; 1 or less is none")
     conditioning_scale: float = Field(default=0.95, ge=0, le=2, description="factor on the control residuals")
     seed: Seed = Field(default=0, description="seed of the initial noise")
+    sigmas: Literal["scheduler", "even"] = Field(
+        default="scheduler", description="noise levels: as the model's scheduler spaces them, or evenly, then shifted"
+    )
+    stochastic: bool = Field(
+        default=False, description="fresh noise in every step (LCM) in place of the deterministic path"
+    )
     injection: Injection = Field(
         default="exact", description="which residual feeds which block: as trained, or by the rule of stock diffusers"
     )

@@ -30,6 +30,26 @@ def euler_step(
     return noisy_latents + expand(next_sigmas - sigmas, v) * v
 
 
+def clean_latents(noisy_latents: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """x0_hat = x_t - sigma v: the clean latents that a velocity points at."""
+    return noisy_latents - expand(sigmas, v) * v
+
+
+def pure_noise(noisy_latents: torch.Tensor, v: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """eps_hat = x_t + (1 - sigma) v: the noise that a velocity comes from."""
+    return noisy_latents + (1 - expand(sigmas, v)) * v
+
+
+def guided(v: torch.Tensor, v_empty: torch.Tensor, scale: float) -> torch.Tensor:
+    """v_empty + scale (v - v_empty): classifier-free guidance; `v_empty` answers the empty prompt."""
+    return v_empty + scale * (v - v_empty)
+
+
+def even_sigmas(steps: int, shift: float = 1.0) -> torch.Tensor:
+    """(steps + 1,) from 1 to 0: evenly spaced, then shifted; 4 steps at shift 3 are 1, 0.9, 0.75, 0.5, 0."""
+    return shift_sigmas(torch.linspace(1, 0, steps + 1), shift)
+
+
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """The scheduler's resolution shift: s sigma / (1 + (s - 1) sigma); 0 and 1 stay."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)

@@ -11,8 +11,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import FreshRun
 from refine_control.recipe_files import load_recipe
 from refine_control.storage import write_json
-from refine_control.training.objectives import make_objective
-from refine_control.training.run import fast_precision
+from refine_control.training.run import fast_precision, make_objective
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.devices import device_name
 from refine_control.threads import torch_threads
 from refine_control.training.loop import Draw
-from refine_control.training.objectives import Batch, make_objective
+from refine_control.training.objectives import Batch
 from refine_control.training.optimizer import MasterWeights
-from refine_control.training.run import fast_precision, prepare, training_device
+from refine_control.training.run import fast_precision, make_objective, prepare, training_device
 
 STOCK, STOCK_OPEN, OURS_FP32, OURS = "stock", "stock, nothing frozen", "ours in fp32", "ours"
 

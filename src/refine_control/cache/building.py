@@ -8,6 +8,7 @@ A cache knows what made it; a cache of another model, or of shards that have cha
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -32,7 +33,7 @@ from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
 from refine_control.photos.shards import Shards
-from refine_control.pipeline.painting import complete_latents
+from refine_control.pipeline.painting import sampling_path
 from refine_control.pixels import from_images
 from refine_control.progress import Progress
 from refine_control.randomness import slot_normals
@@ -43,11 +44,13 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
 
 
-def completion_sampler(steps: int = 8, guidance: float = 1.0) -> SamplerConfig:
-    """The sampler of the teacher's completions of D_ssl: unscaled residuals, as in training, no guidance by default.
+def completion_sampler(steps: int = 8, guidance: float = 1.0, even: bool = False) -> SamplerConfig:
+    """The sampler of the teacher's completions: unscaled residuals, as in training, no guidance by default.
 
-    28 guided steps would cost as much as nineteen epochs of the stage that reads them."""
-    return SamplerConfig(num_inference_steps=steps, guidance_scale=guidance, conditioning_scale=1.0)
+    28 guided steps would cost as much as nineteen epochs of the stage that reads them. `even` noise levels are those
+    of paths."""
+    sigmas: Literal["even", "scheduler"] = "even" if even else "scheduler"
+    return SamplerConfig(num_inference_steps=steps, guidance_scale=guidance, conditioning_scale=1.0, sigmas=sigmas)
 
 
 def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -> None:
@@ -100,8 +103,9 @@ def write_cache(
     if len(groups) > 1:
         described["sizes"] = [[*size, len(rows)] for size, rows in groups.items()]
     if (out / MANIFEST).is_file():
-        previous = {"posterior": "mean", **read_manifest(out, verify=False)}
-        if all(previous.get(key) == value for key, value in {"posterior": "mean", **described}.items()):
+        defaults: dict[str, object] = {"posterior": "mean", "path": 0}
+        previous = {**defaults, **read_manifest(out, verify=False)}
+        if all(previous.get(key) == value for key, value in {**defaults, **described}.items()):
             return False
     longest, side = max(map(max, groups)) * factor, backbone.geometry.side
     if 2 * longest < side:
@@ -125,8 +129,22 @@ def _read_text(writer: CacheWriter, numbers: np.ndarray) -> tuple[torch.Tensor, 
     return unpack(packed, Layout(*layout)), pooled
 
 
+def path_noise(shape: Sequence[int], rows: Sequence[int], seed: int) -> torch.Tensor:
+    """The noise (B, *shape) in which the completions of these rows begin; `seed` is the sampler's."""
+    return slot_normals(shape, rows, seed, "completion")
+
+
+@torch.no_grad()
 def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> None:
-    """The teacher's completion of every sample; the noise of a sample is a function of (sampler.seed, row)."""
+    """The teacher's completion of every sample and, with `stored.path`, its way there below pure noise, (N,K-1,16,h,w).
+
+    The noise of a sample is `path_noise`."""
+    count = sum(map(len, writer.groups.values()))
+    calls = count * sampler.num_inference_steps * (2 if sampler.guidance_scale > 1 else 1)
+    size = sum(len(rows) * math.prod(each) for each, rows in writer.groups.items()) * max(1, stored.path)
+    channels, each = backbone.transformer.config["in_channels"], torch.empty(0, dtype=stored.dtype).element_size()
+    text = "completions: %d samples of %d steps, %d calls of the ControlNet and the transformer, %.2f GB"
+    logger.info(text, count, sampler.num_inference_steps, calls, size * channels * each / 1e9)
     memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
     factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
@@ -141,9 +159,13 @@ def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerC
                 text, empty = (memory([prompts[number] for number in numbers]) for numbers in each)
             else:
                 text, empty = (_read_text(writer, numbers) for numbers in each)
-            noise = slot_normals(latents.shape[1:], list(part), sampler.seed, "completion")
-            painted = complete_latents(backbone, teacher, latents, mask, text, empty, sampler, noise)
-            writer.put_sized("completions", part, to_numpy(painted, stored.dtype))
+            noise = path_noise(latents.shape[1:], part, sampler.seed)
+            points = list(sampling_path(backbone, teacher, latents, mask, text, empty, sampler, noise))
+            writer.put_sized("completions", part, to_numpy(points[-1], stored.dtype))
+            if stored.path > 1:
+                apart = sampler.num_inference_steps // stored.path
+                path = torch.stack(points[apart - 1 : -1 : apart], 1)
+                writer.put_sized("path", part, to_numpy(path, stored.dtype))
 
     writer.phase("completions", writer.groups.values(), batch)
 
@@ -171,18 +193,22 @@ def cache_folder(
     teacher: str | None = None,
     complete: int = 0,
     guidance: float = 1.0,
+    path: int = 0,
     posterior: Posterior = "mean",
     progress: Progress | None = None,
 ) -> bool:
     """`build_cache` with the model of this name, and completions of `complete` steps by `teacher` or its own.
 
-    Paths are checked before the model is loaded. Raises what `build_cache` and the loaders raise."""
+    Folders are checked before the model is loaded. Raises what `build_cache` and the loaders raise, and
+    InvalidInputError for a `path` that does not divide `complete`."""
     check_folders(source, out)
-    sampler = completion_sampler(complete, guidance) if complete else None
+    if path and (not complete or complete % path):
+        raise InvalidInputError(f"a path of {path} levels needs a multiple of so many steps; --complete is {complete}")
+    sampler = completion_sampler(complete, guidance, even=path > 0) if complete else None
     painting = sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
-    stored = Stored(_DTYPES[dtype], prompts, sampler, posterior)
+    stored = Stored(_DTYPES[dtype], prompts, sampler, path, posterior)
     return build_cache(source, out, backbone, progress, **stored._asdict())
 
 

@@ -24,6 +24,10 @@ PromptStorage = Literal["full", "int8", "none"]
 Posterior = Literal["mean", "mean_std"]
 
 
+_LATER = ("sigmas", "stochastic")
+"""Fields of a sampler that older caches do not have."""
+
+
 class Stored(NamedTuple):
     """The options of a cache: caches of the same shards and model differ in nothing else."""
 
@@ -33,13 +37,21 @@ class Stored(NamedTuple):
     completions: SamplerConfig | None = None
     """Sampling of the completions: the model's own ControlNet (the teacher) paints every hole once. None: no
     completions."""
+    path: int = 0
+    """Evenly spaced noise levels 1, ..., 1/path at which the way of a completion is kept (the first is its noise, a
+    function of the row); 0 keeps the completion alone. A divisor of the sampler's steps."""
     posterior: Posterior = "mean"
     """mean_std: the standard deviation of the VAE's posterior, too, from which training draws its latents."""
 
     def described(self) -> dict[str, object]:
-        """The fields of the manifest. `posterior` is left out where it is the mean: older caches do not have it."""
-        painted = self.completions.model_dump(mode="json") if self.completions else None
+        """The fields of the manifest. What older caches do not have is left out where it has its default."""
+        painted = self.completions and {
+            name: value
+            for name, value in self.completions.model_dump(mode="json").items()
+            if name not in _LATER or value != SamplerConfig.model_fields[name].default
+        }
         fields = {"dtype": str(self.dtype).removeprefix("torch."), "prompts": self.prompts, "completions": painted}
+        fields |= {"path": self.path} if self.path else {}
         return fields if self.posterior == "mean" else {**fields, "posterior": self.posterior}
 
 

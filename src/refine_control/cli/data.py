@@ -282,12 +282,15 @@ def cache(
         int, opt.number("Denoising steps of the teacher's completions; 0: no completions.", 0, 1000)
     ] = 0,
     guidance: Annotated[float, opt.number("Guidance scale of the completions; 1 disables guidance.", 0, 100)] = 1.0,
+    path: Annotated[
+        int, opt.number("Noise levels of each completion's path to keep, a divisor of --complete; 0: none.", 0, 1000)
+    ] = 0,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
     """Encode SHARDS into the cache OUT: latents, prompt embeddings and, with --complete, the teacher's completions."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
-    options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher}
+    options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher, "path": path}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     from refine_control.cache.building import cache_folder

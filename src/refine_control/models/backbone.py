@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,12 +99,8 @@ class Backbone:
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B,16,h,w) -> pixels (B,3,H,W), about [-1, 1]."""
-        vae, scale, shift = self.vae, self.vae.config["scaling_factor"], self.vae.config["shift_factor"]
-
-        def decode(part: torch.Tensor) -> torch.Tensor:
-            return vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample
-
-        return by_parts(vae, decode, latents, self.pipeline.vae_scale_factor)
+        decode = partial(decode_latents, self.vae)
+        return by_parts(self.vae, decode, latents, self.pipeline.vae_scale_factor)
 
     def readable(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as this model can read them: a closed vocabulary (the mini model's) drops unknown words."""
@@ -156,6 +153,21 @@ def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w), on the VAE's device."""
     mean = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mean
     return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(B,16,h,w) -> pixels (B,3,H,W), about [-1, 1], on the VAE's device; differentiable."""
+    latents = latents.to(vae.device, vae.dtype)
+    return vae.decode(latents / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample
+
+
+def encoder_features(vae: Any, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """Pixels (B,3,H,W) -> what the VAE's encoder sees after each of its resolutions, (B,C,H',W') each."""
+    hidden, features = vae.encoder.conv_in(pixel_values.to(vae.device, vae.dtype)), []
+    for block in vae.encoder.down_blocks:
+        hidden = block(hidden)
+        features.append(hidden)
+    return features
 
 
 def encode_prompts(

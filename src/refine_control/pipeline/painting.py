@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -164,14 +165,35 @@ def complete_latents(
     sampler: SamplerConfig,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """What a ControlNet paints, in latents: the x0 of stage 2 where there is no ground truth.
+    """The end of `sampling_path`: what a ControlNet paints, in latents (B,16,h,w)."""
+    path = sampling_path(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise)
+    return deque(path, maxlen=1)[0]
 
-    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w), on the backbone's device, by
-    Euler steps on the scheduler's sigmas. `text` and `empty` are (prompt_embeds, pooled_prompt_embeds) of B samples,
-    `empty` None without guidance."""
-    device = backbone.device
+
+def sampling_sigmas(backbone: Backbone, sampler: SamplerConfig) -> torch.Tensor:
+    """The noise levels of a sampler, (steps + 1,) from 1 to 0, on the backbone's device."""
+    if sampler.sigmas == "even":
+        return flow.even_sigmas(sampler.num_inference_steps, backbone.shift).to(backbone.device)
     scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
-    scheduler.set_timesteps(sampler.num_inference_steps, device=device)
+    scheduler.set_timesteps(sampler.num_inference_steps, device=backbone.device)
+    return scheduler.sigmas
+
+
+def sampling_path(
+    backbone: Backbone,
+    controlnet: SD3ControlNetModel,
+    masked_latents: torch.Tensor,
+    mask: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    empty: tuple[torch.Tensor, torch.Tensor] | None,
+    sampler: SamplerConfig,
+    noise: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Yields the latents after each Euler step on `sampling_sigmas`, the clean ones last, on the backbone's device.
+
+    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w). `text` and `empty` are
+    (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance."""
+    device = backbone.device
     cond = control_cond(masked_latents.to(device), mask.to(device))
     latents, guided = noise.to(device), sampler.guidance_scale > 1
     assert empty is not None or not guided
@@ -182,10 +204,9 @@ def complete_latents(
         residuals = control_residuals(controlnet, at, sigmas, embeds, cond, backbone.pooled_width, scale)
         return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection).float()
 
-    for sigma, following in pairwise(scheduler.sigmas):
+    for sigma, following in pairwise(sampling_sigmas(backbone, sampler)):
         v = velocity(latents, sigma, *conditional)
         if guided:
-            v_empty = velocity(latents, sigma, *unconditional)
-            v = v_empty + sampler.guidance_scale * (v - v_empty)
+            v = flow.guided(v, velocity(latents, sigma, *unconditional), sampler.guidance_scale)
         latents = flow.euler_step(latents, v, sigma[None], following[None])
-    return latents
+        yield latents

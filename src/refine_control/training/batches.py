@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from refine_control.cache.building import path_noise
 from refine_control.cache.reader import Cache
 from refine_control.errors import InvalidInputError
 from refine_control.models.prompt_memory import Encode
@@ -28,6 +29,7 @@ class CacheBatches(Batches):
         encode: makes the prompt embeddings that a cache without them lacks.
         x0: the array of clean latents: `latents`, the ground truth of D_sl; `masked_latents` or the teacher's
             `completions` for D_ssl.
+        few_step: adds what objectives for few steps read: the empty prompt and, of completions, their noise and path.
     """
 
     def __init__(
@@ -39,20 +41,32 @@ class CacheBatches(Batches):
         encode: Encode | None = None,
         *,
         x0: str = "latents",
+        few_step: bool = False,
     ):
         self.cache, self.prompt_dropout, self.device, self.encode = cache, prompt_dropout, device, encode
-        self.x0, self.order = x0, Order(cache.groups, batch_size)
+        self.x0, self.order, self.few_step = x0, Order(cache.groups, batch_size), few_step
 
     def batch(self, draw: Draw, turn: Turn | None = None) -> Batch:
         """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
         rows = self.rows(draw, turn)
         masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
         clean, num_labeled = self._clean(rows, draw), len(rows) if self.x0 == "latents" else 0
-        return Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
+        batch = Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
+        return self._with_path(batch, rows) if self.few_step else batch
+
+    def _with_path(self, batch: Batch, rows: np.ndarray) -> Batch:
+        """The batch with the empty prompt and, of completions, their noise and path."""
+        batch = batch._replace(empty=self._embedded(np.zeros(1, int)))
+        if self.x0 != "completions":
+            return batch
+        noise = path_noise(batch.latents.shape[1:], rows.tolist(), self.cache.manifest["completions"]["seed"])
+        path = self._take("path", rows) if self.cache.has("path") else None
+        return batch._replace(noise=noise.to(self.device), path=path)
 
     def not_finite(self, draw: Draw, turn: Turn | None = None) -> list[str]:
         """Keys of the samples of `draw.slots` whose latents, mask or prompt embeddings are not all finite."""
-        tensors = self.batch(draw, turn)[:5]
+        batch = self.batch(draw, turn)
+        tensors = [*batch[:5], *([] if batch.path is None else [batch.path])]
         return [
             f"sample {self.cache.keys[row]} of {self.cache.folder}"
             for number, row in enumerate(self.rows(draw, turn))
@@ -75,7 +89,10 @@ class CacheBatches(Batches):
     def _text(self, rows: np.ndarray, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings and pooled embeddings of the prompts."""
         dropped = draw.uniforms("prompt_dropout").numpy() < self.prompt_dropout
-        numbers = np.where(dropped, 0, self.cache.arrays["prompt_index"][rows])
+        return self._embedded(np.where(dropped, 0, self.cache.arrays["prompt_index"][rows]))
+
+    def _embedded(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and pooled embeddings of numbered prompts."""
         if self.encode is None:
             return self._take("prompt_embeds", numbers), self._take("pooled_prompt_embeds", numbers)
         embeds, pooled = self.encode([self.cache.prompts[number] for number in numbers])

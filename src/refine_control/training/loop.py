@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -70,6 +70,11 @@ class Objective(Protocol):
 
         Called only where a batch is split over micro-batches or processes."""
         return None
+
+    def updated(self, averaged: Mapping[str, torch.Tensor]) -> None:
+        """Called before the first step and after every update with the running mean of the masters, by name.
+
+        The mean is in the checkpoints, so what an objective makes of it alone is exact after a resume."""
 
 
 class Batches(Protocol):
@@ -264,6 +269,7 @@ def fit(
     slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
     master = MasterWeights(objective.trainable(), optimizer, training.ema_decay)
     start = checked = _resume(accelerator, master, training, run_dir, fingerprint)
+    objective.updated(master.ema_state())
     log = _Log(run_dir, start) if accelerator.is_main_process else None
     began = time.monotonic()
 
@@ -283,6 +289,7 @@ def fit(
             stop = _reduce(accelerator, master.grads, bool(stopped()))
             rate = learning_rate_at(step, optimizer, training.steps)
             norm = master.step(rate, step, optimizer.max_grad_norm)
+            objective.updated(master.ema_state())
             done, last = step + 1, step + 1 == training.steps
             saves = not last and (stop or bool(training.save_every and done % training.save_every == 0))
             logs = last or done % training.log_every == 0

@@ -16,7 +16,7 @@ import torch
 
 from refine_control import flow
 from refine_control.conditions.inpainting import control_cond
-from refine_control.config import LossWeights, ObjectiveConfig, SigmaConfig
+from refine_control.config import LossWeights, SigmaConfig
 from refine_control.losses import (
     LayerTargets,
     Losses,
@@ -49,6 +49,21 @@ class Batch(NamedTuple):
     """Of the rows, in the batch of the step."""
     num_labeled: int
     """The first so many rows are of D_sl: their latents are the ground truth."""
+    noise: torch.Tensor | None = None
+    """(B,16,h,w) in which the teacher's completions began."""
+    path: torch.Tensor | None = None
+    """(B,K-1,16,h,w): the way of the completions at levels 1 - 1/K, ..., 1/K."""
+    empty: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Embeddings and pooled embeddings of the empty prompt, one row each."""
+
+    def take(self, rows: torch.Tensor) -> Batch:
+        """Some of the samples, by their numbers in the batch; all of one kind."""
+        numbers = rows.tolist()
+        return self._replace(
+            **{name: value[rows] for name, value in self._asdict().items() if isinstance(value, torch.Tensor)},
+            slots=[self.slots[number] for number in numbers],
+            num_labeled=sum(number < self.num_labeled for number in numbers),
+        )
 
 
 class Point(NamedTuple):
@@ -117,7 +132,8 @@ class Networks:
             self.conditioning_scale,
         )
 
-    def _answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
+    def answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
+        """What a ControlNet injects there, and the frozen backbone's velocity with it."""
         residuals = self.residuals(controlnet, at, batch)
         text = batch.prompt_embeds, batch.pooled_prompt_embeds
         v = predict_velocity(self.backbone.transformer, at.noisy_latents, at.sigmas, *text, residuals)
@@ -125,12 +141,23 @@ class Networks:
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
-        return self._answer(self.student, at, batch)
+        return self.answer(self.student, at, batch)
 
     @torch.no_grad()
     def teacher_answer(self, at: Point, batch: Batch) -> Answer:
         """The same point and prompt, without a graph."""
-        return self._answer(self._require_teacher(), at, batch)
+        return self.answer(self._require_teacher(), at, batch)
+
+    @torch.no_grad()
+    def guided_velocity(self, at: Point, batch: Batch, scale: float) -> torch.Tensor:
+        """The teacher's velocity there with classifier-free guidance, (B,16,h,w) in fp32, without a graph."""
+        v = self.teacher_answer(at, batch).velocity.float()
+        if scale <= 1:
+            return v
+        assert batch.empty is not None
+        embeds, pooled = (each.expand(len(v), *each.shape[1:]) for each in batch.empty)
+        unprompted = batch._replace(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+        return flow.guided(v, self.teacher_answer(at, unprompted).velocity.float(), scale)
 
     @torch.no_grad()
     def teacher_residuals(self, at: Point, batch: Batch) -> list[torch.Tensor]:
@@ -240,8 +267,3 @@ class Distillation(Objective):
         output = terms.output and terms.output(forward, weights)  # asks the teacher, before there is a graph in memory
         features = self._features(forward, statistics)
         return combine(weights, terms.task and terms.task(forward, weights), output, features)
-
-
-def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:
-    """The objective that a recipe names."""
-    return Distillation(networks, KINDS[config.kind], config.weights, config.feature_normalisation == "layer")

@@ -16,7 +16,7 @@ import torch
 from refine_control.cache.building import refuse_sizes
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.reader import Cache
-from refine_control.config import DataConfig, Precision, Recipe, fingerprint, resolved_yaml
+from refine_control.config import DataConfig, ObjectiveConfig, Precision, Recipe, fingerprint, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CACHE, A_CONTROLNET, refuse_other_kind
 from refine_control.models.backbone import Backbone
@@ -34,8 +34,10 @@ from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_
 from refine_control.threads import torch_threads
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.checkpoint import refuse_other_run
-from refine_control.training.loop import fit
-from refine_control.training.objectives import Networks, make_objective
+from refine_control.training.few_step import FewStep
+from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
+from refine_control.training.loop import Objective, fit
+from refine_control.training.objectives import KINDS, Distillation, Networks
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
@@ -110,9 +112,11 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     """The batches of the roles that the objective learns from.
 
     Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
-    objective, training = recipe.objective, recipe.training
+    objective, training, teacher = recipe.objective, recipe.training, teacher_mark(networks.backbone)
     encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
     x0 = {LABELED: "latents", UNLABELED: "masked_latents" if objective.x0_source == "masked" else "completions"}
+    if objective.is_few_step and objective.x0_source == "teacher":
+        x0[LABELED] = "completions"
 
     def batches(role: str) -> CacheBatches:
         cache = _cache(recipe, role, networks, mark)
@@ -120,8 +124,10 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
             raise MissingError(
                 f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
             )
-        count = training.batch_size // len(objective.roles)
-        return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role])
+        if objective.is_few_step and x0[role] == "completions":
+            refuse_other_paths(cache, objective, teacher)
+        count, few = training.batch_size // len(objective.roles), objective.is_few_step
+        return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role], few_step=few)
 
     if len(objective.roles) == 1:
         return batches(objective.roles[0])
@@ -130,18 +136,50 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     return MixedBatches(batches(LABELED), batches(UNLABELED))
 
 
+def refuse_other_paths(cache: Cache, objective: ObjectiveConfig, teacher: str) -> None:
+    """Raises InvalidInputError where the completions of a cache are not those that an objective for few steps learns
+    from: of the teacher with this mark, at its guidance, unscaled, on even levels with enough knots."""
+    sampler, config = cache.manifest["completions"], objective.few_step
+    scale, knots = sampler["guidance_scale"], cache.manifest.get("path", 0)
+    again = "make the cache again with `refine-control cache --complete 8 --guidance {:g} --path {}`"
+    again = again.format(config.teacher_guidance, config.steps if objective.reads_paths else 1)
+    if cache.manifest["teacher"] != teacher:
+        raise InvalidInputError(f"the completions of {cache.folder} are of another teacher; {again} --teacher")
+    if scale != config.teacher_guidance:
+        why = f"guidance scale {scale:g} and objective.few_step.teacher_guidance is {config.teacher_guidance:g}"
+        raise InvalidInputError(f"the completions of {cache.folder} have {why}; {again}, or change the recipe")
+    if sampler["conditioning_scale"] != 1.0:
+        why = f"conditioning scale {sampler['conditioning_scale']:g} and training has 1"
+        raise InvalidInputError(f"the completions of {cache.folder} have {why}; {again}")
+    if objective.reads_paths and config.steps > 1 and (not knots or knots % config.steps):
+        why = f"paths of {knots} levels and objective.few_step.steps is {config.steps}, which must divide them"
+        raise InvalidInputError(f"{cache.folder} has {why}; {again}")
+
+
+def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:
+    """The objective that a recipe names."""
+    if config.is_few_step:
+        return FewStep(networks, config)
+    return Distillation(networks, KINDS[config.kind], config.weights, config.feature_normalisation == "layer")
+
+
+def asks_teacher(config: ObjectiveConfig) -> bool:
+    """Whether the teacher runs in training."""
+    return few_step_asks_teacher(config) if config.is_few_step else config.kind != "from_scratch"
+
+
 def prepare(recipe: Recipe, device: torch.device) -> Networks:
     """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
     teacher = load_controlnet(recipe.teacher) if recipe.teacher else None
     backbone = load_backbone(recipe.model, teacher)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     student = new_student(recipe, backbone)
-    teacher = backbone.pipeline.controlnet if recipe.objective.kind != "from_scratch" else None
+    teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
     if device.type == "cpu":
         use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
     for part in (backbone.transformer, student, *([teacher] if teacher is not None else [])):
         part.to(device)  # type: ignore[arg-type]
-    if recipe.training.validate_every:
+    if recipe.training.validate_every or recipe.objective.few_step.distance != "latent":
         backbone.vae.to(device)
     if recipe.data.prompts == "encode":
         for encoder in backbone.text_encoders:  # in fp32 whatever the precision, as `cache` runs them
