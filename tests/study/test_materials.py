@@ -11,7 +11,7 @@ from refine_control.miniature.scene_shards import build_scenes
 from refine_control.models.card import BUNDLE
 from refine_control.photos.shards import Shards
 from refine_control.records import LABELED, TEST, UNLABELED
-from refine_control.study.materials import Comparison, cache_folder, data_variant, prepare_data
+from refine_control.study.materials import Comparison, data_variant, prepare_data, row_caches
 from refine_control.study.plan import read_budget, read_rows
 from refine_control.study.reproduce import plan, reproduce
 from refine_control.study.runs import row_mark
@@ -86,7 +86,7 @@ def test_a_folder_gives_as_many_samples_as_the_budget_says(data, tmp_path):
     here = Comparison(BUDGET, tmp_path, data=data)
     assert len(here.test_photos()) == 3
     assert data_variant(here, ROWS["inherit"], UNLABELED).share == 0.5
-    assert cache_folder(here, ROWS["inherit"], UNLABELED, True).name == "unlabeled_50%_completed"
+    assert row_caches(here, ROWS["inherit"])["mini/inherit_stage2"][UNLABELED].name == "unlabeled_50%_completed"
     everything = replace(here, budget=BUDGET.model_copy(update=dict.fromkeys((LABELED, UNLABELED, TEST))))
     assert data_variant(everything, ROWS["inherit"], UNLABELED).share == 1
     assert len(everything.test_photos()) == 4

@@ -13,7 +13,7 @@ from refine_control.signals import interruptible
 
 bench_app = opt.make_app(help="Benchmarks of this machine.")
 Figure = Literal["table1", "table2", "table3", "figure2", "figure3"]
-Ablation = Literal["layers", "split", "init", "losses", "data", "prompts", "scarce", "parts"]
+Ablation = Literal["layers", "split", "init", "losses", "data", "prompts", "scarce", "parts", "steps", "codi"]
 
 
 @interruptible("nothing is written")
@@ -96,9 +96,10 @@ def reproduce(
     """Train and evaluate the missing rows of a table or figure, and write it with intervals."""
     from refine_control.study import reproduce as study
     from refine_control.study.materials import Comparison, results_name
-    from refine_control.study.plan import read_budget
+    from refine_control.study.plan import TARGETS, read_budget
 
-    name = budget or ("paper" if scale == "sd3" else "photos" if photos else "folder" if data else "tables")
+    usual = "photos" if photos else "folder" if data else TARGETS[target].budget
+    name = budget or ("paper" if scale == "sd3" else usual)
     kept = Path(results_name(scale, photos, data)) / name
     out, folder = out or "runs/reproduce" / kept, results / name if results else "results" / kept
     comparison = Comparison(read_budget(name, scale=scale), out, scale, model, teacher, photos, data, weights)

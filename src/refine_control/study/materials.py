@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,8 @@ from refine_control.study.variants import Variant, build_variant
 Bar = Callable[[str], Progress | None]
 """`bar(label)` -> progress callback."""
 SHARDS = "scenes"
+PATH_LEVELS = 8
+"""Of the paths that rows learn few steps from: each of the completions' steps."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,48 @@ def results_name(scale: Scale, photos: Path | None = None, data: Path | None = N
     return f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale
 
 
-def _stages_read(row: Row, budget: Budget) -> Iterable[tuple[str, bool]]:
-    """For each stage its training roles, and whether it reads the teacher's completions."""
-    for recipe in row_recipes(row, budget, 0).values():
-        for role in recipe.objective.roles:
-            yield role, role == UNLABELED and recipe.objective.x0_source == "teacher"
+class RowCache(NamedTuple):
+    """A cache that a stage of a row reads."""
+
+    role: str
+    variant: Variant
+    guidance: float | None = None
+    """Of the teacher's completions; None: it holds none."""
+    path: int = 0
+    """Levels of the completions' paths, as `cache.stored.Stored` has them."""
+
+    @property
+    def name(self) -> str:
+        """Its folder: `labeled_10%`, `unlabeled_completed`, `unlabeled_paths_3`."""
+        completed = "" if self.guidance is None else f"paths_{self.guidance:g}" if self.path else "completed"
+        return "_".join(word for word in (self.role, self.variant.name, completed) if word)
 
 
-def data_variant(comparison: Comparison, row: Row, role: str) -> Variant:
+def row_caches(comparison: Comparison, row: Row) -> dict[str, dict[str, RowCache]]:
+    """The caches of each stage of a row, by recipe name and role.
+
+    A row with an objective for few steps has one set of completions, which its stage 2 reads, too."""
+    recipes = row_recipes(row, comparison.budget, 0)
+    scales = [r.objective.few_step.teacher_guidance for r in recipes.values() if r.objective.is_few_step]
+    guidance, path = (scales[-1], PATH_LEVELS) if scales else (1.0, 0)
+    out: dict[str, dict[str, RowCache]] = {}
+    for name, recipe in recipes.items():
+        objective = recipe.objective
+        completed = [role for role in objective.roles if role == UNLABELED or objective.is_few_step]
+        completed = completed if objective.x0_source == "teacher" else []
+        out[name] = {
+            role: RowCache(role, data_variant(comparison, row, role, objective.is_few_step), *read)
+            for role in objective.roles
+            for read in [(guidance, path) if role in completed else (None, 0)]
+        }
+    return out
+
+
+def data_variant(comparison: Comparison, row: Row, role: str, few_step: bool = False) -> Variant:
     """How a row changes the data of a training role, with the share of samples that the budget allows."""
     data = row.data
     variant = Variant(data.labeled) if role == LABELED else Variant(data.unlabeled, data.prompts, data.blurred)
+    variant = variant._replace(share=variant.share * data.pairs) if few_step else variant
     most = {LABELED: comparison.budget.labeled, UNLABELED: comparison.budget.unlabeled}[role]
     if comparison.data and most:
         samples = open_manifest(comparison.data / role)["samples"]
@@ -134,10 +167,9 @@ def data_variant(comparison: Comparison, row: Row, role: str) -> Variant:
     return variant
 
 
-def cache_folder(comparison: Comparison, row: Row, role: str, completed: bool) -> Path:
-    """The folder of a row's cache: `cache/labeled_10%`, `cache/unlabeled_completed`."""
-    words = [role, data_variant(comparison, row, role).name, "completed" if completed else ""]
-    return comparison.out / "cache" / "_".join(word for word in words if word)
+def cache_path(comparison: Comparison, cache: RowCache) -> Path:
+    """Where a row's cache lies."""
+    return comparison.out / "cache" / cache.name
 
 
 def _build_shards(comparison: Comparison, bar: Bar) -> None:
@@ -164,21 +196,26 @@ def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
 
     Raises InvalidInputError if the data hold fewer samples than the budget or a row asks for."""
     _build_shards(comparison, bar)
-    caches = {
-        cache_folder(comparison, row, role, completed): (role, data_variant(comparison, row, role), completed)
-        for row in rows
-        for role, completed in _stages_read(row, comparison.budget)
-    }
+    caches = list(
+        dict.fromkeys(
+            cache for row in rows for stage in row_caches(comparison, row).values() for cache in stage.values()
+        )
+    )
     if not caches:
         return
-    backbone = comparison.backbone(cpu_kernels=True, painting=any(completed for *_, completed in caches.values()))
-    for folder, (role, variant, completed) in caches.items():
-        source = comparison.shards / role
-        if variant != Variant():
-            changed = comparison.out / "variants" / folder.name.removesuffix("_completed")
-            build_variant(source, changed, variant, bar(f"samples {changed.name}"))
+    painting = any(cache.guidance is not None for cache in caches)
+    backbone = comparison.backbone(cpu_kernels=True, painting=painting)
+    for cache in caches:
+        source = comparison.shards / cache.role
+        if cache.variant != Variant():
+            changed = comparison.out / "variants" / cache._replace(guidance=None).name
+            build_variant(source, changed, cache.variant, bar(f"samples {changed.name}"))
             source = changed
-        stored: dict[str, Any] = {"completions": completion_sampler() if completed else None}
+        stored: dict[str, Any] = {"completions": None, "path": cache.path}
+        if cache.guidance is not None:
+            stored["completions"] = completion_sampler(guidance=cache.guidance, even=cache.path > 0)
         if comparison.scale == "sd3":  # 2.3 MB a sample at 1024 px in place of 9
             stored |= {"dtype": torch.bfloat16, "prompts": "int8"}
-        build_cache(source, folder, backbone, **stored, progress=bar(f"cache {folder.name}"))
+        elif cache.path:
+            stored["dtype"] = torch.float16
+        build_cache(source, cache_path(comparison, cache), backbone, **stored, progress=bar(f"cache {cache.name}"))

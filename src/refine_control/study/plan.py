@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, ValidationError
 
-from refine_control.config import Precision, Recipe, Section, Seed
+from refine_control.config import Precision, Recipe, SamplerConfig, Section, Seed
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
 from refine_control.recipe_files import RECIPES, load_recipe
@@ -59,6 +59,43 @@ class RowData(Section):
         default="given", description="words of D_ssl: its own, `a SHAPE`, those of other samples, of whole pictures"
     )
     blurred: bool = Field(default=False, description="the pictures of D_ssl out of focus")
+    pairs: float = Field(default=1.0, gt=0, le=1, description="share of those samples that teach few steps")
+
+
+class Sampling(NamedTuple):
+    """How a row of a study of steps is sampled."""
+
+    steps: int
+    guided: bool
+    """At the budget's guidance; else without."""
+    stock: bool = False
+    """Noise levels as the scheduler spaces them; else even ones."""
+    stochastic: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.steps}{'g' * self.guided}{'s' * self.stock}{'n' * self.stochastic}"
+
+    @classmethod
+    def parse(cls, text: str) -> Sampling:
+        """Reads `4`, or with letters: `20g` guided, `4s` in stock's spacing, `4n` with fresh noise."""
+        return cls(int(text.rstrip("gsn")), "g" in text, "s" in text, "n" in text)
+
+    def apply(self, sampler: SamplerConfig) -> SamplerConfig:
+        """The sampler with these steps, guidance and noise levels."""
+        return sampler.model_copy(
+            update={
+                "num_inference_steps": self.steps,
+                "guidance_scale": sampler.guidance_scale if self.guided else 1.0,
+                "sigmas": "scheduler" if self.stock else "even",
+                "stochastic": self.stochastic,
+            }
+        )
+
+    def describe(self) -> str:
+        """`4 steps, guided`."""
+        words = [f"{self.steps} step{'s' * (self.steps > 1)}", "guided" * self.guided]
+        words += ["stock's spacing" * self.stock, "fresh noise" * self.stochastic]
+        return ", ".join(filter(None, words))
 
 
 class Row(Section):
@@ -80,7 +117,24 @@ class Row(Section):
     )
     seeds: int | None = Field(default=None, ge=1, description="at most so many training seeds; null is the budget's")
     injection: Injection = Field(default="exact", description="of the evaluation")
+    samplings: list[Annotated[str, Field(pattern=r"^[1-9]\d*g?s?n?$")]] = Field(
+        default=[],
+        description="ways to sample what was trained, each a row KEY@WAY of its own: 4, 20g (guided), 4s (spaced as "
+        "the scheduler does), 4n (fresh noise)",
+    )
+    sampling: Sampling | None = Field(default=None, exclude=True, description="of a row KEY@WAY")
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers")
+
+    def ways(self, key: str) -> dict[str, Row]:
+        """The rows that are measured, by key: the row itself, or one for each of its `samplings`."""
+        if not self.samplings:
+            return {key: self}
+        out = {}
+        for text in self.samplings:
+            way = Sampling.parse(text)
+            title = f"{self.title}, {way.describe()}"
+            out[f"{key}@{text}"] = self.model_copy(update={"sampling": way, "samplings": [], "title": title})
+        return out
 
 
 _Kind = TypeVar("_Kind", bound=Section)
@@ -104,15 +158,23 @@ def read_budget(name: str, steps: int | None = None, scale: Scale = "mini") -> B
 
 def read_rows(scale: Scale = "mini") -> dict[str, Row]:
     """The rows of a scale by key, in the order of the tables."""
-    return dict(_read(RECIPES / scale / "rows.yaml", Row))
+    rows = _read(RECIPES / scale / "rows.yaml", Row)
+    return {name: each for key, row in rows.items() for name, each in row.ways(key).items()}
+
+
+def trained_key(key: str) -> str:
+    """The row whose training a row KEY@WAY measures."""
+    return key.partition("@")[0]
 
 
 def stage_steps(row: Row, steps: int) -> dict[str, int]:
-    """Updates of each stage: the shares of `steps`, at least one each; the last stage takes the remainder."""
-    names, spent = list(row.stages), 0
+    """Updates of each stage: the shares of `steps`, at least one each; the last stage takes the remainder.
+
+    The shares of a row that is compared at equal network calls, in place of steps, add up to more or less than 1."""
+    names, spent, total = list(row.stages), 0, round(steps * sum(row.stages.values()))
     out = {}
     for name in names:
-        out[name] = steps - spent if name == names[-1] else max(1, int(steps * row.stages[name]))
+        out[name] = total - spent if name == names[-1] else max(1, int(steps * row.stages[name]))
         spent += out[name]
     return out
 
@@ -124,11 +186,15 @@ def row_recipes(row: Row, budget: Budget, seed: int) -> dict[str, Recipe]:
         "training.precision": budget.precision,
         "training.seed": seed,
     }
-    common |= row.settings
-    return {
-        name: load_recipe(name, [f"training.steps={steps}", *(f"{key}={value}" for key, value in common.items())])
-        for name, steps in stage_steps(row, budget.steps).items()
-    }
+    few_step = [name for name in row.stages if load_recipe(name).objective.is_few_step]
+
+    def settings(name: str, steps: int) -> list[str]:
+        """Settings of the objective are those of the stage for few steps, where there is one."""
+        of_row = {k: v for k, v in row.settings.items() if not (few_step and k.startswith("objective."))}
+        of_row = row.settings if name in few_step else of_row
+        return [f"training.steps={steps}", *(f"{key}={value}" for key, value in {**common, **of_row}.items())]
+
+    return {name: load_recipe(name, settings(name, steps)) for name, steps in stage_steps(row, budget.steps).items()}
 
 
 def row_seeds(row: Row, seeds: Sequence[int]) -> Sequence[int]:
@@ -146,6 +212,10 @@ class Target(NamedTuple):
     """FIGURE2 or FIGURE3, whose rows are those of the study of this name."""
     against: str = ""
     """The anchor row of its tables; empty for that of the scale."""
+    budget: str = "tables"
+    """Of rendered scenes, where nobody names one."""
+    baseline: bool = True
+    """Whether Student_fc stands in its tables, for shares of the gap."""
 
 
 TARGETS = {
@@ -162,6 +232,8 @@ TARGETS = {
     "prompts": Target("Prompts of stage 2", studies=("prompts",)),
     "scarce": Target("Table 3 with ten labelled scenes", studies=("scarce",), against="labeled_1"),
     "parts": Target("Table 3 of the balanced recipe", studies=("parts",), against="balanced"),
+    "steps": Target("Few steps", studies=("steps",), against="edge@4", budget="steps", baseline=False),
+    "codi": Target("Ablation of CoDi", studies=("codi",), against="codi@4", budget="steps", baseline=False),
     "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), figure=FIGURE2),
 }
 """By the word of the command line."""
@@ -180,7 +252,7 @@ def anchor_row(target: Target, named: Sequence[str] = (), against: str | None = 
 
 
 def _untrained(named: Sequence[str], rows: Mapping[str, Row]) -> bool:
-    return bool(named) and not any(rows[key].stages for key in named if key in rows)
+    return bool(named) and not any(row.stages for key, row in rows.items() if {key, trained_key(key)} & set(named))
 
 
 def select_rows(
@@ -195,11 +267,16 @@ def select_rows(
         if not any(study in row.studies for row in rows.values()):
             raise InvalidInputError(f"there are no rows of {study} at the scale {scale}; write them into its rows.yaml")
     anchor = anchor_row(target, named, against, scale)
-    unknown = sorted({*named, anchor} - set(rows))
+    keys = dict.fromkeys([*map(trained_key, rows), *rows])
+    unknown = sorted({*named, anchor} - set(keys))
     if unknown:
-        raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(rows)}")
-    chosen = {TEACHER, anchor, *named} | (set() if _untrained(named, rows) else {BASELINE})
-    return {k: r for k, r in rows.items() if k in chosen or (not named and _belongs(r, target))}
+        raise InvalidInputError(f"there is no row {unknown[0]}; the rows are {', '.join(keys)}")
+    chosen = {TEACHER, anchor, *named} | ({BASELINE} if target.baseline and not _untrained(named, rows) else set())
+    return {
+        key: row
+        for key, row in rows.items()
+        if {key, trained_key(key)} & chosen or (not named and _belongs(row, target))
+    }
 
 
 def _belongs(row: Row, target: Target) -> bool:

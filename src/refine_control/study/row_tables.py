@@ -269,7 +269,7 @@ def findings(summary: Summary, rows: Mapping[str, Row], against: str, budget: Bu
     recipes = {key: list(row_recipes(rows[key], budget, 0).values()) for key in summary.models}
     out = []
     for key in summary.models:
-        if (minus := summary.minus(TEACHER, key)) and recipes[key]:
+        if (minus := summary.minus(TEACHER, key)) and recipes[key] and rows[key].sampling is None:
             out += signatures(rows[key].title, minus, recipes[key])
     staged = summary.minus("sl", against) if rows[against].reference else None
     return advised_once(out) + (stage_signature(staged, recipes[against]) if staged else [])

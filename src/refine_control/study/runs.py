@@ -27,12 +27,12 @@ from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
 from refine_control.models.loading import load_controlnet
 from refine_control.progress import Progress
-from refine_control.records import UNLABELED, Photo
+from refine_control.records import Photo
 from refine_control.study.compare import Result, compare
 from refine_control.study.feature_metrics import NETWORK_METRICS, FeatureNetworks, load_networks, not_computed
-from refine_control.study.materials import Bar, Comparison, cache_folder, prepare_data
+from refine_control.study.materials import Bar, Comparison, cache_path, prepare_data, row_caches
 from refine_control.study.model_cost import counted_cost
-from refine_control.study.plan import TABLES, Budget, Row, row_recipes, row_seeds
+from refine_control.study.plan import TABLES, Budget, Row, row_recipes, row_seeds, trained_key
 from refine_control.study.row_results import NUMERICS, RowFacts, RowResult, read_row, save_pictures, write_row
 from refine_control.threads import torch_threads, usable_cpus
 from refine_control.training.run import train
@@ -44,14 +44,15 @@ changes raise `row_results.NUMERICS`."""
 
 
 def make_sampler(budget: Budget, row: Row | None = None) -> SamplerConfig:
-    """The sampler of every row of a comparison; the row sets the injection."""
-    return SamplerConfig(
+    """The sampler of every row of a comparison; the row sets the injection and, in a study of steps, the sampling."""
+    sampler = SamplerConfig(
         num_inference_steps=budget.num_inference_steps,
         guidance_scale=budget.guidance_scale,
         conditioning_scale=budget.conditioning_scale,
         precision=budget.precision,
         injection=row.injection if row else "exact",
     )
+    return sampler if row is None or row.sampling is None else row.sampling.apply(sampler)
 
 
 def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES) -> str:
@@ -64,6 +65,7 @@ def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES
     parts += [row.baseline] if row.baseline else []
     changed = row.data.model_dump(exclude_defaults=True)
     parts += [changed] if changed else []
+    parts += [str(row.sampling)] if row.sampling else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,15 +100,11 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
     out = comparison.out
     model, teacher = comparison.names
     stages: dict[str, Path] = {}
-    student, seconds = None, 0.0
+    student, seconds, read = None, 0.0, row_caches(comparison, row)
     for name, recipe in row_recipes(row, comparison.budget, seed).items():
         stage = name.rpartition("/")[2]
-        run_dir = out / f"{key}-{seed}" / stage
-        completed = recipe.objective.x0_source == "teacher"
-        caches = {
-            role: str(cache_folder(comparison, row, role, completed and role == UNLABELED))
-            for role in recipe.objective.roles
-        }
+        run_dir = out / f"{trained_key(key)}-{seed}" / stage
+        caches = {role: str(cache_path(comparison, cache)) for role, cache in read[name].items()}
         changed: dict[str, object] = {"model": model, "teacher": teacher, "data": recipe.data.model_dump() | caches}
         changed |= {"init_from": str(student)} if student else {}
         recipe = Recipe.model_validate({**recipe.model_dump(), **changed})
@@ -211,12 +209,13 @@ class Task(NamedTuple):
     measure: Measure
 
 
-def _run(task: Task, bar: Bar | None = None) -> Task:
-    """Trains, evaluates and writes one result."""
-    with torch_threads(task.threads):
-        result = task.measure(task.key, task.row, task.comparison, task.seed, bar or (lambda label: None))
-    write_row(result, task.path)
-    return task
+def _run(tasks: Sequence[Task], bar: Bar | None = None) -> Sequence[Task]:
+    """Trains, evaluates and writes results one after the other: rows of one training, or a single one."""
+    for task in tasks:
+        with torch_threads(task.threads):
+            result = task.measure(task.key, task.row, task.comparison, task.seed, bar or (lambda label: None))
+        write_row(result, task.path)
+    return tasks
 
 
 def collect(
@@ -244,10 +243,15 @@ def collect(
     if missing:
         prepare_data(comparison, [task.row for task in missing], bar)
         progress: Any = bar("rows")
+        groups: dict[tuple[str, int], list[Task]] = {}
+        for task in missing:
+            groups.setdefault((trained_key(task.key), task.seed), []).append(task)
+        done = 0
         with worker_processes(workers) as in_order:
-            for done, task in enumerate(in_order(_run if workers > 1 else partial(_run, bar=bar), missing), 1):
+            for group in in_order(_run if workers > 1 else partial(_run, bar=bar), list(groups.values())):
+                done += len(group)
                 if progress:
-                    progress(done, len(missing), f"{task.key}-{task.seed}")
+                    progress(done, len(missing), f"{group[-1].key}-{group[-1].seed}")
     results_by_key: dict[str, list[RowResult]] = {key: [] for key in rows}
     for task in tasks:
         result = read_row(task.path)  # rounded, as every later reader gets it

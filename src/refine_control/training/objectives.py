@@ -106,7 +106,10 @@ class Networks:
         dtype: torch.dtype = torch.float32,
         sigmas: SigmaConfig | None = None,
         conditioning_scale: float = 1.0,
+        teacher_mark: str = "",
     ):
+        self.teacher_mark = teacher_mark
+        """Of the exact weights of backbone and teacher, as caches of completions state it."""
         self.backbone, self.teacher, self.student = backbone, teacher, student
         self.trainable = compute_in(student, dtype, trainable_parameters(student))
         backbone.transformer.to(dtype).requires_grad_(False)

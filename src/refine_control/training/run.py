@@ -112,7 +112,7 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     """The batches of the roles that the objective learns from.
 
     Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
-    objective, training, teacher = recipe.objective, recipe.training, teacher_mark(networks.backbone)
+    objective, training = recipe.objective, recipe.training
     encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
     x0 = {LABELED: "latents", UNLABELED: "masked_latents" if objective.x0_source == "masked" else "completions"}
     if objective.is_few_step and objective.x0_source == "teacher":
@@ -125,7 +125,7 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
                 f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
             )
         if objective.is_few_step and x0[role] == "completions":
-            refuse_other_paths(cache, objective, teacher)
+            refuse_other_paths(cache, objective, networks.teacher_mark)
         count, few = training.batch_size // len(objective.roles), objective.is_few_step
         return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role], few_step=few)
 
@@ -174,6 +174,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Networks:
     backbone = load_backbone(recipe.model, teacher)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     student = new_student(recipe, backbone)
+    exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
     teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
     if device.type == "cpu":
         use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
@@ -191,8 +192,8 @@ def prepare(recipe: Recipe, device: torch.device) -> Networks:
         for part in (backbone.transformer, backbone.pipeline.controlnet, student):
             for block in part.transformer_blocks:
                 block.compile()
-    scale = recipe.training.conditioning_scale
-    return Networks(backbone, teacher, student, dtype=dtype, sigmas=recipe.sigmas, conditioning_scale=scale)
+    options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
+    return Networks(backbone, teacher, student, dtype=dtype, teacher_mark=exact, **options)
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
