@@ -36,6 +36,8 @@ TERMS = {
     "task_loss": "Task loss, Eq. 3",
     "output_loss": "Output loss, Eq. 4",
     "feature_loss": "Feature loss, Eq. 5",
+    "data_loss": "Data loss, few steps",
+    "consistency_loss": "Consistency loss, few steps",
 }
 
 

@@ -35,7 +35,9 @@ Bar = Callable[[str], Progress | None]
 """`bar(label)` -> progress callback."""
 SHARDS = "scenes"
 PATH_LEVELS = 8
-"""Of the paths that rows learn few steps from: each of the completions' steps."""
+"""Of the paths that rows learn few steps from."""
+PATH_STEPS = {"mini": 8, "sd3": 24}
+"""Of the teacher along them."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
             source = changed
         stored: dict[str, Any] = {"completions": None, "path": cache.path}
         if cache.guidance is not None:
-            stored["completions"] = completion_sampler(guidance=cache.guidance, even=cache.path > 0)
+            steps = {"steps": PATH_STEPS[comparison.scale]} if cache.path else {}
+            stored["completions"] = completion_sampler(guidance=cache.guidance, even=cache.path > 0, **steps)
         if comparison.scale == "sd3":  # 2.3 MB a sample at 1024 px in place of 9
             stored |= {"dtype": torch.bfloat16, "prompts": "int8"}
         elif cache.path:

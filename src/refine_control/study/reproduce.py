@@ -38,12 +38,14 @@ from refine_control.study.plan import (
     measured_rows,
     row_recipes,
     row_seeds,
+    trained_key,
 )
 from refine_control.study.report import ReportData, command_line, publish
 from refine_control.study.row_results import RowResult, read_pictures, read_row, save_pictures
 from refine_control.study.row_tables import cost_curves, findings, row_tables
 from refine_control.study.runs import collect, finished, make_sampler, row_mark, row_model, train_row
 from refine_control.study.signatures import prompt_signature
+from refine_control.study.step_tables import step_curves, step_tables
 from refine_control.study.summary import rows_json, summarise_rows
 from refine_control.study.tables import Table
 
@@ -189,13 +191,15 @@ def _add_tables(contents: _Contents, title: str, rows: Mapping[str, Row], agains
     results = request.collect(rows)
     summary = summarise_rows(results, against)
     contents.summary |= rows_json(summary, against)
+    contents.tables += step_tables(summary, rows, comparison.budget)
     contents.tables += row_tables(summary, rows, against, comparison, title, _bounds(comparison))
     contents.marks += [
         f"{key}, seed {r.seed}: {r.mark[:16]}, {r.facts.machine}" for key, each in results.items() for r in each
     ]
     contents.absent += absent.values()
     contents.sentences += [*absent.values(), *findings(summary, rows, against, comparison.budget)]
-    contents.curves += [*cost_curves(summary, rows), *_loss_curves(rows, against, comparison, seeds)]
+    contents.curves += [*step_curves(summary, rows, comparison.budget), *cost_curves(summary, rows)]
+    contents.curves += _loss_curves(rows, against, comparison, seeds)
     contents.grids |= _figure3(rows, comparison, seeds[0])
 
 
@@ -203,8 +207,8 @@ def _loss_curves(rows: Mapping[str, Row], against: str, comparison: Comparison, 
     """Of the rows that were trained in `out`: every term, and of the row `against` layers and seeds."""
 
     def runs(key: str, seed: int) -> dict[str, Path]:
-        stages = [name.rpartition("/")[2] for name in rows[key].stages]
-        return {f"{key} {stage}": comparison.out / f"{key}-{seed}" / stage for stage in stages}
+        stages, trained = [name.rpartition("/")[2] for name in rows[key].stages], trained_key(key)
+        return {f"{trained} {stage}": comparison.out / f"{trained}-{seed}" / stage for stage in stages}
 
     out = term_curves({name: run for key in rows for name, run in runs(key, seeds[0]).items()})
     for name, run in runs(against, seeds[0]).items():
