@@ -152,6 +152,16 @@ class ObjectiveConfig(Section):
             raise ValueError(f"x0_source truth is for objectives of few steps; kind {self.kind} knows its own")
         return self
 
+    @model_validator(mode="after")
+    def _learns(self) -> ObjectiveConfig:
+        few, terms = self.few_step, {"windows": "data_weight", "guidance": "data_weight", "phases": "consistency"}
+        names = [terms[self.kind]] if self.kind in terms else ["data_weight", "consistency"]
+        if self.is_few_step and not any(getattr(few, name) for name in names):
+            raise ValueError(f"kind {self.kind} has no loss where few_step.{' and '.join(names)} is 0; raise it")
+        if self.kind == "end_points" and few.points == "path" and few.steps > 1 and not few.first:
+            raise ValueError("kind end_points begins at pure noise in a share of few_step.first, which is 0; raise it")
+        return self
+
     @property
     def roles(self) -> tuple[Literal["labeled", "unlabeled"], ...]:
         """The data sets that it learns from, as `DataConfig` names them."""

@@ -42,6 +42,8 @@ from refine_control.storage import MANIFEST, check_output_folder, only_writer, r
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 logger = logging.getLogger(__name__)
+Note = Callable[[str], object]
+"""Called once with what completions cost, before any work is done."""
 
 
 def completion_sampler(steps: int = 8, guidance: float = 1.0, even: bool = False) -> SamplerConfig:
@@ -81,18 +83,19 @@ def write_cache(
     *,
     source: Mapping[str, str],
     progress: Progress | None = None,
+    note: Note = logger.info,
     **stored: Any,
 ) -> bool:
     """Encodes photos into `out`, replacing an older cache only when all is done; continues a killed run.
 
     False when `out` already is this cache. `stored` are fields of `Stored`. The role `unlabeled` stores no latents of
     the picture, only of the picture without its hole. Raises ValueError for an unknown role, InvalidInputError for an
-    empty source and for sizes that the model has no positions for."""
+    empty source, for sizes that the model has no positions for, and what `Stored.check` raises."""
     if role not in ROLES:
         raise ValueError(f"role is one of {ROLES}, not {role!r}")
     if not len(photos):
         raise InvalidInputError(f"nothing to cache for the role {role}; the source holds no sample")
-    options, factor = Stored(**stored), backbone.pipeline.vae_scale_factor
+    options, factor = Stored(**stored).check(), backbone.pipeline.vae_scale_factor
     by_size = grouped((height // factor, width // factor) for height, width in sizes_of(photos))
     refuse_sizes(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
@@ -112,6 +115,8 @@ def write_cache(
         logger.warning("samples of %d pixels for a model of %d: build them with --size %d", longest, side, side)
     order = array("q", chain.from_iterable(by_size.values()))
     writer = CacheWriter(out, described, groups, progress)
+    if options.completions is not None:
+        note(completions_cost(writer, backbone, options.completions, options))
     write_pictures(writer, lambda row: photos[order[row]], backbone, role, options)
     prompt_facts = write_prompts(writer, backbone, options)
     if options.completions is not None:
@@ -134,17 +139,22 @@ def path_noise(shape: Sequence[int], rows: Sequence[int], seed: int) -> torch.Te
     return slot_normals(shape, rows, seed, "completion")
 
 
+def completions_cost(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> str:
+    """What is left of a cache's completions: samples, calls of the networks (two a step with guidance) and GB."""
+    done, count = writer.state.done.get("completions", 0), sum(map(len, writer.groups.values()))
+    left = {size: range(max(rows.start, done), rows.stop) for size, rows in writer.groups.items()}
+    calls = (count - done) * sampler.num_inference_steps * (2 if sampler.guidance_scale > 1 else 1)
+    numbers = sum(len(rows) * math.prod(size) for size, rows in left.items()) * max(1, stored.path)
+    size = numbers * backbone.transformer.config["in_channels"] * stored.dtype.itemsize / 1e9
+    samples = f"{count} samples" if not done else f"{count - done} of {count} samples remain"
+    return f"completions: {samples}, {calls} calls of the ControlNet and the transformer, {size:.2g} GB"
+
+
 @torch.no_grad()
 def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> None:
     """The teacher's completion of every sample and, with `stored.path`, its way there below pure noise, (N,K-1,16,h,w).
 
     The noise of a sample is `path_noise`."""
-    count = sum(map(len, writer.groups.values()))
-    calls = count * sampler.num_inference_steps * (2 if sampler.guidance_scale > 1 else 1)
-    size = sum(len(rows) * math.prod(each) for each, rows in writer.groups.items()) * max(1, stored.path)
-    channels, each = backbone.transformer.config["in_channels"], torch.empty(0, dtype=stored.dtype).element_size()
-    text = "completions: %d samples of %d steps, %d calls of the ControlNet and the transformer, %.2f GB"
-    logger.info(text, count, sampler.num_inference_steps, calls, size * channels * each / 1e9)
     memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
     factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
@@ -196,26 +206,23 @@ def cache_folder(
     path: int = 0,
     posterior: Posterior = "mean",
     progress: Progress | None = None,
+    note: Note = logger.info,
 ) -> bool:
     """`build_cache` with the model of this name, and completions of `complete` steps by `teacher` or its own.
 
-    Folders are checked before the model is loaded. Raises what `build_cache` and the loaders raise, and
-    InvalidInputError for a `path` that does not divide `complete`."""
+    Folders and options are checked before the model is loaded. Raises what `build_cache` and the loaders raise."""
     check_folders(source, out)
-    if path and (not complete or complete % path):
-        raise InvalidInputError(f"a path of {path} levels needs a multiple of so many steps; --complete is {complete}")
     sampler = completion_sampler(complete, guidance, even=path > 0) if complete else None
-    painting = sampler is not None
+    stored, painting = Stored(_DTYPES[dtype], prompts, sampler, path, posterior).check(), sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
-    stored = Stored(_DTYPES[dtype], prompts, sampler, path, posterior)
-    return build_cache(source, out, backbone, progress, **stored._asdict())
+    return build_cache(source, out, backbone, progress, note=note, **stored._asdict())
 
 
 def build_cache(source: Path, out: Path, backbone: Backbone, progress: Progress | None = None, **stored: Any) -> bool:
     """Shards of one role -> a cache in `out`. False when `out` already is the cache of these shards and this model.
 
-    `stored` are fields of `Stored`. Raises as `check_folders` and `write_cache`."""
+    `stored` are fields of `Stored`, and `note`. Raises as `check_folders` and `write_cache`."""
     check_folders(source, out)
     shards = Shards(source)
     options = {"source": {"shards": sha256_file(source / MANIFEST)}, "progress": progress, **stored}

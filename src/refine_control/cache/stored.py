@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from refine_control.config import SamplerConfig
+from refine_control.errors import InvalidInputError
 from refine_control.photos.buckets import Size
 
 SAMPLES = "samples.jsonl"
@@ -42,6 +43,15 @@ class Stored(NamedTuple):
     function of the row); 0 keeps the completion alone. A divisor of the sampler's steps."""
     posterior: Posterior = "mean"
     """mean_std: the standard deviation of the VAE's posterior, too, from which training draws its latents."""
+
+    def check(self) -> Stored:
+        """Itself. Raises InvalidInputError for a path whose levels are not among those of the sampler's steps."""
+        steps = self.completions.num_inference_steps if self.completions else 0
+        if self.path and (not steps or steps % self.path):
+            raise InvalidInputError(f"--path {self.path} does not divide --complete {steps}; make it a divisor")
+        if self.path and self.completions and self.completions.sigmas != "even":
+            raise InvalidInputError("a path is kept at even noise levels; set sigmas of the completions to even")
+        return self
 
     def described(self) -> dict[str, object]:
         """The fields of the manifest. What older caches do not have is left out where it has its default."""

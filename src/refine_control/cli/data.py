@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -295,4 +296,6 @@ def cache(
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     from refine_control.cache.building import cache_folder
 
-    show({"cache": out, "made": cache_folder(shards, out, progress=progress_bar("cache"), **options)}, as_json)
+    note = partial(typer.echo, err=True)
+    written = cache_folder(shards, out, progress=progress_bar("cache"), note=note, **options)
+    show({"cache": out, "made": written}, as_json)

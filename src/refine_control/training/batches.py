@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class CacheBatches(Batches):
         encode: makes the prompt embeddings that a cache without them lacks.
         x0: the array of clean latents: `latents`, the ground truth of D_sl; `masked_latents` or the teacher's
             `completions` for D_ssl.
-        few_step: adds what objectives for few steps read: the empty prompt and, of completions, their noise and path.
+        adds: fields of `Batch` that objectives for few steps read: the `empty` prompt; of completions `noise`, `path`.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class CacheBatches(Batches):
         encode: Encode | None = None,
         *,
         x0: str = "latents",
-        few_step: bool = False,
+        adds: Collection[str] = (),
     ):
         self.cache, self.prompt_dropout, self.device, self.encode = cache, prompt_dropout, device, encode
-        self.x0, self.order, self.few_step = x0, Order(cache.groups, batch_size), few_step
+        self.x0, self.order, self.adds = x0, Order(cache.groups, batch_size), adds
 
     def batch(self, draw: Draw, turn: Turn | None = None) -> Batch:
         """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
@@ -52,16 +52,12 @@ class CacheBatches(Batches):
         masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
         clean, num_labeled = self._clean(rows, draw), len(rows) if self.x0 == "latents" else 0
         batch = Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
-        return self._with_path(batch, rows) if self.few_step else batch
-
-    def _with_path(self, batch: Batch, rows: np.ndarray) -> Batch:
-        """The batch with the empty prompt and, of completions, their noise and path."""
-        batch = batch._replace(empty=self._embedded(np.zeros(1, int)))
-        if self.x0 != "completions":
-            return batch
-        noise = path_noise(batch.latents.shape[1:], rows.tolist(), self.cache.manifest["completions"]["seed"])
-        path = self._take("path", rows) if self.cache.has("path") else None
-        return batch._replace(noise=noise.to(self.device), path=path)
+        if "empty" in self.adds:
+            batch = batch._replace(empty=self._embedded(np.zeros(1, int)))
+        if "noise" in self.adds:
+            noise = path_noise(clean.shape[1:], rows.tolist(), self.cache.manifest["completions"]["seed"])
+            batch = batch._replace(noise=noise.to(self.device))
+        return batch._replace(path=self._take("path", rows)) if "path" in self.adds else batch
 
     def not_finite(self, draw: Draw, turn: Turn | None = None) -> list[str]:
         """Keys of the samples of `draw.slots` whose latents, mask or prompt embeddings are not all finite."""

@@ -78,12 +78,15 @@ class FewStep(Objective):
         """Sigmas of levels, (B,)."""
         return flow.shift_sigmas(levels, self.networks.shift)
 
-    def levels(self, draw: Draw, latents: torch.Tensor) -> torch.Tensor:
-        """Uniform levels in (0, 1], one a sample or one for the whole batch; a share of `first` at 1."""
+    def uniforms(self, draw: Draw, purpose: str, latents: torch.Tensor) -> torch.Tensor:
+        """(B,) in [0, 1): one a sample or, with `shared_level`, one for the whole batch."""
         slots = [0] * len(draw.slots) if self.config.shared_level else draw.slots
-        drawn = 1 - draw._replace(slots=slots).uniforms("levels")
-        first = draw._replace(slots=slots).uniforms("first") < self.config.first
-        return torch.where(first, 1.0, drawn).to(latents.device)
+        return draw._replace(slots=slots).uniforms(purpose).to(latents.device)
+
+    def levels(self, draw: Draw, latents: torch.Tensor) -> torch.Tensor:
+        """Uniform levels in (0, 1], a share of `first` at 1."""
+        first = self.uniforms(draw, "first", latents) < self.config.first
+        return torch.where(first, 1.0, 1 - self.uniforms(draw, "levels", latents))
 
     def point(self, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> Point:
         """x_t of latents and noise (B,16,h,w)."""
@@ -171,7 +174,7 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
         knots, apart = config.steps, _knots(batch) // config.steps
         number = torch.where(levels == 1, 0, ((1 - levels) * (knots - 1)).long() + 1).clamp_max(knots - 1)
         levels = 1 - number / knots
-        points = torch.stack([batch.noise, *(batch.path if batch.path is not None else batch.noise[:, None]).unbind(1)])
+        points = torch.stack(_points(batch))
         x = points[number * apart, torch.arange(len(levels))]
         at = Point(x, batch.noise, objective.shifted(levels), flow.velocity(batch.latents, batch.noise))
     else:
@@ -194,6 +197,12 @@ def _knots(batch: Batch) -> int:
     return 1 if batch.path is None else batch.path.shape[1] + 1
 
 
+def _points(batch: Batch) -> list[torch.Tensor]:
+    """The K + 1 points of the teacher's path from noise to x0*, (B,16,h,w) each."""
+    assert batch.noise is not None
+    return [batch.noise, *(() if batch.path is None else batch.path.unbind(1)), batch.latents]
+
+
 def _rolled_out(objective: FewStep, batch: Batch, draw: Draw, at: Point) -> Point:
     """A share of the points moved off the teacher's path: x_t = (1 - t) x + t eps with x between the target network's
     one-step answer and x0*, uniformly, as the refined answers of a sampler lie."""
@@ -213,17 +222,16 @@ def _rolled_out(objective: FewStep, batch: Batch, draw: Draw, at: Point) -> Poin
 
 
 def windows(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
-    """E ||v(x_t, t) - (x_a - x_b) / (t_a - t_b)||^2 on the chords of the teacher's path in n windows, t_a > t >= t_b.
+    """E ||v(x_t, t) - (x_a - x_b) / (t_a - t_b)||^2 on the chords of the teacher's path in n windows, t_a >= t > t_b.
 
     A share of `first` lies at the beginning of its window, where a sampler of n steps asks."""
     assert batch.noise is not None
     config = objective.config
     count, apart = config.steps, _knots(batch) // config.steps
-    number = (draw.uniforms("windows") * count).long().clamp_max(count - 1).to(batch.latents.device)
+    number = (objective.uniforms(draw, "windows", batch.latents) * count).long().clamp_max(count - 1)
     part = objective.levels(draw, batch.latents)
     first, last = 1 - number / count, 1 - (number + 1) / count
-    path = [] if batch.path is None else batch.path.unbind(1)
-    points, rows = torch.stack([batch.noise, *path, batch.latents]), torch.arange(len(number))
+    points, rows = torch.stack(_points(batch)), torch.arange(len(number))
     start, end = points[number * apart, rows], points[(number + 1) * apart, rows]
     t_start, t_end = objective.shifted(first), objective.shifted(last)
     sigmas = objective.shifted(last + part * (first - last))
@@ -274,5 +282,17 @@ def needs_target(config: ObjectiveConfig) -> bool:
 
 def asks_teacher(config: ObjectiveConfig) -> bool:
     """Whether an objective for few steps asks the frozen teacher in training, beside what the cache holds."""
-    consistent = config.kind == "phases" or needs_target(config)
-    return config.kind == "guidance" or (consistent and config.few_step.ode == "frozen")
+    few = config.few_step
+    consistent = config.kind == "phases" or (config.kind in ("codi", "end_points") and few.consistency > 0)
+    return config.kind == "guidance" or (consistent and few.ode == "frozen")
+
+
+def fields_read(config: ObjectiveConfig) -> frozenset[str]:
+    """Fields of `Batch` that an objective reads beside those that every batch has; of the older objectives none."""
+    few = config.few_step
+    reads = {
+        "noise": config.kind in ("end_points", "windows"),
+        "path": config.reads_paths and few.steps > 1,
+        "empty": config.is_few_step and asks_teacher(config) and few.teacher_guidance > 1,
+    }
+    return frozenset(name for name, read in reads.items() if read)

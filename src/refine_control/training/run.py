@@ -34,7 +34,7 @@ from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_
 from refine_control.threads import torch_threads
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.checkpoint import refuse_other_run
-from refine_control.training.few_step import FewStep
+from refine_control.training.few_step import FewStep, fields_read
 from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
 from refine_control.training.loop import Objective, fit
 from refine_control.training.objectives import KINDS, Distillation, Networks
@@ -121,13 +121,11 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     def batches(role: str) -> CacheBatches:
         cache = _cache(recipe, role, networks, mark)
         if not cache.has(x0[role]):
-            raise MissingError(
-                f"{cache.folder} has no teacher completions; make them with `refine-control cache --complete 8`"
-            )
+            raise MissingError(f"{cache.folder} has no teacher completions; make them with {_completing(objective)}")
         if objective.is_few_step and x0[role] == "completions":
-            refuse_other_paths(cache, objective, networks.teacher_mark)
-        count, few = training.batch_size // len(objective.roles), objective.is_few_step
-        return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role], few_step=few)
+            refuse_other_paths(cache, objective, networks)
+        count, adds = training.batch_size // len(objective.roles), fields_read(objective)
+        return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role], adds=adds)
 
     if len(objective.roles) == 1:
         return batches(objective.roles[0])
@@ -136,15 +134,27 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     return MixedBatches(batches(LABELED), batches(UNLABELED))
 
 
-def refuse_other_paths(cache: Cache, objective: ObjectiveConfig, teacher: str) -> None:
+def _completing(objective: ObjectiveConfig) -> str:
+    """The command that makes the completions that an objective learns from."""
+    few = objective.few_step
+    if not objective.is_few_step:
+        return "`refine-control cache --complete 8`"
+    path = few.steps if objective.reads_paths else 1
+    steps = path * math.ceil(8 / path)  # at least 8, and a multiple of the path's
+    return f"`refine-control cache --complete {steps} --guidance {few.teacher_guidance:g} --path {path}`"
+
+
+def refuse_other_paths(cache: Cache, objective: ObjectiveConfig, networks: Networks) -> None:
     """Raises InvalidInputError where the completions of a cache are not those that an objective for few steps learns
-    from: of the teacher with this mark, at its guidance, unscaled, on even levels with enough knots."""
-    sampler, config = cache.manifest["completions"], objective.few_step
+    from: of the same teacher, at its guidance, unscaled, with enough knots at the noise levels of the networks."""
+    sampler, config, backbone = cache.manifest["completions"], objective.few_step, networks.backbone
     scale, knots = sampler["guidance_scale"], cache.manifest.get("path", 0)
-    again = "make the cache again with `refine-control cache --complete 8 --guidance {:g} --path {}`"
-    again = again.format(config.teacher_guidance, config.steps if objective.reads_paths else 1)
-    if cache.manifest["teacher"] != teacher:
-        raise InvalidInputError(f"the completions of {cache.folder} are of another teacher; {again} --teacher")
+    again = f"make the cache again with {_completing(objective)}"
+    if cache.manifest.get("teacher") != networks.teacher_mark:
+        raise InvalidInputError(f"the completions of {cache.folder} are of another teacher; {again} and this teacher")
+    if objective.reads_paths and networks.shift != backbone.shift:
+        why = f"noise levels shifted by {backbone.shift:g} and sigmas.shift is {networks.shift:g}; set it to null"
+        raise InvalidInputError(f"the paths of {cache.folder} have {why}")
     if scale != config.teacher_guidance:
         why = f"guidance scale {scale:g} and objective.few_step.teacher_guidance is {config.teacher_guidance:g}"
         raise InvalidInputError(f"the completions of {cache.folder} have {why}; {again}, or change the recipe")
