@@ -1,19 +1,30 @@
 """The cache holds what the model would encode, knows what made it, and is made once."""
 
 import json
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from refine_control.cache import writer as cache_writer
-from refine_control.cache.building import build_cache, encode_posterior, photos_as_tensors, write_cache
+from refine_control.cache.building import (
+    build_cache,
+    completion_sampler,
+    encode_posterior,
+    path_noise,
+    photos_as_tensors,
+    write_cache,
+)
 from refine_control.cache.marks import model_mark
 from refine_control.cache.reader import Cache
 from refine_control.conditions.inpainting import masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.miniature.scene_shards import scene_photos
+from refine_control.models.backbone import Backbone
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 
@@ -379,3 +390,116 @@ def test_completions_without_stored_prompts_are_those_with_them(shards, tmp_path
         build_cache(shards, tmp_path / prompts, tiny_backbone, prompts=prompts, completions=sampler)
         painted.append(Cache(tmp_path / prompts).take("completions", range(6)))
     torch.testing.assert_close(*painted, rtol=1e-4, atol=1e-4)
+
+
+# The way of a completion.
+
+
+def shifted(backbone, shift):
+    """The same networks under a scheduler of another shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipeline = type(backbone.pipeline)(**{**backbone.pipeline.components, "scheduler": scheduler})
+    return Backbone(pipeline, max_sequence_length=0)
+
+
+@torch.no_grad()
+def by_hand(backbone, cache, rows, levels, guidance):
+    """The teacher's guided Euler steps from the noise of `rows` at these noise levels: all points."""
+    teacher, transformer = backbone.pipeline.controlnet, backbone.transformer
+    cond = torch.cat([cache.take("masked_latents", rows), 1 - cache.take("masks", rows).float()], 1)
+    x = path_noise((16, *cond.shape[2:]), rows, 0)
+    numbers, points = cache.take("prompt_index", rows).tolist(), [x]
+    for now, following in pairwise(levels):
+        velocities = []
+        for prompts in (numbers, [0] * len(rows)):
+            embeds, pooled = cache.take("prompt_embeds", prompts), cache.take("pooled_prompt_embeds", prompts)
+            time = torch.full((len(rows),), 1000 * now)
+            own = teacher(x, cond, 1.0, embeds, torch.zeros_like(pooled), time, return_dict=False)[0]
+            residuals = [own[min(block, 22)] for block in range(24)]
+            velocities.append(transformer(x, embeds, pooled, time, residuals, return_dict=False)[0])
+        v, empty = velocities
+        x = x + (following - now) * (empty + guidance * (v - empty))
+        points.append(x)
+    return points
+
+
+@pytest.mark.parametrize(
+    ("path", "shift", "levels"), [(2, 1.0, (1, 0.75, 0.5, 0.25, 0)), (4, 3.0, (1, 0.9, 0.75, 0.5, 0))]
+)
+def test_a_path_is_kept_at_even_levels_of_the_teacher_s_sampler(tmp_path, tiny_backbone, path, shift, levels):
+    backbone = shifted(tiny_backbone, shift)
+    options = {"completions": completion_sampler(4, 3.0, even=True), "path": path}
+    write_cache(of_sizes(3), tmp_path / "cache", backbone, LABELED, source={}, **options)
+    cache = Cache(tmp_path / "cache")
+    assert (cache.manifest["path"], cache.manifest["completions"]["sigmas"]) == (path, "even")
+    for (h, w), group in cache.groups.items():
+        rows = list(group)
+        points = by_hand(backbone, cache, rows, levels, 3.0)
+        stored = cache.take("path", rows)
+        assert stored.shape == (len(rows), path - 1, 16, h, w)
+        for number in range(1, path):
+            torch.testing.assert_close(stored[:, number - 1], points[number * 4 // path], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cache.take("completions", rows), points[-1], rtol=1e-4, atol=1e-4)
+    assert len(cache.groups) == 2
+
+
+def test_a_path_continues_after_a_kill_and_says_what_remains(tmp_path, tiny_backbone, monkeypatch):
+    photos, notes = of_sizes(4), []
+    options = {"source": {}, "completions": completion_sampler(2, 3.0, even=True), "path": 2, "note": notes.append}
+    write_cache(photos, tmp_path / "whole", tiny_backbone, LABELED, **options)
+    monkeypatch.setattr(cache_writer, "_SECONDS_BETWEEN_SAVES", -1.0)
+
+    def kill(done, total, word):
+        if (word, done) == ("completions", 2):  # the first of three sizes
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_cache(photos, tmp_path / "cache", tiny_backbone, LABELED, **options, progress=kill)
+    write_cache(photos, tmp_path / "cache", tiny_backbone, LABELED, **options)
+    whole, again = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("whole", "cache"))
+    assert whole == again
+    assert {"path-6x10.npy", "path-8x8.npy", "path-10x6.npy"} <= set(again["files"])
+    work = "calls of the ControlNet and the transformer"
+    whole_cost = (2 * 60 + 64 + 60) * 16 * 4 * 2 / 1e9  # completion and one point of the way, fp32
+    assert notes[:2] == [f"completions: 4 samples, 16 {work}, {whole_cost:.2g} GB"] * 2
+    rest = (64 + 60) * 16 * 4 * 2 / 1e9
+    assert notes[2:] == [f"completions: 2 of 4 samples remain, 8 {work}, {rest:.2g} GB"]
+
+
+def test_what_completions_cost_is_said_before_anything_is_encoded(shards, tmp_path, tiny_backbone):
+    order = []
+    options = {"completions": completion_sampler(2), "note": order.append, "dtype": torch.bfloat16}
+    progress = lambda done, total, word: order.append(word)  # noqa: E731
+    assert build_cache(shards, tmp_path / "cache", tiny_backbone, progress, **options)
+    assert order[0].startswith("completions: 6 samples, 12 calls ")
+    assert len([each for each in order if "calls" in each]) == 1
+    assert not build_cache(shards, tmp_path / "cache", tiny_backbone, progress, **options)
+    assert build_cache(shards, tmp_path / "plain", tiny_backbone, note=order.append)
+    assert len([each for each in order if "calls" in each]) == 1
+
+
+def test_a_cache_without_a_path_is_described_as_ever_and_one_with_another_path_is_made_again(tmp_path, tiny_backbone):
+    photos, plain, path = of_sizes(2), completion_sampler(4), completion_sampler(4, even=True)
+    make = partial(write_cache, photos, tmp_path / "cache", tiny_backbone, LABELED, source={})
+    assert make(completions=plain)
+    manifest = Cache(tmp_path / "cache").manifest
+    assert not {"path", "posterior"} & manifest.keys()
+    assert manifest["completions"].keys() == SamplerConfig.model_fields.keys() - {"sigmas", "stochastic"}
+    for options in ({"completions": path, "path": 2}, {"completions": path, "path": 4}, {"completions": path}):
+        assert make(**options)
+        assert not make(**options)
+        assert Cache(tmp_path / "cache").has("path") == ("path" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"path": 4}, "--path 4 does not divide --complete 0"),
+        ({"path": 3, "completions": completion_sampler(8, even=True)}, "--path 3 does not divide --complete 8"),
+        ({"path": 4, "completions": completion_sampler(8)}, "set sigmas of the completions to even"),
+    ],
+)
+def test_a_path_that_the_sampler_does_not_pass_is_refused(tmp_path, tiny_backbone, options, said):
+    with pytest.raises(InvalidInputError, match=said):
+        write_cache(PHOTOS[:1], tmp_path / "cache", tiny_backbone, LABELED, source={}, **options)
+    assert not list(tmp_path.iterdir())

@@ -40,8 +40,8 @@ VERBS = {
     "bench step": [JSON, "--repeats", "--set", "recipe"],
     "bench threads": [JSON, "--repeats", "--seconds", "--set", "recipe"],
     "cache": [
-        *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--posterior", "--prompts", "--teacher"),
-        *("out", "shards"),
+        *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--path", "--posterior", "--prompts"),
+        *("--teacher", "out", "shards"),
     ],
     "cost": ["--controlnet", JSON, "--model", "--teacher"],
     "data annotate": [

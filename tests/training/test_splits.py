@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from refine_control.cache.building import write_cache
+from refine_control.cache.building import completion_sampler, write_cache
 from refine_control.cache.reader import Cache
-from refine_control.config import LossWeights, OptimizerConfig, TrainingConfig
+from refine_control.config import LossWeights, ObjectiveConfig, OptimizerConfig, TrainingConfig
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.records import LABELED, UNLABELED
 from refine_control.training.batches import CacheBatches, MixedBatches
+from refine_control.training.few_step import FewStep, fields_read
 from refine_control.training.loop import Draw, _gradients, _micro_slots, _statistics
 from refine_control.training.objectives import KINDS, Distillation, Networks
 from refine_control.training.optimizer import MasterWeights
@@ -20,8 +21,9 @@ WEIGHTS = LossWeights(output=4.0, output_alpha=0.9)
 @pytest.fixture(scope="module")
 def caches(tiny_backbone, tmp_path_factory):
     root, photos = tmp_path_factory.mktemp("caches"), list(scene_photos(0, 0, 6))
-    for role in (LABELED, UNLABELED):
-        write_cache(photos, root / role, tiny_backbone, role, source={})
+    paths = {"completions": completion_sampler(2, 3.0, even=True), "path": 2}
+    for role, options in ((LABELED, {}), (UNLABELED, paths)):
+        write_cache(photos, root / role, tiny_backbone, role, source={}, **options)
     return Cache(root / LABELED), Cache(root / UNLABELED)
 
 
@@ -68,8 +70,33 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tiny_backbone, tiny_studen
             if kind == "self_supervised"
             else CacheBatches(labeled, BATCH)
         )
+    compare_splits(objective, batches, ((1, 2), (2, 0), *(() if kind == "mixed" else ((1, 1), (4, 1)))))
+
+
+FEW_STEPS = {
+    "codi": {"shared_level": False, "dt": 0.2},
+    "codi shared": {"shared_level": True, "ode": "frozen", "distance": "pixel"},
+    "end_points": {"steps": 2, "first": 0.4, "rollout": 0.5, "consistency": 0.5, "weighting": "codi"},
+    "windows": {"steps": 2, "first": 0.3},
+    "windows shared": {"steps": 2, "shared_level": True},
+    "guidance": {},
+    "phases": {"ode": "frozen", "huber": 0.1, "shared_level": True},
+}
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_few_steps_do_not_depend_on_the_split(tiny_backbone, tiny_student, caches, name):
+    values = {"kind": name.partition(" ")[0], "x0_source": "teacher", "few_step": FEW_STEPS[name]}
+    config = ObjectiveConfig.model_validate({**values, "weights": {"output_alpha": 0.9}})
+    networks = Networks(tiny_backbone, tiny_backbone.pipeline.controlnet, tiny_student(3))
+    batches = CacheBatches(caches[1], BATCH, 0.3, x0="completions", adds=fields_read(config))
+    compare_splits(FewStep(networks, config), batches, ((1, 2), (2, 0), (4, 1)))
+
+
+def compare_splits(objective, batches, splits):
+    """Values and gradients of each (processes, device batch size) are those of the whole batch."""
     values, gradient = update(objective, batches, 1, 0)
-    for processes, device_batch_size in ((1, 2), (2, 0), *(() if kind == "mixed" else ((1, 1), (4, 1)))):
+    for processes, device_batch_size in splits:
         split, other = update(objective, batches, processes, device_batch_size)
         assert split.keys() == values.keys()
         for name, value in values.items():
