@@ -299,3 +299,39 @@ def test_the_rate_rises_to_its_peak_and_then_never_rises(warmup, total, schedule
 def test_the_warm_up_is_linear_and_the_first_update_moves():
     optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate_at(step, optimizer, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+FEW = "name: a\nobjective: {{kind: {}, x0_source: {}, few_step: {{{}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "x0", "few", "said"),
+    [
+        (
+            "end_points",
+            "masked",
+            "first: 0.5",
+            "needs x0_source teacher or truth: the masked image is no clean picture",
+        ),
+        ("windows", "truth", "", "kind windows follows the teacher's path and needs x0_source teacher"),
+        ("supervised", "truth", "", "x0_source truth is for objectives of few steps"),
+        ("codi", "truth", "data_weight: 0, consistency: 0", "no loss where few_step.data_weight and consistency is 0"),
+        ("windows", "teacher", "data_weight: 0", "no loss where few_step.data_weight is 0"),
+        ("phases", "teacher", "consistency: 0", "no loss where few_step.consistency is 0"),
+        ("end_points", "teacher", "first: 0", "begins at pure noise in a share of few_step.first, which is 0"),
+    ],
+)
+def test_few_steps_that_cannot_be_learnt_are_refused(write, kind, x0, few, said):
+    assert said in refusal(write(FEW.format(kind, x0, few)))
+
+
+def test_few_steps_that_can_be_learnt_are_not(write):
+    for kind, x0, few in (
+        ("codi", "truth", "data_weight: 0"),
+        ("codi", "teacher", "consistency: 0"),
+        ("guidance", "truth", "consistency: 0"),
+        ("end_points", "teacher", "first: 0, points: line"),
+        ("end_points", "teacher", "first: 0, steps: 1"),
+        ("phases", "teacher", "data_weight: 0"),
+    ):
+        assert load_recipe(write(FEW.format(kind, x0, few))).objective.is_few_step

@@ -410,3 +410,25 @@ def test_the_doctor_names_a_missing_package(monkeypatch):
 def test_the_doctor_tells_of_offline_settings(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE=1" in doctor._offline().detail
+
+
+def test_the_cost_of_completions_is_on_stderr_once_and_bad_paths_are_refused(
+    monkeypatch, capsys, tmp_path, tiny_backbone
+):
+    from refine_control.miniature.scene_shards import scene_photos
+    from refine_control.photos.shards import ShardWriter
+
+    tiny_backbone.pipeline.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "refine_control.json").write_text('{"max_sequence_length": 0}')
+    writer = ShardWriter(tmp_path / "shards", "unlabeled")
+    for photo in scene_photos(0, 0, 2):
+        writer.add(photo)
+    writer.finish()
+    verb = ["cache", str(tmp_path / "shards"), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--json"]
+    assert call(monkeypatch, *verb, "--complete", "3", "--path", "2") == 2
+    assert "refine-control: --path 2 does not divide --complete 3; make it a divisor\n" in capsys.readouterr().err
+    assert call(monkeypatch, *verb, "--complete", "2", "--path", "2", "--guidance", "3") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["made"] is True
+    assert said.err.count("completions: 2 samples, 8 calls of the ControlNet and the transformer, 1.6e-05 GB\n") == 1
+    assert said.err.count("completions:") == 1

@@ -11,16 +11,16 @@ import torch
 from diffusers import SD3ControlNetModel
 from safetensors.torch import load_file, save_file
 
-from refine_control.cache.building import write_cache
+from refine_control.cache.building import completion_sampler, write_cache
 from refine_control.cache.reader import Cache
 from refine_control.config import Recipe
-from refine_control.errors import InvalidInputError
+from refine_control.errors import InvalidInputError, MissingError
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.loading import load_backbone
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED, Photo
-from refine_control.storage import write_json
-from refine_control.training import run
+from refine_control.storage import sha256_file, write_json
+from refine_control.training import loop, run
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
 from refine_control.training.run import train
@@ -284,3 +284,105 @@ def test_a_student_of_another_model_is_refused_as_a_start_and_in_every_compariso
         run.new_student(recipe, load_backbone("mini"))
     with pytest.raises(InvalidInputError, match="width"):
         load_models("mini", None, {"ours": tmp_path / "student"})
+
+
+# Few steps: objectives whose target network is the running mean, on caches of the teacher's paths.
+
+
+@pytest.fixture(scope="module")
+def paths(recipe, tmp_path_factory):
+    """Four levels of guided paths, unlabelled."""
+    folder = tmp_path_factory.mktemp("paths") / "cache"
+    options = {"completions": completion_sampler(4, 3.0, even=True), "path": 4}
+    write_cache(list(scene_photos(0, 0, 4)), folder, load_backbone(recipe.model), UNLABELED, source={}, **options)
+    return folder
+
+
+def few_steps(recipe, cache, objective=None, training=None, role=UNLABELED, **changed):
+    """A recipe of end points with everything that a target network is asked for, in bf16."""
+    few = {"first": 0.4, "rollout": 0.5, "consistency": 0.5, **(objective or {}).pop("few_step", {})}
+    values = recipe.model_dump() | {"data": {role: str(cache)}} | changed
+    values["objective"] = {"kind": "end_points", "x0_source": "teacher", "few_step": few, **(objective or {})}
+    values["training"] |= {"steps": 4, "save_every": 2, "ema_decay": 0.9, "precision": "bf16", **(training or {})}
+    return Recipe.model_validate(values)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_with_a_target_network_ends_with_the_same_bytes(recipe, paths, tmp_path, monkeypatch):
+    wanted, save = few_steps(recipe, paths), loop.save_checkpoint
+
+    def killed(run_dir, step, *rest):
+        save(run_dir, step, *rest)
+        if step == 2:
+            raise Killed
+
+    whole = train(wanted, tmp_path / "whole")
+    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    with pytest.raises(Killed):
+        train(wanted, tmp_path / "run")
+    monkeypatch.undo()
+    other = few_steps(recipe, paths, {"kind": "windows"})
+    with pytest.raises(
+        InvalidInputError, match=r"unfinished .*: objective\.kind is end_points there and windows here; "
+    ):
+        train(other, tmp_path / "run")
+    again = train(wanted, tmp_path / "run")
+    name = "diffusion_pytorch_model.safetensors"
+    assert sha256_file(whole.student / name) == sha256_file(again.student / name)
+    states = [next((tmp_path / n / "checkpoints").glob("*/state.safetensors")) for n in ("whole", "run")]
+    assert sha256_file(states[0]) == sha256_file(states[1])
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "run")
+    ]
+    for one, two in zip(*logs, strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+        assert one["consistency_loss"] > 0
+
+
+def edited(cache, tmp_path, **changed):
+    """The cache with other fields in its manifest."""
+    shutil.copytree(cache, tmp_path / "edited")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    completions = {**manifest["completions"], **changed.pop("completions", {})}
+    write_json(tmp_path / "edited" / "manifest.json", {**manifest, **changed, "completions": completions})
+    return tmp_path / "edited"
+
+
+AGAIN = r"make the cache again with `refine-control cache --complete 8 --guidance 3 --path 4`"
+THREE = "--complete 9 --guidance 3 --path 3`"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "objective", "said"),
+    [
+        ({"teacher": "0" * 64}, {}, f"are of another teacher; {AGAIN} and this teacher"),
+        (
+            {"completions": {"guidance_scale": 1.0}},
+            {},
+            f"have guidance scale 1 and .*teacher_guidance is 3; {AGAIN}, or",
+        ),
+        ({}, {"few_step": {"teacher_guidance": 5.0}}, "have guidance scale 3 and .* is 5; .* --guidance 5 "),
+        ({"completions": {"conditioning_scale": 0.5}}, {}, f"conditioning scale 0.5 and training has 1; {AGAIN}"),
+        ({"path": 0}, {}, f"paths of 0 levels and .*steps is 4, which must divide them; {AGAIN}"),
+        ({}, {"few_step": {"steps": 3}}, f"paths of 4 levels and .*steps is 3, which must divide them; .*{THREE}"),
+        ({}, {"kind": "windows", "few_step": {"steps": 8}}, "paths of 4 levels and .*steps is 8"),
+    ],
+)
+def test_paths_of_something_else_are_refused_by_name(recipe, paths, tmp_path, manifest, objective, said):
+    cache = edited(paths, tmp_path, **manifest)
+    with pytest.raises(InvalidInputError, match=said) as refused:
+        train(few_steps(recipe, cache, dict(objective)), tmp_path / "run")
+    assert str(cache) in str(refused.value)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_what_few_steps_lack_is_said_with_the_command_that_makes_it(recipe, paths, tmp_path):
+    with pytest.raises(
+        MissingError, match=r"no teacher completions; make them with .*--complete 8 --guidance 3 --path 4`"
+    ):
+        train(few_steps(recipe, recipe.data.labeled, {"few_step": {"data": LABELED}}, role=LABELED), tmp_path / "run")
+    with pytest.raises(InvalidInputError, match=r"shifted by 1 and sigmas\.shift is 3; set it to null"):
+        train(few_steps(recipe, paths, sigmas={"shift": 3.0}), tmp_path / "run")
