@@ -75,7 +75,7 @@ class FewStepConfig(Section):
         default="path", description="end_points: knots of the teacher's path, or lines from completion to its noise"
     )
     rollout: Fraction = Field(
-        default=0.0, description="end_points: share of the points below pure noise that the student's own step reaches"
+        default=0.0, description="end_points: share of the points below pure noise that the student's own steps reach"
     )
     first: Fraction = Field(default=0.0, description="share of the samples at pure noise, where one step begins")
     data_weight: Weight = Field(default=1.0, description="factor of the term that compares with data")

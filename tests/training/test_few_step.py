@@ -1,6 +1,7 @@
 """Every objective for few steps against a few lines of its own, and what its options may and may not change."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from refine_control.cache.building import completion_sampler, write_cache
 from refine_control.cache.reader import Cache
 from refine_control.config import FEW_STEP_KINDS, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from refine_control.flow import even_sigmas
 from refine_control.losses import mask_weight
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.backbone import Backbone, decode_latents, encode_images, encoder_features
@@ -182,18 +184,24 @@ def test_end_points_may_lie_on_straight_lines_and_be_consistent(networks, cache,
     close(asked.losses.loss, asked.losses.data_loss + 0.5 * asked.losses.consistency_loss)
 
 
-def test_rolled_out_points_lie_between_the_target_network_s_answer_and_the_end_point(networks, cache):
+def test_rolled_out_points_are_those_that_samplers_of_the_target_network_come_by(networks, cache):
     still = Asked(networks, cache, config_of("end_points", consistency=0.0))
     moved = Asked(networks, cache, config_of("end_points", consistency=0.0, rollout=0.6))
     chosen = (DRAW.uniforms("rollout") < 0.6) & (still.student.sigmas < 1)
     assert 0 < chosen.sum() < BATCH
-    noise, x0 = moved.batch.noise, moved.batch.latents
-    answer = noise - moved.v(moved.objective.target, noise, torch.ones(BATCH))
-    share, t = wide(DRAW.uniforms("refined")), wide(still.student.sigmas)
-    reached = (1 - t) * (share * x0 + (1 - share) * answer) + t * noise
-    assert torch.equal(moved.student.sigmas, still.student.sigmas)
-    close(moved.student.noisy_latents, torch.where(wide(chosen), reached, still.student.noisy_latents))
-    x, t = moved.student.noisy_latents, still.student.sigmas
+    noise, x0, at = moved.batch.noise, moved.batch.latents, moved.student
+    close(at.noisy_latents[~chosen], still.student.noisy_latents[~chosen])
+    assert torch.equal(at.sigmas[~chosen], still.student.sigmas[~chosen])
+    visits = [(2, 1), (4, 1), (4, 2), (4, 3)]
+    for row in chosen.nonzero()[:, 0].tolist():
+        count, number = visits[int(DRAW.uniforms("visits")[row] * len(visits))]
+        x = noise.clone()
+        sigmas = even_sigmas(count, 3.0)
+        for t, s in pairwise(sigmas[: number + 1]):
+            x = x + (s - t) * moved.v(moved.objective.target, x, t.expand(BATCH))
+        close(at.sigmas[row], sigmas[number])
+        close(at.noisy_latents[row], x[row])
+    x, t = at.noisy_latents, at.sigmas
     close(moved.losses.loss, (moved.v(networks.student, x, t) - (x - x0) / wide(t)).square().mean())
 
 

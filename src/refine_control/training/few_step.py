@@ -167,7 +167,7 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     """E ||v(x_t, t) - (x_t - x0*) / t||^2 with x0* the end of the teacher's guided path from the same noise.
 
     x_t is pure noise for a share of `first`; else a knot of the path, or a point of the line from x0* to its noise; of
-    those a share of `rollout` is moved to where the student's own step from the noise leads."""
+    those a share of `rollout` is moved to where the student's own steps from the noise lead."""
     assert batch.noise is not None
     config, levels = objective.config, objective.levels(draw, batch.latents)
     if config.points == "path":
@@ -180,7 +180,7 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     else:
         at = objective.point(batch.latents, batch.noise, objective.shifted(levels))
     if config.rollout:
-        at = _rolled_out(objective, batch, draw, at)
+        at, levels = _rolled_out(objective, batch, draw, at, levels)
     v = objective.student_velocity(at, batch)
     target = chord_velocity(at.noisy_latents, batch.latents, at.sigmas, torch.zeros_like(at.sigmas))
     data = objective.weighted((v - target).square(), batch)
@@ -203,22 +203,32 @@ def _points(batch: Batch) -> list[torch.Tensor]:
     return [batch.noise, *(() if batch.path is None else batch.path.unbind(1)), batch.latents]
 
 
-def _rolled_out(objective: FewStep, batch: Batch, draw: Draw, at: Point) -> Point:
-    """A share of the points moved off the teacher's path: x_t = (1 - t) x + t eps with x between the target network's
-    one-step answer and x0*, uniformly, as the refined answers of a sampler lie."""
+def _rolled_out(
+    objective: FewStep, batch: Batch, draw: Draw, at: Point, levels: torch.Tensor
+) -> tuple[Point, torch.Tensor]:
+    """The points and levels with a share of those below pure noise moved to where samplers of few steps come by.
+
+    Samplers have each number of steps above 1 that divides the recipe's. Each of their later points is as likely; the
+    target network leads there from the sample's noise."""
     assert batch.noise is not None
-    moved = draw.uniforms("rollout").to(at.sigmas.device) < objective.config.rollout
-    rows = (moved & (at.sigmas < 1)).nonzero()[:, 0]
-    if not len(rows):
-        return at
-    part, ones = batch.take(rows), torch.ones_like(at.sigmas[rows])
-    assert part.noise is not None
-    first = Point(part.noise, part.noise, ones, at.target[rows])
-    answer = flow.clean_latents(part.noise, objective.target_velocity(first, part), ones)
-    share = flow.expand(draw.uniforms("refined").to(answer.device)[rows], answer)
-    x = at.noisy_latents.clone()
-    x[rows] = flow.interpolate(share * part.latents + (1 - share) * answer, part.noise, at.sigmas[rows])
-    return at._replace(noisy_latents=x)
+    steps, device = objective.config.steps, levels.device
+    visits = [(n, k) for n in range(2, steps + 1) if steps % n == 0 for k in range(1, n)]
+    moved = objective.uniforms(draw, "rollout", levels) < objective.config.rollout
+    rows = (moved & (levels < 1)).nonzero()[:, 0]
+    if not len(rows) or not visits:
+        return at, levels
+    drawn = (objective.uniforms(draw, "visits", levels)[rows] * len(visits)).long()
+    count, number = torch.tensor(visits, device=device)[drawn].unbind(1)
+    x = batch.noise[rows].clone()
+    for step in range(int(number.max())):
+        going = (number > step).nonzero()[:, 0]
+        t, s = (objective.shifted(1 - (step + ahead) / count[going]) for ahead in (0, 1))
+        here = Point(x[going], batch.noise[rows[going]], t, at.target[rows[going]])
+        v = objective.target_velocity(here, batch.take(rows[going]))
+        x[going] = flow.euler_step(here.noisy_latents, v, t, s)
+    levels = levels.index_copy(0, rows, 1 - number / count)
+    latents = at.noisy_latents.index_copy(0, rows, x)
+    return at._replace(noisy_latents=latents, sigmas=objective.shifted(levels)), levels
 
 
 def windows(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
