@@ -14,6 +14,7 @@ from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from refine_control.injection import expand_residuals
 from refine_control.metrics.cost import count_flops, count_parameters
 from refine_control.recipe_files import load_recipe
+from refine_control.study.materials import PATH_STEPS
 
 SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -34,6 +35,10 @@ TOKENS = 333
 LATENTS = 128
 """Side of the latents of a 1024-px image."""
 GUIDED_STEPS = 28
+PAIRS = 20_000
+"""Samples whose paths are cached: an assumption."""
+ROLLED_OUT = 0.75
+"""Steps of the target network for each sample of `sd3/edge`, about: see `training.few_step`."""
 RATE = 300
 """TFLOP/s that a large GPU might sustain: an assumption, not a measurement."""
 
@@ -88,13 +93,19 @@ def table(training: bool = True) -> list[str]:
         step = count_flops(lambda: training_step(transformer, teacher, student)) if training else 0
     params = {"base": transformer, "teacher": teacher, "student": student}
     params = {name: count_parameters(network) for name, network in params.items()}
-    images = {name: 2 * GUIDED_STEPS * (flops["base"] + flops[name]) for name in ("teacher", "student")}
+    calls = {name: flops["base"] + flops[name] for name in ("teacher", "student")}
+    images = {name: 2 * GUIDED_STEPS * call for name, call in calls.items()}
     # fp32 master weights, two moments and summed gradients, beside bf16 weights and gradients
     optimizer = params["student"] * (4 * 4 + 2 * 2)
     frozen = 2 * (params["base"] + params["teacher"])
     again = step + flops["base"] + flops["student"]
     stages = [load_recipe(f"sd3/balanced_stage{stage}").training for stage in (1, 2)]
     samples = sum(stage.steps * stage.batch_size for stage in stages)
+    edge = load_recipe("sd3/edge")
+    few = edge.training.steps * edge.training.batch_size
+    # forward and backward with checkpointing (the stage-1 step without its teacher), and the rolled-out points' steps
+    few_step = again - calls["teacher"] + ROLLED_OUT * calls["student"]
+    path = 2 * PATH_STEPS["sd3"] * calls["teacher"]
     rows = [
         ("at 1024 px, one image or sample", "parameters", "memory", "arithmetic"),
         ("---", "---:", "---:", "---:"),
@@ -108,13 +119,27 @@ def table(training: bool = True) -> list[str]:
         ),
         ("inpainting by the teacher, 28 guided steps", "", "", f"{images['teacher'] / 1e12:,.0f} TFLOP"),
         ("inpainting by the student, 28 guided steps", "", "", f"{images['student'] / 1e12:,.0f} TFLOP"),
+        ("inpainting by the student, 4 steps without guidance", "", "", f"{4 * calls['student'] / 1e12:,.0f} TFLOP"),
+        ("inpainting by the student, 1 step without guidance", "", "", f"{calls['student'] / 1e12:,.0f} TFLOP"),
         ("training: weights, gradients, optimizer; no activations", "", f"{(optimizer + frozen) / 1e9:.1f} GB", ""),
         ("training, stage 1, a sample", "", "", f"{step / 1e12:.0f} TFLOP"),
         ("the same with gradient checkpointing", "", "", f"{again / 1e12:.0f} TFLOP"),
         (f"both stages, the same for {samples:,} samples", "", "", f"{samples * again / 1e18:.1f} EFLOP"),
         (f"the same at an assumed {RATE} TFLOP/s", "", "", f"{samples * again / (RATE * 1e12) / 3600:.0f} hours"),
     ]
-    shown = rows if training else rows[:-4]
+    rows += [
+        (f"path of the teacher, {PATH_STEPS['sd3']} guided steps, a sample", "", "", f"{path / 1e12:,.0f} TFLOP"),
+        ("few steps (`sd3/edge`) with checkpointing, a sample", "", "", f"{few_step / 1e12:.0f} TFLOP"),
+        (f"few steps, the same for {few:,} samples", "", "", f"{few * few_step / 1e18:.1f} EFLOP"),
+        (f"paths of {PAIRS:,} samples", "", "", f"{PAIRS * path / 1e18:.1f} EFLOP"),
+        (
+            f"both at an assumed {RATE} TFLOP/s",
+            "",
+            "",
+            f"{(few * few_step + PAIRS * path) / (RATE * 1e12) / 3600:.0f} hours",
+        ),
+    ]
+    shown = rows if training else rows[:-9]
     return ["| " + " | ".join(row) + " |" for row in shown]
 
 
