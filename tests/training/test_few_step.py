@@ -142,6 +142,7 @@ def test_codi_is_its_two_terms(networks, cache, x0, ode):
     close(asked.losses.data_loss, data)
     close(asked.losses.consistency_loss, consistent)
     close(asked.losses.loss, 0.5 * data + 2 * consistent)
+    assert not asked.target.noisy_latents.requires_grad
     assert data > 0
     assert consistent > 0
 
@@ -246,6 +247,7 @@ def test_phases_meet_at_the_end_of_the_phase(networks, cache, steps, huber, ode)
     x_s = second_point(asked, x, t, s, ode, noise)
     reached = x_s + wide(e - s) * asked.v(asked.objective.target, x_s, s)
     error = x + wide(e - t) * asked.v(networks.student, x, t) - reached
+    assert not asked.target.noisy_latents.requires_grad
     close(asked.losses.loss, (error.square() if huber == 0 else (error.square() + huber**2).sqrt() - huber).mean())
 
 
