@@ -199,7 +199,18 @@ def test_the_packaged_recipes_are_these():
         "wo_cf_stage2",
         "wo_mask",
     )
-    few_steps = ("codi", "edge", "end_points", "guidance", "lcm", "pcm", "windows")
+    few_steps = (
+        "codi",
+        "codi_lora",
+        "codi_prior",
+        "codi_whole",
+        "edge",
+        "end_points",
+        "guidance",
+        "lcm",
+        "pcm",
+        "windows",
+    )
     named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched", *few_steps)]
     same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched", *few_steps) if name != "ours_completed_stage2"]
     assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", "sd3/few_step", *same])

@@ -31,6 +31,7 @@ DOORS = {
     "diffusers": ["models", "pipeline", "baselines", "miniature.networks", "bench.step"],
     "transformers": ["models", "pipeline", "baselines", "annotation", "metrics.features", "miniature.networks"],
     "accelerate": ["training", "models.components"],
+    "peft": ["models.own_transformer"],
     "typer": ["cli"],
     "pydantic": ["config", "recipe_files", "study.plan"],
     "yaml": ["strict_yaml"],

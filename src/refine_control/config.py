@@ -36,7 +36,12 @@ class StudentConfig(Section):
         default="transformer",
         description="first layers of the transformer (the paper), last layer of each teacher group, or random",
     )
-    seed: Seed = Field(default=0, description="seed of a random initialisation")
+    seed: Seed = Field(default=0, description="seed of a random initialisation, and of LoRA's")
+    backbone: Literal["frozen", "lora", "whole"] = Field(
+        default="frozen",
+        description="transformer that the student steers: the model's, its LoRA adapters trained too, or all of it",
+    )
+    lora_rank: int = Field(default=16, ge=1, le=1024, description="rank of the adapters, whose scale is 1")
 
 
 class LossWeights(Section):
@@ -291,6 +296,13 @@ class Recipe(Section):
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="inference")
     data: DataConfig = Field(default_factory=DataConfig, description="cache folders")
     paper: dict[str, float] | None = Field(default=None, description="the paper's numbers of this row, by metric")
+
+    @model_validator(mode="after")
+    def _backbone_fits(self) -> Recipe:
+        if self.student.backbone != "frozen" and not self.objective.is_few_step:
+            kind = self.objective.kind
+            raise ValueError(f"student.backbone {self.student.backbone} is for few steps; kind {kind} needs frozen")
+        return self
 
 
 def learning_rate_at(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:

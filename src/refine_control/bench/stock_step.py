@@ -42,7 +42,7 @@ class StockStep(Step):
     def __init__(self, recipe: Recipe, device: torch.device, everything: bool = False):
         self.recipe, self.everything = recipe, everything
         self.backbone = load_backbone(recipe.model, load_controlnet(recipe.teacher) if recipe.teacher else None)
-        self.student: Any = new_student(recipe, self.backbone).to(device)  # type: ignore[arg-type]
+        self.student: Any = new_student(recipe, self.backbone)[1].to(device)  # type: ignore[arg-type]
         self.teacher: Any = self.backbone.pipeline.controlnet.to(device)
         self.transformer: Any = self.backbone.transformer.to(device)  # type: ignore[arg-type]
         for frozen in (self.teacher, self.transformer):

@@ -21,8 +21,9 @@ def model_mark(backbone: Backbone) -> str:
 
 
 def teacher_mark(backbone: Backbone) -> str:
-    """Hash of the weights that completions depend on as well: transformer and ControlNet."""
-    return _mark("", backbone.transformer, backbone.pipeline.controlnet)
+    """Hash of the weights that completions depend on as well: transformer and, where there is one, ControlNet."""
+    controlnet = backbone.pipeline.controlnet
+    return _mark("", backbone.transformer, *([] if controlnet is None else [controlnet]))
 
 
 def _mark(settings: str, *modules: Any) -> str:

@@ -24,7 +24,13 @@ CORE = (
 )
 # fmt: on
 
-EXTRAS = {"data": ("skimage", "httpx"), "eval": ("torchmetrics",), "review": ("fastapi", "uvicorn"), "ray": ("ray",)}
+EXTRAS = {
+    "data": ("skimage", "httpx"),
+    "eval": ("torchmetrics",),
+    "review": ("fastapi", "uvicorn"),
+    "ray": ("ray",),
+    "lora": ("peft",),
+}
 """By extra: the modules that it brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +43,13 @@ class Backbone:
         for part in (pipeline.vae, pipeline.transformer, *self.text_encoders, pipeline.controlnet):
             if part is not None:
                 part.requires_grad_(False).eval()
+
+    def with_transformer(self, transformer: SD3Transformer2DModel) -> Backbone:
+        """The same parts, shared, around another transformer: that of a student."""
+        other = copy.copy(self)
+        other.pipeline = type(self.pipeline)(**{**self.pipeline.components, "transformer": transformer})
+        other.transformer = transformer
+        return other
 
     @property
     def text_encoders(self) -> list[Any]:

@@ -140,7 +140,8 @@ def find_weights(folder: Path, stem: str) -> list[Path]:
     raise MissingError(f"{folder} has no {stem}.safetensors{seen}; only safetensors are read: fetch or copy that file")
 
 
-def _read_headers(files: Iterable[Path]) -> dict[str, Header]:
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """The tensors of weight files by name, unread. Raises InvalidInputError for a file that is damaged."""
     from safetensors import safe_open
 
     headers: dict[str, Header] = {}
@@ -195,8 +196,8 @@ def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str
     return {name: headers[name] for name in both if name in expected}
 
 
-def _read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors by name, floats in `dtype`, all of them finite."""
+def read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors by name, floats in `dtype`. Raises InvalidInputError where one is not finite."""
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
@@ -231,7 +232,7 @@ def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float3
     path, config = folder / "config.json", {**_DEFAULTS.get(component.__name__, {}), **read_config(component, folder)}
     of_transformers = hasattr(component, "config_class")
     stem = "model" if of_transformers else "diffusion_pytorch_model"
-    headers = _read_headers(find_weights(folder, stem))
+    headers = read_headers(find_weights(folder, stem))
     if deep := [n for n, v in config.items() if "layers" in n and isinstance(v, int) and v > max(1, len(headers))]:
         raise InvalidInputError(f"{path}: {deep[0]} is {config[deep[0]]}, more layers than {folder} holds tensors")
     advice = "use the config that belongs to these weights"
@@ -246,7 +247,7 @@ def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float3
     if computed:
         with init_empty_weights(include_buffers=False):
             network = _build(component, config)
-    network.load_state_dict(_read_tensors(headers, dtype), strict=False, assign=True)
+    network.load_state_dict(read_tensors(headers, dtype), strict=False, assign=True)
     if of_transformers:
         network.tie_weights()
     return network.eval()

@@ -106,19 +106,24 @@ def from_transformer(
 
 
 def build_student(
-    transformer: SD3Transformer2DModel, teacher: SD3ControlNetModel, num_layers: int, init: StudentInit, seed: int
+    transformer: SD3Transformer2DModel,
+    teacher: SD3ControlNetModel | None,
+    num_layers: int,
+    init: StudentInit,
+    seed: int,
 ) -> SD3ControlNetModel:
-    """A student of `num_layers`, fp32 on the CPU.
+    """A student of `num_layers`, fp32 on the CPU, for the teacher's condition; without a teacher, for inpainting.
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
     each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears."""
-    extra = teacher.config["extra_conditioning_channels"]
+    extra = 1 if teacher is None else teacher.config["extra_conditioning_channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = from_transformer(transformer.float(), num_layers, extra)
         if init == "random":
             return cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
     if init == "teacher":
+        assert teacher is not None
         for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
             getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
         sites = len(transformer.transformer_blocks) - 1

@@ -108,6 +108,8 @@ class _JointAttention(torch.autograd.Function):
 
 def _fused_linear(hidden_states: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """Several linear layers of one input in one product: (B,N,D) -> (B,N,len(layers) D)."""
+    if not all(isinstance(layer, nn.Linear) for layer in layers):  # peft's: their `weight` leaves the adapter out
+        return torch.cat([layer(hidden_states) for layer in layers], -1)
     weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
     return linear(hidden_states, weight, bias)
 
@@ -147,7 +149,7 @@ class FusedGelu(GELU):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B,N,D) -> (B,N,F)"""
-        if self.approximate != "tanh":
+        if self.approximate != "tanh" or not isinstance(self.proj, nn.Linear):
             return super().forward(hidden_states)
         return linear(hidden_states, self.proj.weight, self.proj.bias, gelu=True)
 

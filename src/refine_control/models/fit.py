@@ -67,6 +67,12 @@ def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, An
     _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=(sizes[0] or 0) >= (sizes[1] or 0))
 
 
+def check_transformer(own: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:
+    """Raises InvalidInputError where a student's own transformer has another config than the model's."""
+    for key in (key for key in transformer if not key.startswith("_")):
+        _check(f"the transformer of {name}", key, own.get(key), "the model's transformer", transformer[key])
+
+
 def _check(part: str, key: str, value: Any, other: str, expected: Any, fits: bool | None = None) -> None:
     """Raises InvalidInputError unless the value is the expected one or, where it need not be that, `fits`."""
     if not (value == expected if fits is None else fits):
@@ -97,7 +103,8 @@ def check_neighbours(components: Mapping[str, Any], folder: Path) -> None:
     for suffix in ("", "_2", "_3"):
         if (tokenizer := components[f"tokenizer{suffix}"]) is not None:
             _check_tokenizer(tokenizer, components[f"text_encoder{suffix}"].config, suffix, folder)
-    check_controlnet(components["controlnet"].config, transformer, folder)
+    if components["controlnet"] is not None:
+        check_controlnet(components["controlnet"].config, transformer, folder)
 
 
 def _check_tokenizer(tokenizer: Any, encoder: Any, suffix: str, folder: Path) -> None:

@@ -28,8 +28,9 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, CARD
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.cpu_kernels import use_cpu_kernels
-from refine_control.models.fit import Geometry, check_neighbours, geometry
+from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
+from refine_control.models.own_transformer import load_own_transformer, own_folder, save_own_transformer
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,10 @@ def verify_folder(folder: Path) -> None:
             return
 
 
-def load_controlnet(folder: str | Path) -> SD3ControlNetModel:
+def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3ControlNetModel:
     """An fp32 ControlNet on the CPU from a folder or hub id, loaded strictly.
+
+    One that was trained with a transformer is refused unless the caller loads the `own_transformer` too.
 
     A config without `extra_conditioning_channels` (the published teacher's; docs/paper.md, trap 6) gets 1.
     Raises MissingError for files that are not there, InvalidInputError when config and weights disagree or a weight is
@@ -83,8 +86,38 @@ def load_controlnet(folder: str | Path) -> SD3ControlNetModel:
     refuse_other_kind(path, A_CONTROLNET)
     if not (path / CONFIG).is_file():
         raise InvalidInputError(f"{path} has no {CONFIG}; give a ControlNet folder in diffusers layout")
+    if not own_transformer and (own := own_folder(path)):
+        raise InvalidInputError(
+            f"{path} was trained together with {own.name} and does not work without it; give it as --student or "
+            "--controlnet of evaluate, inpaint or cost, or as init_from"
+        )
     verify_folder(path)
     return load_network(SD3ControlNetModel, path)
+
+
+def load_student(backbone: Backbone, folder: str | Path, name: str | Path = "") -> tuple[Backbone, SD3ControlNetModel]:
+    """The ControlNet in a folder, fp32 on the CPU, and the backbone that it paints with: `backbone` itself, or around
+    the student's own transformer.
+
+    `name` stands for the folder in messages. Raises what `load_controlnet` and `load_own_transformer` raise, and
+    InvalidInputError for a student of another model."""
+    controlnet = load_controlnet(folder, own_transformer=True)
+    check_controlnet(controlnet.config, backbone.transformer.config, name or folder)
+    return _around_own(backbone, folder), controlnet
+
+
+def load_painter(
+    model: str | Path, controlnet: str | Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[Backbone, SD3ControlNetModel]:
+    """A model that need not have a ControlNet, with one from a folder as `load_student` gives it; None: the model's."""
+    loaded = load_controlnet(controlnet, own_transformer=True) if controlnet else None
+    backbone = load_backbone(model, loaded, device=device)
+    return _around_own(backbone, controlnet) if controlnet else backbone, backbone.pipeline.controlnet
+
+
+def _around_own(backbone: Backbone, folder: str | Path) -> Backbone:
+    own = load_own_transformer(resolve(folder), backbone.transformer)
+    return backbone if own is None else backbone.with_transformer(own)
 
 
 def weights_mark(name: str | Path) -> str:
@@ -115,9 +148,16 @@ def _pieces_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: int, **described: Any) -> None:
+def save_controlnet(
+    controlnet: SD3ControlNetModel,
+    folder: Path,
+    num_blocks: int,
+    own_transformer: SD3Transformer2DModel | None = None,
+    **described: Any,
+) -> None:
     """Publishes a folder that stock `SD3ControlNetModel.from_pretrained` loads; warns where stock injects wrongly.
 
+    A transformer that was trained with it is saved in a folder of its own beside the ControlNet's files.
     `described` goes into the folder's manifest: what made it."""
     layers = len(controlnet.transformer_blocks)
     if not stock_injects_exactly(layers, num_blocks):
@@ -129,6 +169,8 @@ def save_controlnet(controlnet: SD3ControlNetModel, folder: Path, num_blocks: in
         )
     with publish_folder(folder, **described) as temporary:
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
+        if own_transformer is not None:
+            save_own_transformer(own_transformer, temporary)
 
 
 def _classes() -> dict[str, type]:
@@ -174,14 +216,15 @@ def _read_index(path: Path) -> dict[str, str | None]:
 
 
 def load_pipeline(
-    model: str | Path, controlnet: SD3ControlNetModel | None = None
+    model: str | Path, controlnet: SD3ControlNetModel | None = None, controlled: bool = True
 ) -> StableDiffusion3ControlNetInpaintingPipeline:
     """The stock inpainting pipeline of a model in fp32, every component loaded strictly and fitting the others.
 
-    The folder may lack a ControlNet (plain SD3) if one is given. Raises what `load_controlnet` raises."""
+    The folder may lack a ControlNet (plain SD3) if one is given; unless `controlled`, the pipeline has none. Raises
+    what `load_controlnet` raises."""
     path = resolve(model)
     named = _read_index(path)
-    if controlnet is None and named["controlnet"] is None:
+    if controlled and controlnet is None and named["controlnet"] is None:
         raise InvalidInputError(
             f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
         )
@@ -193,7 +236,9 @@ def load_pipeline(
             raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; fetch it{advice}")
         load = {"scheduler": load_scheduler, "tokenizer": load_tokenizer}.get(name.split("_")[0], load_network)
         components[name] = load(component, path / name) if named[name] else None
-    components["controlnet"] = controlnet or load_network(SD3ControlNetModel, path / "controlnet")
+    if controlled and controlnet is None:
+        controlnet = load_network(SD3ControlNetModel, path / "controlnet")
+    components["controlnet"] = controlnet
     check_neighbours(components, path)
     return StableDiffusion3ControlNetInpaintingPipeline(**components)
 
@@ -213,16 +258,17 @@ def load_backbone(
     cpu_kernels: bool = False,
     device: torch.device | str = "cpu",
     painting: bool = True,
+    controlled: bool = True,
 ) -> Backbone:
-    """The frozen parts of a model, put on `device` as `Backbone.to` does.
+    """The frozen parts of a model, put on `device` as `Backbone.to` does; unless `controlled` without its ControlNet.
 
     `cpu_kernels` uses the operators that are fast on a CPU, where the model runs there. A bundle of this project
     states its closed vocabulary in its card. Raises what `load_pipeline` raises."""
-    pipeline, file = load_pipeline(model, controlnet), resolve(model) / CARD
+    pipeline, file = load_pipeline(model, controlnet, controlled), resolve(model) / CARD
     card = json.loads(file.read_text()) if file.is_file() else {}
     vocabulary = frozenset(card.get("vocabulary") or ()) or None
     length = card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH)
     backbone = Backbone(pipeline, length, vocabulary).to(device, painting)
     if cpu_kernels and backbone.device.type == "cpu":
-        use_cpu_kernels(backbone.transformer, pipeline.controlnet)
+        use_cpu_kernels(backbone.transformer, *([pipeline.controlnet] if controlled else []))
     return backbone

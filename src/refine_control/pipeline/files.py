@@ -38,7 +38,7 @@ def inpaint_file(
     `size` pixels around the hole (the model's own size by default).
     Raises InvalidInputError for files that cannot be used and sizes that the model cannot paint, MissingError for
     weights that are not there."""
-    from refine_control.models.loading import load_backbone, load_controlnet, read_geometry
+    from refine_control.models.loading import load_painter, read_geometry
     from refine_control.photos.load import load
     from refine_control.records import Entry, Rejected
     from refine_control.storage import write_output
@@ -59,10 +59,9 @@ def inpaint_file(
         photo = load(entry, side, enlarge=True)
     except Rejected as rejected:
         raise InvalidInputError(f"{image} with {mask}: {rejected.detail} ({rejected.reason.value})") from None
-    loaded = load_controlnet(controlnet) if controlnet else None
-    backbone = load_backbone(model, loaded, device=best_device())
+    backbone, network = load_painter(model, controlnet, best_device())
     sampler = sampler or SamplerConfig()
-    pipeline = make_pipeline(backbone, loaded or backbone.pipeline.controlnet, sampler.injection, sampler.latents)
+    pipeline = make_pipeline(backbone, network, sampler.injection, sampler.latents)
     painted = run_pipeline(pipeline, backbone, photo.image, photo.mask, prompt, sampler)
     if composite:
         painted = np.where(photo.mask[..., None], painted, photo.image)

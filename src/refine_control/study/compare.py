@@ -134,19 +134,24 @@ def compare(
     sampler: SamplerConfig,
     networks: FeatureNetworks | None = None,
     progress: Progress | None = None,
+    own: Mapping[str, Backbone] | None = None,
 ) -> Result:
     """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
+
+    `own`: by name, the backbones of those that paint with another transformer than `backbone`'s.
 
     With `networks` also the metrics that need one; distances of sets only from two pictures on.
     Transformer and ControlNets are cast to `sampler.precision` and put on the backbone's device in place: measure costs
     before."""
-    in_precision(sampler.precision, backbone, *controlnets.values())
+    backbones = {**dict.fromkeys(controlnets, backbone), **(own or {})}
+    for name, controlnet in controlnets.items():
+        in_precision(sampler.precision, backbones[name], controlnet)
     samples, result = TestSamples(photos, networks), Result({}, {}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
 
-        def paint(group: Group, report: Progress, controlnet: Any = controlnet) -> np.ndarray:
+        def paint(group: Group, report: Progress, name: str = name, controlnet: Any = controlnet) -> np.ndarray:
             given = (group.images, group.masks, group.prompts)
-            return inpaint(backbone, controlnet, *given, sampler, first=group.first, progress=report)
+            return inpaint(backbones[name], controlnet, *given, sampler, first=group.first, progress=report)
 
         samples.add(result, name, paint, progress, (number, len(controlnets)))
     return result

@@ -191,14 +191,14 @@ def evaluate(
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)
     with only_writer(out):
-        backbone, controlnets = load_models(model, teacher, students)
+        backbone, controlnets, own = load_models(model, teacher, students)
         for controlnet in controlnets.values():
             controlnet.to(backbone.device)  # type: ignore[arg-type]
         backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
-        costs = model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision)
-        result = compare(backbone, controlnets, photos, sampler, networks, progress)
+        costs = model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision, own=own)
+        result = compare(backbone, controlnets, photos, sampler, networks, progress, own)
         tables = []
         if baselines:
             from refine_control.study.compare_baselines import add_baselines

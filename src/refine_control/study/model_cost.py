@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
-from refine_control.models.fit import check_controlnet
-from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.loading import load_backbone, load_controlnet, load_painter, load_student
 from refine_control.pipeline.painting import make_pipeline, run_pipeline
 from refine_control.study.plan import TEACHER
 
@@ -66,26 +65,36 @@ def _peak_in_fresh_process(model: str, folder: str | Path | None, precision: Pre
 def _sample_once(model: str, folder: str | Path | None, precision: Precision) -> None:
     """Loads a model and repaints one picture in two steps."""
     torch.set_num_threads(1)
-    backbone, controlnets = load_models(model, folder, {})
-    in_precision(precision, backbone, *controlnets.values())
+    backbone, controlnet = load_painter(model, folder, best_device())
+    in_precision(precision, backbone, controlnet)
     side = backbone.geometry.side
     image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    pipeline = make_pipeline(backbone, controlnets[TEACHER])
+    pipeline = make_pipeline(backbone, controlnet)
     run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
 
 
-def load_models(
-    model: str, teacher: str | Path | None, students: Mapping[str, Path]
-) -> tuple[Backbone, dict[str, ControlNet]]:
-    """A model on the best device with its teacher (None: its own ControlNet), and the ControlNets by name.
+class Models(NamedTuple):
+    """What is compared: teacher and students in one model."""
 
-    Raises InvalidInputError for a ControlNet that does not fit the transformer."""
+    backbone: Backbone
+    controlnets: dict[str, ControlNet]
+    own: dict[str, Backbone]
+    """By name, the backbones of students that paint with a transformer of their own."""
+
+
+def load_models(model: str, teacher: str | Path | None, students: Mapping[str, Path]) -> Models:
+    """A model on the best device with its teacher (None: its own ControlNet), and the students by name.
+
+    Raises what `load_student` raises."""
     backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
-    loaded = {name: load_controlnet(folder) for name, folder in students.items()}
-    for name, controlnet in loaded.items():
-        check_controlnet(controlnet.config, backbone.transformer.config, students[name])
-    return backbone, {TEACHER: backbone.pipeline.controlnet, **loaded}
+    loaded = {name: load_student(backbone, folder) for name, folder in students.items()}
+    own = {name: around for name, (around, _) in loaded.items() if around is not backbone}
+    return Models(
+        backbone,
+        {TEACHER: backbone.pipeline.controlnet, **{name: controlnet for name, (_, controlnet) in loaded.items()}},
+        own,
+    )
 
 
 def model_costs(
@@ -95,16 +104,19 @@ def model_costs(
     sources: Mapping[str, str | Path | None],
     precision: Precision = "fp32",
     repeats: int = 20,
+    own: Mapping[str, Backbone] | None = None,
 ) -> dict[str, ModelCost]:
     """Costs by name; ControlNets of one shape share one memory measurement. `sources` say where each came from
-    (the teacher by default from the model). All networks are cast to `precision`, in place."""
-    in_precision(precision, backbone, *controlnets.values())
-    steps = {name: _step(backbone, controlnet)[1] for name, controlnet in controlnets.items()}
+    (the teacher by default from the model), `own` as in `compare`. All networks are cast to `precision`, in place."""
+    backbones = {**dict.fromkeys(controlnets, backbone), **(own or {})}
+    for name, controlnet in controlnets.items():
+        in_precision(precision, backbones[name], controlnet)
+    steps = {name: _step(backbones[name], controlnet)[1] for name, controlnet in controlnets.items()}
     times = interleaved(steps, repeats=repeats, warmup=2)
     peaks: dict[int, int] = {}
     out = {}
     for name, controlnet in controlnets.items():
-        counted = counted_cost(backbone, controlnet)
+        counted = counted_cost(backbones[name], controlnet)
         if counted.num_layers not in peaks:
             peaks[counted.num_layers] = _peak_in_fresh_process(model, sources.get(name), precision)
         out[name] = ModelCost(*counted, times[name].median, peaks[counted.num_layers])
@@ -113,4 +125,5 @@ def model_costs(
 
 def compare(model: str, students: Mapping[str, Path], teacher: str | None = None) -> dict[str, ModelCost]:
     """`refine-control cost`: `teacher` (the model's own ControlNet by default) and `students`, folders by name."""
-    return model_costs(*load_models(model, teacher, students), model, {TEACHER: teacher, **students})
+    backbone, controlnets, own = load_models(model, teacher, students)
+    return model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, own=own)

@@ -25,7 +25,7 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.controlnet import ControlNet
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
-from refine_control.models.loading import load_controlnet
+from refine_control.models.loading import load_student
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.compare import Result, compare
@@ -116,9 +116,12 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
 
 
 def row_model(trained: TrainedRow, comparison: Comparison) -> tuple[Backbone, ControlNet]:
-    """The backbone and the row's ControlNet (the teacher if nothing is trained), in the budget's precision."""
+    """The row's ControlNet (the teacher if nothing is trained) and the backbone it paints with, in the budget's
+    precision."""
     backbone = comparison.backbone()
-    controlnet = load_controlnet(trained.student) if trained.student else backbone.pipeline.controlnet
+    controlnet = backbone.pipeline.controlnet
+    if trained.student:
+        backbone, controlnet = load_student(backbone, trained.student)
     in_precision(comparison.budget.precision, backbone, controlnet)
     return backbone, controlnet
 

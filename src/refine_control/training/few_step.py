@@ -9,7 +9,6 @@ student and target are never guided, for otherwise it would compound with every 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -50,19 +49,16 @@ class FewStep(Objective):
     def __init__(self, networks: Networks, config: ObjectiveConfig):
         self.networks, self.kind, self.alpha = networks, config.kind, config.weights.output_alpha
         self.config = config.few_step
-        self.target = copy.deepcopy(networks.student).requires_grad_(False) if needs_target(config) else None
+        self.target = networks.copy_student() if needs_target(config) else None
 
     def trainable(self) -> Trainable:
         """The student's parameters."""
         return self.networks.trainable
 
-    @torch.no_grad()
     def updated(self, averaged: Mapping[str, torch.Tensor]) -> None:
         """The target network takes the running mean."""
         if self.target is not None:
-            for name, parameter in self.target.named_parameters():
-                if name in averaged:
-                    parameter.copy_(averaged[name])
+            self.networks.load(averaged, self.target)
 
     def losses(self, batch: Batch, draw: Draw, statistics: torch.Tensor | None = None) -> FewStepLosses:
         """Both terms, and their weighted sum."""
@@ -104,7 +100,7 @@ class FewStep(Objective):
     def target_velocity(self, at: Point, batch: Batch) -> torch.Tensor:
         """The running mean's, without a graph, fp32."""
         assert self.target is not None
-        return self.networks.answer(self.target, at, batch).velocity.float()
+        return self.networks.answer(self.target.controlnet, at, batch, self.target.transformer).velocity.float()
 
     def guided_velocity(self, at: Point, batch: Batch) -> torch.Tensor:
         """The frozen teacher's, fp32."""

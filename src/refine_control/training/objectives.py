@@ -8,9 +8,9 @@ An objective of these kinds is a row of `KINDS`: which terms it has. Another kin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from refine_control.losses import (
 )
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, trainable_parameters
+from refine_control.models.own_transformer import sharing_copy
 from refine_control.training.loop import Draw, Objective
 from refine_control.training.optimizer import Trainable, compute_in
 
@@ -91,11 +92,20 @@ class Answer(NamedTuple):
     velocity: torch.Tensor
 
 
+class Student(NamedTuple):
+    """What is trained, or a running mean of it: a ControlNet and the transformer that it steers."""
+
+    controlnet: ControlNet
+    transformer: Any
+    """The frozen one, or the student's own."""
+
+
 class Networks:
     """Frozen backbone and teacher, one student: every forward pass an objective makes.
 
-    The teacher (and the backbone behind it) runs outside the graph; behind the student the backbone is
-    frozen but in the graph, for gradients pass through it to the residuals."""
+    The teacher (and the backbone behind it) runs outside the graph; behind the student the transformer is in the graph,
+    for gradients pass through it to the residuals. It is the backbone's, frozen, or that of `student_backbone`, whose
+    parameters that require a gradient are trained with the ControlNet."""
 
     def __init__(
         self,
@@ -103,6 +113,7 @@ class Networks:
         teacher: ControlNet | None,
         student: ControlNet,
         *,
+        student_backbone: Backbone | None = None,
         dtype: torch.dtype = torch.float32,
         sigmas: SigmaConfig | None = None,
         conditioning_scale: float = 1.0,
@@ -111,13 +122,41 @@ class Networks:
         self.teacher_mark = teacher_mark
         """Of the exact weights of backbone and teacher, as caches of completions state it."""
         self.backbone, self.teacher, self.student = backbone, teacher, student
+        self.student_backbone = student_backbone or backbone
         self.trainable = compute_in(student, dtype, trainable_parameters(student))
+        if self.own_transformer is not None:
+            own = compute_in(self.own_transformer, dtype, dict(self.own_transformer.named_parameters()))
+            self.trainable = Trainable.joined(controlnet=self.trainable, transformer=own)
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
             teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
         self.sigmas = sigmas or SigmaConfig()
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
         self.conditioning_scale = conditioning_scale
+
+    @property
+    def own_transformer(self) -> Any | None:
+        """The transformer that is trained with the student; None where it steers the frozen one."""
+        own = self.student_backbone.transformer
+        return None if own is self.backbone.transformer else own
+
+    def copy_student(self) -> Student:
+        """A frozen copy of the student for a running mean; what is not trained is shared."""
+        own = self.own_transformer
+        transformer = self.backbone.transformer if own is None else sharing_copy(own).requires_grad_(False)
+        return Student(sharing_copy(self.student).requires_grad_(False), transformer)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, torch.Tensor], into: Student | None = None) -> None:
+        """Copies values, by the names of `trainable`, into the student or a copy of it."""
+        into = into or Student(self.student, self.own_transformer)
+        parts = {"": into.controlnet}
+        if self.own_transformer is not None:
+            parts = {"controlnet.": into.controlnet, "transformer.": into.transformer}
+        for prefix, part in parts.items():
+            for name, parameter in part.named_parameters():
+                if (value := weights.get(prefix + name)) is not None:
+                    parameter.copy_(value)
 
     def noised(self, batch: Batch, draw: Draw) -> Point:
         """Where on the path a batch is at this step."""
@@ -135,16 +174,16 @@ class Networks:
             self.conditioning_scale,
         )
 
-    def answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
-        """What a ControlNet injects there, and the frozen backbone's velocity with it."""
+    def answer(self, controlnet: ControlNet, at: Point, batch: Batch, transformer: Any = None) -> Answer:
+        """What a ControlNet injects there, and the velocity of `transformer` with it, by default the frozen one's."""
         residuals = self.residuals(controlnet, at, batch)
         text = batch.prompt_embeds, batch.pooled_prompt_embeds
-        v = predict_velocity(self.backbone.transformer, at.noisy_latents, at.sigmas, *text, residuals)
+        v = predict_velocity(transformer or self.backbone.transformer, at.noisy_latents, at.sigmas, *text, residuals)
         return Answer(residuals, v)
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
-        return self.answer(self.student, at, batch)
+        return self.answer(self.student, at, batch, self.own_transformer)
 
     @torch.no_grad()
     def teacher_answer(self, at: Point, batch: Batch) -> Answer:

@@ -23,8 +23,8 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
-from refine_control.models.fit import check_controlnet
-from refine_control.models.loading import load_backbone, load_controlnet, save_controlnet, weights_mark
+from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
+from refine_control.models.own_transformer import LORA, own_folder, set_lora, trainable_copy
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size
 from refine_control.progress import Progress
@@ -79,21 +79,42 @@ def student_folder(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(path)
 
 
-def new_student(recipe: Recipe, backbone: Backbone) -> ControlNet:
-    """The student as the recipe starts it, fp32 on the CPU."""
-    teacher = backbone.pipeline.controlnet
+def new_student(recipe: Recipe, backbone: Backbone) -> tuple[Backbone, ControlNet]:
+    """The student as the recipe starts it, fp32 on the CPU, and the backbone that it steers: `backbone` itself where
+    its transformer stays frozen, else around a trainable copy."""
+    config = recipe.student
     if recipe.init_from is None:
-        return build_student(
-            backbone.transformer, teacher, recipe.student.num_layers, recipe.student.init, recipe.student.seed
+        student = build_student(
+            backbone.transformer, backbone.pipeline.controlnet, config.num_layers, config.init, config.seed
         )
-    student = load_controlnet(student_folder(recipe.init_from))
-    check_controlnet(student.config, backbone.transformer.config, f"init_from {recipe.init_from}")
+        return _trainable(recipe, backbone, backbone, None), student
+    folder = student_folder(recipe.init_from)
+    start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
     if len(student.transformer_blocks) != recipe.student.num_layers:
         raise InvalidInputError(
             f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
             f"{recipe.student.num_layers}; make them agree"
         )
-    return student
+    return _trainable(recipe, backbone, start, own_folder(folder)), student
+
+
+def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
+    """`backbone`, or the one around the transformer to be trained: that of `start`, which is `saved` in a folder.
+
+    Raises InvalidInputError where the recipe does not train what was trained before."""
+    kind, held = recipe.student.backbone, saved and ("lora" if saved.name == LORA else "whole")
+    if held and kind not in (held, "whole"):
+        raise InvalidInputError(
+            f"init_from {recipe.init_from} was trained with student.backbone {held} and the recipe has {kind}; set "
+            f"student.backbone to {held}"
+        )
+    if kind == "frozen":
+        return backbone
+    transformer = start.transformer if kind == "whole" else backbone.transformer
+    own = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
+    if saved and kind == "lora":
+        set_lora(own, saved)
+    return backbone.with_transformer(own)
 
 
 def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
@@ -178,17 +199,28 @@ def asks_teacher(config: ObjectiveConfig) -> bool:
     return few_step_asks_teacher(config) if config.is_few_step else config.kind != "from_scratch"
 
 
+def reads_teacher(recipe: Recipe) -> bool:
+    """Whether a run depends on a teacher. One for few steps that learns the ground truth from the prior does not."""
+    alone = recipe.objective.is_few_step and recipe.objective.x0_source == "truth" and not recipe.init_from
+    return not alone or recipe.student.init == "teacher" or asks_teacher(recipe.objective)
+
+
 def prepare(recipe: Recipe, device: torch.device) -> Networks:
     """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
-    teacher = load_controlnet(recipe.teacher) if recipe.teacher else None
-    backbone = load_backbone(recipe.model, teacher)
+    with_teacher = reads_teacher(recipe)
+    teacher = load_controlnet(recipe.teacher) if recipe.teacher and with_teacher else None
+    backbone = load_backbone(recipe.model, teacher, controlled=with_teacher)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    student = new_student(recipe, backbone)
+    student_backbone, student = new_student(recipe, backbone)
     exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
     teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
+    transformers: list[Any] = list(dict.fromkeys([backbone.transformer, student_backbone.transformer]))
+    controlnets: list[Any] = (
+        [student] if backbone.pipeline.controlnet is None else [backbone.pipeline.controlnet, student]
+    )
     if device.type == "cpu":
-        use_cpu_kernels(backbone.transformer, backbone.pipeline.controlnet, student)
-    for part in (backbone.transformer, student, *([teacher] if teacher is not None else [])):
+        use_cpu_kernels(*transformers, *controlnets)
+    for part in (*transformers, student, *([teacher] if teacher is not None else [])):
         part.to(device)  # type: ignore[arg-type]
     if recipe.training.validate_every or recipe.objective.few_step.distance != "latent":
         backbone.vae.to(device)
@@ -196,14 +228,15 @@ def prepare(recipe: Recipe, device: torch.device) -> Networks:
         for encoder in backbone.text_encoders:  # in fp32 whatever the precision, as `cache` runs them
             encoder.to(device)
     if recipe.training.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-        backbone.transformer.enable_gradient_checkpointing()
+        for part in (student, *transformers):
+            part.enable_gradient_checkpointing()
     if recipe.training.compile:
-        for part in (backbone.transformer, backbone.pipeline.controlnet, student):
+        for part in (*transformers, *controlnets):
             for block in part.transformer_blocks:
                 block.compile()
     options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
-    return Networks(backbone, teacher, student, dtype=dtype, teacher_mark=exact, **options)
+    options |= {"student_backbone": student_backbone, "teacher_mark": exact}
+    return Networks(backbone, teacher, student, dtype=dtype, **options)
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
@@ -324,13 +357,16 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
         configs = recipe.optimizer, recipe.training
         fitted = fit(objective, batches, *configs, run_dir, mark, validate=validate, progress=progress)
-        student = networks.student.to("cpu", torch.float32)  # type: ignore[arg-type]
-        student.load_state_dict(fitted.weights, strict=False)
+        for part in (networks.student, networks.own_transformer):
+            if part is not None:
+                part.to("cpu", torch.float32)  # type: ignore[arg-type]
+        networks.load(fitted.weights)
         if main:
             save_controlnet(
-                student,
+                networks.student,
                 run_dir / STUDENT,
                 backbone.num_blocks,
+                networks.own_transformer,
                 kind="student",
                 fingerprint=mark,
                 recipe=recipe.model_dump(mode="json"),

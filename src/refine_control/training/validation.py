@@ -58,7 +58,7 @@ class Validation:
                 parameter.copy_(weights[name])
             text, empty = (tuple(t.to(device) for t in pair) for pair in (self.text, self.empty))
             latents = complete_latents(
-                self.networks.backbone,
+                self.networks.student_backbone,
                 self.networks.student,
                 self.masked_latents.to(device),
                 self.mask.to(device),
