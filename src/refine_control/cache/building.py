@@ -58,8 +58,9 @@ def completion_sampler(steps: int = 8, guidance: float = 1.0, even: bool = False
 def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -> None:
     """Raises InvalidInputError for latents (h, w) that the transformer or a ControlNet has no positions for."""
     factor = backbone.pipeline.vae_scale_factor
+    networks = [backbone.transformer, backbone.pipeline.controlnet, *controlnets]
     for h, w in sizes:
-        for network in (backbone.transformer, backbone.pipeline.controlnet, *controlnets):
+        for network in (each for each in networks if each is not None):
             geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
