@@ -67,10 +67,10 @@ def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, An
     _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=(sizes[0] or 0) >= (sizes[1] or 0))
 
 
-def check_transformer(own: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:
+def check_transformer(student: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:
     """Raises InvalidInputError where a student's own transformer has another config than the model's."""
     for key in (key for key in transformer if not key.startswith("_")):
-        _check(f"the transformer of {name}", key, own.get(key), "the model's transformer", transformer[key])
+        _check(f"the transformer of {name}", key, student.get(key), "the model's transformer", transformer[key])
 
 
 def _check(part: str, key: str, value: Any, other: str, expected: Any, fits: bool | None = None) -> None:

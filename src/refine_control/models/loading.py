@@ -86,9 +86,9 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
     refuse_other_kind(path, A_CONTROLNET)
     if not (path / CONFIG).is_file():
         raise InvalidInputError(f"{path} has no {CONFIG}; give a ControlNet folder in diffusers layout")
-    if not own_transformer and (own := own_folder(path)):
+    if not own_transformer and (beside := own_folder(path)):
         raise InvalidInputError(
-            f"{path} was trained together with {own.name} and does not work without it; give it as --student or "
+            f"{path} was trained together with {beside.name} and does not work without it; give it as --student or "
             "--controlnet of evaluate, inpaint or cost, or as init_from"
         )
     verify_folder(path)
@@ -116,8 +116,8 @@ def load_painter(
 
 
 def _around_own(backbone: Backbone, folder: str | Path) -> Backbone:
-    own = load_own_transformer(resolve(folder), backbone.transformer)
-    return backbone if own is None else backbone.with_transformer(own)
+    beside = load_own_transformer(resolve(folder), backbone.transformer)
+    return backbone if beside is None else backbone.with_transformer(beside)
 
 
 def weights_mark(name: str | Path) -> str:

@@ -50,22 +50,22 @@ def trainable_copy(
     `lora`: adapters of a rank on the attentions' projections, scaled by 1, drawn from `seed`; all else is shared with
     `transformer`. `whole`: a copy of all parameters. Raises ModuleNotFoundError for `lora` without peft."""
     if kind == "whole":
-        own = copy.deepcopy(transformer)
-        for name, parameter in own.named_parameters():
-            parameter.requires_grad_(not _is_dead(name, own))
-        return own
+        copied = copy.deepcopy(transformer)
+        for name, parameter in copied.named_parameters():
+            parameter.requires_grad_(not _is_dead(name, copied))
+        return copied
     from peft import LoraConfig
 
-    own = sharing_copy(transformer)
+    copied = sharing_copy(transformer)
     layers = [
         name
-        for name, module in own.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(_PROJECTIONS) and not _is_dead(name, own)
+        for name, module in copied.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(_PROJECTIONS) and not _is_dead(name, copied)
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
-    return own
+        copied.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))
+    return copied
 
 
 def own_folder(folder: Path) -> Path | None:
@@ -75,11 +75,11 @@ def own_folder(folder: Path) -> Path | None:
     return folder / LORA if (folder / LORA).is_dir() else None
 
 
-def save_own_transformer(own: SD3Transformer2DModel, folder: Path) -> None:
+def save_own_transformer(copied: SD3Transformer2DModel, folder: Path) -> None:
     """Writes `transformer/` or `transformer_lora/` in a student's folder, for stock diffusers to load."""
-    adapters = {name: p.detach() for name, p in own.named_parameters() if ".lora_" in name}
+    adapters = {name: p.detach() for name, p in copied.named_parameters() if ".lora_" in name}
     if not adapters:
-        own.save_pretrained(folder / WHOLE, max_shard_size="100GB")
+        copied.save_pretrained(folder / WHOLE, max_shard_size="100GB")
         return
     layers: dict[str, Any] = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in adapters.items()}
     StableDiffusion3ControlNetInpaintingPipeline.save_lora_weights(folder / LORA, transformer_lora_layers=layers)
@@ -94,15 +94,15 @@ def load_own_transformer(folder: Path, transformer: SD3Transformer2DModel) -> SD
     if own_at is None:
         return None
     if own_at.name == WHOLE:
-        own = load_network(SD3Transformer2DModel, own_at)
-        check_transformer(own.config, transformer.config, folder)
-        return own.requires_grad_(False).to(transformer.device, transformer.dtype)
-    own = sharing_copy(transformer)
+        copied = load_network(SD3Transformer2DModel, own_at)
+        check_transformer(copied.config, transformer.config, folder)
+        return copied.requires_grad_(False).to(transformer.device, transformer.dtype)
+    copied = sharing_copy(transformer)
     for name, (a, b) in read_lora(own_at, transformer).items():
-        layer = own.get_submodule(name)
+        layer = copied.get_submodule(name)
         delta = (b @ a).to(layer.weight.device)
         layer.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False)
-    return own
+    return copied
 
 
 def read_lora(folder: Path, transformer: SD3Transformer2DModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -143,13 +143,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 @torch.no_grad()
-def set_lora(own: SD3Transformer2DModel, folder: Path) -> None:
+def set_lora(copied: SD3Transformer2DModel, folder: Path) -> None:
     """Gives the adapters of a trainable copy the values in a folder of LoRA weights.
 
     Raises InvalidInputError where those have another rank or other layers, and what `read_lora` raises."""
-    adapters = {name: p for name, p in own.named_parameters() if ".lora_" in name}
+    adapters = {name: p for name, p in copied.named_parameters() if ".lora_" in name}
     values = {}
-    for layer, pair in read_lora(folder, own).items():
+    for layer, pair in read_lora(folder, copied).items():
         values |= {f"{layer}.lora_{part}.default.weight": value for part, value in zip("AB", pair, strict=True)}
     if {n: v.shape for n, v in values.items()} != {n: p.shape for n, p in adapters.items()}:
         rank = min(min(value.shape) for value in values.values())

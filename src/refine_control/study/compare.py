@@ -134,16 +134,16 @@ def compare(
     sampler: SamplerConfig,
     networks: FeatureNetworks | None = None,
     progress: Progress | None = None,
-    own: Mapping[str, Backbone] | None = None,
+    own_backbones: Mapping[str, Backbone] | None = None,
 ) -> Result:
     """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
 
-    `own`: by name, the backbones of those that paint with another transformer than `backbone`'s.
+    `own_backbones`: by name, the backbones of those that paint with another transformer than `backbone`'s.
 
     With `networks` also the metrics that need one; distances of sets only from two pictures on.
     Transformer and ControlNets are cast to `sampler.precision` and put on the backbone's device in place: measure costs
     before."""
-    backbones = {**dict.fromkeys(controlnets, backbone), **(own or {})}
+    backbones = {**dict.fromkeys(controlnets, backbone), **(own_backbones or {})}
     for name, controlnet in controlnets.items():
         in_precision(sampler.precision, backbones[name], controlnet)
     samples, result = TestSamples(photos, networks), Result({}, {}, {}, {})

@@ -72,10 +72,10 @@ def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | Non
         trained = {name: train_row(name, row, comparison, seed, progress) for name, row in rows.items()}
         photos, sampler = comparison.test_photos(), make_sampler(numbers)
         students = {name: folder for name in ("ours", "fc") if (folder := trained[name].student)}
-        backbone, controlnets, own = load_models("mini", None, students)
-        costs = model_costs(backbone, controlnets, "mini", students, sampler.precision, own=own)
+        backbone, controlnets, own_backbones = load_models("mini", None, students)
+        costs = model_costs(backbone, controlnets, "mini", students, sampler.precision, own_backbones=own_backbones)
         networks = FeatureNetworks(load_classifier(BUNDLE))
-        result = compare(backbone, controlnets, photos, sampler, networks, progress("evaluate"), own)
+        result = compare(backbone, controlnets, photos, sampler, networks, progress("evaluate"), own_backbones)
         summary = summarise_models(result)
         facts = {
             **sampler_facts(sampler, len(photos)),

@@ -191,14 +191,16 @@ def evaluate(
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)
     with only_writer(out):
-        backbone, controlnets, own = load_models(model, teacher, students)
+        backbone, controlnets, own_backbones = load_models(model, teacher, students)
         for controlnet in controlnets.values():
             controlnet.to(backbone.device)  # type: ignore[arg-type]
         backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
-        costs = model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision, own=own)
-        result = compare(backbone, controlnets, photos, sampler, networks, progress, own)
+        costs = model_costs(
+            backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision, own_backbones=own_backbones
+        )
+        result = compare(backbone, controlnets, photos, sampler, networks, progress, own_backbones)
         tables = []
         if baselines:
             from refine_control.study.compare_baselines import add_baselines

@@ -79,7 +79,7 @@ class Models(NamedTuple):
 
     backbone: Backbone
     controlnets: dict[str, ControlNet]
-    own: dict[str, Backbone]
+    own_backbones: dict[str, Backbone]
     """By name, the backbones of students that paint with a transformer of their own."""
 
 
@@ -89,11 +89,11 @@ def load_models(model: str, teacher: str | Path | None, students: Mapping[str, P
     Raises what `load_student` raises."""
     backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
     loaded = {name: load_student(backbone, folder) for name, folder in students.items()}
-    own = {name: around for name, (around, _) in loaded.items() if around is not backbone}
+    own_backbones = {name: around for name, (around, _) in loaded.items() if around is not backbone}
     return Models(
         backbone,
         {TEACHER: backbone.pipeline.controlnet, **{name: controlnet for name, (_, controlnet) in loaded.items()}},
-        own,
+        own_backbones,
     )
 
 
@@ -104,11 +104,11 @@ def model_costs(
     sources: Mapping[str, str | Path | None],
     precision: Precision = "fp32",
     repeats: int = 20,
-    own: Mapping[str, Backbone] | None = None,
+    own_backbones: Mapping[str, Backbone] | None = None,
 ) -> dict[str, ModelCost]:
     """Costs by name; ControlNets of one shape share one memory measurement. `sources` say where each came from
-    (the teacher by default from the model), `own` as in `compare`. All networks are cast to `precision`, in place."""
-    backbones = {**dict.fromkeys(controlnets, backbone), **(own or {})}
+    (the teacher by default from the model), `own_backbones` are as in `compare`. Casts to `precision` in place."""
+    backbones = {**dict.fromkeys(controlnets, backbone), **(own_backbones or {})}
     for name, controlnet in controlnets.items():
         in_precision(precision, backbones[name], controlnet)
     steps = {name: _step(backbones[name], controlnet)[1] for name, controlnet in controlnets.items()}
@@ -125,5 +125,5 @@ def model_costs(
 
 def compare(model: str, students: Mapping[str, Path], teacher: str | None = None) -> dict[str, ModelCost]:
     """`refine-control cost`: `teacher` (the model's own ControlNet by default) and `students`, folders by name."""
-    backbone, controlnets, own = load_models(model, teacher, students)
-    return model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, own=own)
+    backbone, controlnets, own_backbones = load_models(model, teacher, students)
+    return model_costs(backbone, controlnets, model, {TEACHER: teacher, **students}, own_backbones=own_backbones)

@@ -125,8 +125,8 @@ class Networks:
         self.student_backbone = student_backbone or backbone
         self.trainable = compute_in(student, dtype, trainable_parameters(student))
         if self.own_transformer is not None:
-            own = compute_in(self.own_transformer, dtype, dict(self.own_transformer.named_parameters()))
-            self.trainable = Trainable.joined(controlnet=self.trainable, transformer=own)
+            trained = compute_in(self.own_transformer, dtype, dict(self.own_transformer.named_parameters()))
+            self.trainable = Trainable.joined(controlnet=self.trainable, transformer=trained)
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
             teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
@@ -137,13 +137,13 @@ class Networks:
     @property
     def own_transformer(self) -> Any | None:
         """The transformer that is trained with the student; None where it steers the frozen one."""
-        own = self.student_backbone.transformer
-        return None if own is self.backbone.transformer else own
+        trained = self.student_backbone.transformer
+        return None if trained is self.backbone.transformer else trained
 
     def copy_student(self) -> Student:
         """A frozen copy of the student for a running mean; what is not trained is shared."""
-        own = self.own_transformer
-        transformer = self.backbone.transformer if own is None else sharing_copy(own).requires_grad_(False)
+        trained = self.own_transformer
+        transformer = self.backbone.transformer if trained is None else sharing_copy(trained).requires_grad_(False)
         return Student(sharing_copy(self.student).requires_grad_(False), transformer)
 
     @torch.no_grad()

@@ -111,10 +111,10 @@ def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path 
     if kind == "frozen":
         return backbone
     transformer = start.transformer if kind == "whole" else backbone.transformer
-    own = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
+    trainable = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
     if saved and kind == "lora":
-        set_lora(own, saved)
-    return backbone.with_transformer(own)
+        set_lora(trainable, saved)
+    return backbone.with_transformer(trainable)
 
 
 def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
