@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3ControlNetInpaintingPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control import flow
 from refine_control.conditions.inpainting import control_cond, masked_pixels
@@ -25,7 +27,11 @@ from refine_control.models.devices import pictures_at_once
 from refine_control.models.prompt_memory import Encode, PromptMemory
 from refine_control.pixels import from_images, to_images
 from refine_control.progress import Progress
-from refine_control.randomness import slot_normals
+from refine_control.randomness import derive_seed, slot_normals
+
+logger = logging.getLogger(__name__)
+_FEW = 8
+"""The most steps that are few: where a scheduler wastes one of them, it shows."""
 
 
 class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
@@ -55,6 +61,17 @@ class InpaintingPipeline(StableDiffusion3ControlNetInpaintingPipeline):
         return torch.cat([cond] * 2) if do_classifier_free_guidance and not guess_mode else cond
 
 
+class FreshNoise(FlowMatchEulerDiscreteScheduler):
+    """Stock's `stochastic_sampling` with the noise of `sampling_path` in row 0; the pipeline passes no generator."""
+
+    seed = 0
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step x_s = (1 - s) x0_hat + s noise; arguments and result as stock's."""
+        noise_seed = derive_seed(self.seed, "fresh noise", self.step_index or 0, 0)
+        return super().step(*args, **kwargs, generator=torch.Generator().manual_seed(noise_seed))
+
+
 def make_pipeline(
     backbone: Backbone,
     controlnet: SD3ControlNetModel,
@@ -72,6 +89,19 @@ def make_pipeline(
     return pipeline
 
 
+@contextmanager
+def _scheduled(pipeline: StableDiffusion3ControlNetInpaintingPipeline, sampler: SamplerConfig) -> Iterator[None]:
+    """The pipeline with the scheduler of a sampler: its own, or one with fresh noise in every step."""
+    usual = pipeline.scheduler
+    if sampler.stochastic:
+        pipeline.scheduler = cast(Any, FreshNoise.from_config(usual.config, stochastic_sampling=True))
+        pipeline.scheduler.seed = sampler.seed
+    try:
+        yield
+    finally:
+        pipeline.scheduler = usual
+
+
 @torch.no_grad()
 def run_pipeline(
     pipeline: StableDiffusion3ControlNetInpaintingPipeline,
@@ -87,22 +117,25 @@ def run_pipeline(
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
     dtype = pipeline.transformer.dtype
     text: dict[str, torch.Tensor] = {}  # by itself the pipeline would encode where the transformer is
-    for kind, words in {"": prompt, "negative_": ""}.items():
+    for kind, words in {"": prompt, **({"negative_": ""} if sampler.guidance_scale > 1 else {})}.items():
         embeds, pooled = backbone.encode_prompts([words])
         text |= {f"{kind}prompt_embeds": embeds.to(dtype), f"{kind}pooled_prompt_embeds": pooled.to(dtype)}
-    result = cast(Any, pipeline)(
-        **text,
-        control_image=from_images(image[None]),
-        control_mask=torch.from_numpy(mask)[None, None].float(),
-        height=height,
-        width=width,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
-        controlnet_conditioning_scale=sampler.conditioning_scale,
-        latents=noise,
-        max_sequence_length=backbone.max_sequence_length,
-        output_type="pt",
-    ).images[0]
+    unshifted = flow.even_sigmas(sampler.num_inference_steps)[:-1].tolist()
+    with _scheduled(pipeline, sampler):
+        result = cast(Any, pipeline)(
+            **text,
+            control_image=from_images(image[None]),
+            control_mask=torch.from_numpy(mask)[None, None].float(),
+            height=height,
+            width=width,
+            num_inference_steps=sampler.num_inference_steps,
+            sigmas=unshifted if sampler.sigmas == "even" else None,
+            guidance_scale=sampler.guidance_scale,
+            controlnet_conditioning_scale=sampler.conditioning_scale,
+            latents=noise,
+            max_sequence_length=backbone.max_sequence_length,
+            output_type="pt",
+        ).images[0]
     return (result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
@@ -122,8 +155,9 @@ def inpaint(
     """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
 
     The pictures of `InpaintingPipeline` but for rounding; the VAE and the steps are in fp32. The initial noise of
-    picture i is a function of (sampler.seed, first + i) alone, so models, batch sizes and subsets are compared on the
-    same noise. Moves the ControlNet to the backbone's device. Raises InvalidInputError for `sample`."""
+    picture i is a function of (sampler.seed, first + i) alone (fresh noise: of the step, too), so models, batch sizes
+    and subsets are compared on the same noise. Moves the ControlNet to the backbone's device. Raises InvalidInputError
+    for `sample`."""
     if sampler.latents != "mean":
         raise InvalidInputError("sampler.latents is sample; batches take the posterior's mean: set it to mean")
     controlnet.to(backbone.device)  # type: ignore[arg-type]
@@ -135,9 +169,10 @@ def inpaint(
         pixels = from_images(images[a:b])
         mask = torch.from_numpy(masks[a:b])[:, None].float()
         masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
-        noise = slot_normals(masked_latents.shape[1:], range(first + a, first + b), sampler.seed, "initial noise")
+        rows = range(first + a, first + b)
+        noise = slot_normals(masked_latents.shape[1:], rows, sampler.seed, "initial noise")
         text, empty = encode(prompts[a:b]), encode([""] * (b - a)) if guided else None
-        latents = complete_latents(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise)
+        latents = complete_latents(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise, rows)
         out.append(to_images(backbone.decode_latents(latents)))
         if progress:
             progress(b, len(images), "inpaint")
@@ -164,9 +199,10 @@ def complete_latents(
     empty: tuple[torch.Tensor, torch.Tensor] | None,
     sampler: SamplerConfig,
     noise: torch.Tensor,
+    rows: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The end of `sampling_path`: what a ControlNet paints, in latents (B,16,h,w)."""
-    path = sampling_path(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise)
+    path = sampling_path(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise, rows)
     return deque(path, maxlen=1)[0]
 
 
@@ -179,6 +215,17 @@ def sampling_sigmas(backbone: Backbone, sampler: SamplerConfig) -> torch.Tensor:
     return scheduler.sigmas
 
 
+def warn_wasted_steps(backbone: Backbone, sampler: SamplerConfig) -> None:
+    """Logs a warning where the scheduler spaces few steps badly: its shift is applied twice (diffusers#13243), so that
+    the last step does almost nothing."""
+    steps, shift = sampler.num_inference_steps, backbone.shift
+    if sampler.sigmas == "scheduler" and 1 < steps <= _FEW and shift > 1:
+        levels = ", ".join(f"{sigma:.2g}" for sigma in sampling_sigmas(backbone, sampler).tolist())
+        text = "%s applies its shift %g twice (diffusers#13243), so the last of the %d steps is wasted, at the noise "
+        text += "levels %s; choose evenly spaced ones, `--sigmas even` or `sampler.sigmas: even` in a recipe"
+        logger.warning(text, type(backbone.pipeline.scheduler).__name__, shift, steps, levels)
+
+
 def sampling_path(
     backbone: Backbone,
     controlnet: SD3ControlNetModel,
@@ -188,10 +235,13 @@ def sampling_path(
     empty: tuple[torch.Tensor, torch.Tensor] | None,
     sampler: SamplerConfig,
     noise: torch.Tensor,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yields the latents after each Euler step on `sampling_sigmas`, the clean ones last, on the backbone's device.
+    """Yields the latents after each step on `sampling_sigmas`, the clean ones last, on the backbone's device.
 
-    masked_latents and noise (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w). `text` and `empty` are
+    A step is Euler's, or x_s = (1 - s) x0_hat + s noise for a stochastic sampler (LCM), its noise a function of
+    (sampler.seed, step, row); `rows` are the samples' numbers, 0 to B - 1 by default. masked_latents and noise
+    (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w). `text` and `empty` are
     (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance."""
     device = backbone.device
     cond = control_cond(masked_latents.to(device), mask.to(device))
@@ -204,9 +254,14 @@ def sampling_path(
         residuals = control_residuals(controlnet, at, sigmas, embeds, cond, backbone.pooled_width, scale)
         return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection).float()
 
-    for sigma, following in pairwise(sampling_sigmas(backbone, sampler)):
+    for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler))):
         v = velocity(latents, sigma, *conditional)
         if guided:
             v = flow.guided(v, velocity(latents, sigma, *unconditional), sampler.guidance_scale)
-        latents = flow.euler_step(latents, v, sigma[None], following[None])
+        if sampler.stochastic:
+            fresh = slot_normals(noise.shape[1:], rows or range(len(noise)), sampler.seed, "fresh noise", step)
+            clean = flow.clean_latents(latents, v, sigma[None])
+            latents = flow.interpolate(clean, fresh.to(device), following[None])
+        else:
+            latents = flow.euler_step(latents, v, sigma[None], following[None])
         yield latents

@@ -17,7 +17,7 @@ from refine_control.config import Recipe
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, picture_grid
-from refine_control.pipeline.painting import complete_latents
+from refine_control.pipeline.painting import complete_latents, warn_wasted_steps
 from refine_control.pixels import to_images
 from refine_control.randomness import slot_normals
 from refine_control.storage import write_atomic
@@ -38,6 +38,7 @@ class Validation:
         count = len(self.photos)
         self.networks, self.sampler, self.folder = networks, recipe.sampler, run_dir / "validation"
         backbone = networks.backbone
+        warn_wasted_steps(backbone, self.sampler)
         pixels, mask = photos_as_tensors(self.photos)
         self.masked_latents = backbone.encode_images(masked_pixels(pixels, mask))
         self.mask = mask_at_latents(mask, self.masked_latents)
