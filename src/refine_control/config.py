@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -263,6 +263,23 @@ class SamplerConfig(Section):
     precision: Precision = Field(
         default="fp32", description="arithmetic of transformer and ControlNet; the VAE and the steps are fp32"
     )
+
+
+CHOSEN_BY_MODEL = frozenset({"num_inference_steps", "guidance_scale", "conditioning_scale", "sigmas", "stochastic"})
+"""Settings of a sampler that belong to the model; the others are the user's."""
+
+
+class StudentCard(Section):
+    """What the folder of a student for few steps says of it."""
+
+    sampling: SamplerConfig = Field(description="how it is to be sampled; seed, precision and the like are not kept")
+    most_steps: int = Field(ge=1, le=1000, description="the most sampling steps that it was trained for")
+    distilled_guidance: float = Field(ge=1, le=100, description="guidance scale that it has learnt; 1 is none")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The settings of a sampler that the card gives."""
+        return self.sampling.model_dump(include=set(CHOSEN_BY_MODEL))
 
 
 class DataConfig(Section):

@@ -27,7 +27,7 @@ from refine_control.errors import (
 )
 
 SEED, JSON, DRY = "--seed", "--json", "--dry-run"
-SAMPLING = ["--conditioning-scale", "--guidance", "--injection", SEED, "--steps"]
+SAMPLING = ["--conditioning-scale", "--guidance", "--injection", SEED, "--sigmas", "--steps"]
 
 ANNOTATING = [
     *("--describer", "--engine", "--gpus", "--images", "--masks", "--prompts", "--segmenter", "--server", "--workers"),

@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3ControlNetInpaintingPipeline
+from diffusers import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
+)
 
-from refine_control.config import SamplerConfig
+from refine_control.config import SamplerConfig, StudentCard
 from refine_control.injection import layer_of_site
+from refine_control.models.backbone import Backbone
+from refine_control.models.loading import load_controlnet, save_controlnet
+from refine_control.pipeline import painting
 from refine_control.pipeline.files import inpaint_file
-from refine_control.pipeline.painting import complete_latents, inpaint, make_pipeline, run_pipeline
+from refine_control.pipeline.painting import complete_latents, inpaint, make_pipeline, run_pipeline, warn_wasted_steps
 
 PROMPTS = ["a red circle", "an orange star on a tan background"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -138,6 +146,69 @@ def test_a_batch_is_painted_as_the_pipeline_paints(tiny_backbone, tiny_student, 
     assert np.abs(one.astype(int) - batch[0]).max() <= 1
     other = sampler.model_copy(update={"injection": "exact" if injection == "diffusers" else "diffusers"})
     assert np.abs(inpaint(tiny_backbone, student, IMAGES[:2], MASKS[:2], PROMPTS, other)[0] - batch[0]).max() > 1
+
+
+@pytest.fixture(scope="module")
+def shifted(tiny_backbone):
+    """The tiny backbone with SD3's shift."""
+    components = {**tiny_backbone.pipeline.components, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    return Backbone(StableDiffusion3ControlNetInpaintingPipeline(**components), max_sequence_length=0)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_stock_with_the_scheduler_of_a_student_folder_is_ours(
+    shifted, tiny_student, tmp_path, monkeypatch, steps, stochastic
+):
+    few = {"num_inference_steps": steps, "guidance_scale": 1.0, "conditioning_scale": 1.0, "sigmas": "even"}
+    sampler = SamplerConfig(**few, stochastic=stochastic)
+    card = StudentCard(sampling=sampler, most_steps=8, distilled_guidance=3.0)
+    save_controlnet(tiny_student(2), tmp_path / "student", 24, card, shifted)
+    kind = FlowMatchEulerDiscreteScheduler if stochastic else FlowMapEulerDiscreteScheduler
+    stock = stock_of(shifted, SD3ControlNetModel.from_pretrained(tmp_path / "student"))
+    stock.scheduler = kind.from_pretrained(tmp_path / "student", subfolder="scheduler")
+    passed = {"sigmas": [1 - i / steps for i in range(steps)]} if stochastic else {}  # as the README says
+    more = {"guidance_scale": 1.0, "controlnet_conditioning_scale": 1.0, "output_type": "latent"}
+    expected = paint(stock, num_inference_steps=steps, **passed, **more)
+    # the global generator, from which stock draws
+    monkeypatch.setattr(painting, "slot_normals", lambda shape, rows, *_: torch.randn(len(rows), *shape))
+    given = arguments()
+    hidden = torch.where(given["control_mask"] > 0.5, -1.0, given["control_image"])
+    small = torch.nn.functional.interpolate(given["control_mask"], size=(8, 8))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        masked = (shifted.vae.encode(hidden).latent_dist.sample() - 0.1) * 1.7
+    text, student = shifted.encode_prompts(PROMPTS), load_controlnet(tmp_path / "student")
+    ours = complete_latents(shifted, student, masked, small, text, None, sampler, NOISE.clone())
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_even_levels_and_fresh_noise_are_the_same_in_batches_and_the_pipeline(shifted, tiny_student, stochastic):
+    student = tiny_student(5)
+    sampler = SamplerConfig(num_inference_steps=2, guidance_scale=1.0, sigmas="even", stochastic=stochastic, seed=3)
+    pipeline = make_pipeline(shifted, student)
+    one = run_pipeline(pipeline, shifted, IMAGES[0], MASKS[0], PROMPTS[0], sampler).astype(int)
+    batch = inpaint(shifted, student, IMAGES[:2], MASKS[:2], PROMPTS, sampler)
+    assert np.abs(one - batch[0]).max() <= 1
+    second = inpaint(shifted, student, IMAGES[1:2], MASKS[1:2], PROMPTS[1:], sampler, first=1)
+    assert np.abs(batch[1].astype(int) - second[0]).max() <= 1
+    for changed in ({"sigmas": "scheduler"}, {"stochastic": not stochastic}):  # and nothing of it stays behind
+        other = sampler.model_copy(update=changed)
+        assert np.abs(run_pipeline(pipeline, shifted, IMAGES[0], MASKS[0], PROMPTS[0], other) - one).max() > 1
+    again = run_pipeline(pipeline, shifted, IMAGES[0], MASKS[0], PROMPTS[0], sampler)
+    np.testing.assert_array_equal(one, again)
+
+
+def test_steps_that_the_scheduler_wastes_are_named(shifted, tiny_backbone, caplog):
+    warn_wasted_steps(shifted, SamplerConfig(num_inference_steps=4))
+    (record,) = caplog.records
+    assert "shift 3 twice (diffusers#13243), so the last of the 4 steps is wasted" in record.getMessage()
+    assert "1, 0.86, 0.6, 0.0089, 0; choose evenly spaced ones, `--sigmas even`" in record.getMessage()
+    for backbone, steps, sigmas in ((shifted, 4, "even"), (shifted, 28, "scheduler"), (shifted, 1, "scheduler")):
+        warn_wasted_steps(backbone, SamplerConfig(num_inference_steps=steps, sigmas=sigmas))
+    warn_wasted_steps(tiny_backbone, SamplerConfig(num_inference_steps=4))
+    assert len(caplog.records) == 1
 
 
 def test_a_batch_of_draws_is_refused(tiny_backbone, tiny_student):

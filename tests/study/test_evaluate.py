@@ -11,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from refine_control.cli.app import app
-from refine_control.config import SamplerConfig
+from refine_control.cli.options import sampling
+from refine_control.config import SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError
 from refine_control.metrics import image_pairs as metrics
 from refine_control.metrics.cost import ModelCost
@@ -19,6 +20,8 @@ from refine_control.metrics.features import Inception
 from refine_control.metrics.statistics import Interval
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import scene_photos
+from refine_control.models.card import own_sampling
+from refine_control.models.loading import save_controlnet
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED
 from refine_control.study import evaluate as evaluating
@@ -69,6 +72,47 @@ def test_the_order_of_the_models_changes_nothing(tiny_backbone, networks, result
         assert turned.scores[model].keys() == scores.keys()
         for name, values in scores.items():
             np.testing.assert_array_equal(turned.scores[model][name], values)
+
+
+def test_each_model_may_be_sampled_in_its_own_way(tiny_backbone, networks, result):
+    few = SAMPLER.model_copy(update={"num_inference_steps": 1, "guidance_scale": 1.0})
+    two = {name: networks[name] for name in ("teacher", "ours")}
+    mixed = compare(tiny_backbone, two, PHOTOS[:2], {"teacher": SAMPLER, "ours": few})
+    alone = compare(tiny_backbone, {"ours": networks["ours"]}, PHOTOS[:2], few)
+    np.testing.assert_array_equal(mixed.images["ours"], alone.images["ours"])
+    assert np.abs(mixed.images["ours"].astype(int) - result.images["ours"][:2]).max() > 1
+    assert np.abs(mixed.images["teacher"].astype(int) - result.images["teacher"][:2]).max() <= 1
+
+
+def test_a_report_says_how_each_model_was_sampled():
+    few = SAMPLER.model_copy(update={"num_inference_steps": 1, "guidance_scale": 1.0, "sigmas": "even"})
+    samplers = {"teacher": SAMPLER, "fc": SAMPLER, "ours": few}
+    shared, words = (evaluating.sampler_facts(each, 5)["sampler"] for each in (SAMPLER, samplers))
+    assert shared == evaluating.sampler_facts({"teacher": SAMPLER, "fc": SAMPLER}, 5)["sampler"]
+    assert words.startswith(f"teacher, fc: {shared}; ours: Euler, 1 steps, even noise levels, guidance 1,")
+    table = evaluating.sampling_table(samplers)
+    assert [list(row[:5]) for row in table.rows][1:] == [
+        ["fc", "2", "2", "0.95", "scheduler"],
+        ["ours", "1", "1", "0.95", "even"],
+    ]
+
+
+@pytest.mark.parametrize("given", [{}, {"steps": 3}, {"guidance": 5.0}, {"guidance": 5.0, "sigmas": "scheduler"}])
+def test_the_command_of_a_report_samples_every_model_the_same_way(tmp_path, tiny_backbone, tiny_student, given):
+    card = StudentCard(sampling=SamplerConfig(num_inference_steps=2, sigmas="even"), most_steps=2, distilled_guidance=3)
+    save_controlnet(tiny_student(1), tmp_path, 24, card, tiny_backbone)
+    sources = {"teacher": None, "few": tmp_path}
+
+    def samplers(steps=None, guidance=None, sigmas=None, conditioning_scale=None):
+        others = {"sigmas": sigmas, "seed": 4}
+        return {n: sampling("mini", each, steps, guidance, conditioning_scale, **others) for n, each in sources.items()}
+
+    chosen = samplers(**given)
+    options = evaluating._sampling_options(chosen, SamplerConfig(**own_sampling("mini")))
+    types = {"steps": int, "guidance": float, "conditioning-scale": float, "sigmas": str}
+    again = {name.replace("-", "_"): types[name](value) for name, value in options.items()}
+    assert samplers(**again) == chosen
+    assert (chosen["teacher"] != chosen["few"], "steps" in again) == (True, "steps" in given)
 
 
 def test_scores_are_the_metrics_of_the_pictures(result):
@@ -190,7 +234,7 @@ def test_names_that_the_teacher_or_another_model_has_are_refused_at_once(tmp_pat
 
 def test_the_command_of_an_evaluation_is_one_for_a_shell():
     students = {"ours": Path("my student")}
-    command = evaluating._command("mini", None, students, {}, Path("a b"), Path("out"), SAMPLER, None)
+    command = evaluating._command("mini", None, students, {}, Path("a b"), Path("out"), {"teacher": SAMPLER}, None)
     words = shlex.split(command)
     assert words[2:6] == ["--model", "mini", "--student", "ours=my student"]
     assert words[words.index("--test") + 1] == "a b"

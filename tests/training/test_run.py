@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from refine_control.cache.building import completion_sampler, write_cache
 from refine_control.cache.reader import Cache
-from refine_control.config import Recipe
+from refine_control.config import Recipe, SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.miniature.scene_shards import scene_photos
+from refine_control.models.card import CARD, read_card
 from refine_control.models.loading import load_backbone
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.records import LABELED, UNLABELED, Photo
@@ -69,6 +70,18 @@ def test_the_student_is_a_folder_that_stock_diffusers_loads(recipe, trained):
     assert manifest["recipe"] == recipe.model_dump(mode="json")
     assert (manifest["kind"], manifest["steps"], trained.steps) == ("student", 2, 2)
     assert torch.cat([p.detach().flatten() for p in student.controlnet_blocks.parameters()]).any()
+
+
+def test_a_student_for_few_steps_is_saved_with_its_card(recipe, trained, tmp_path):
+    assert not (trained.student / CARD).exists()
+    objective = {"kind": "guidance", "x0_source": "truth", "few_step": {"teacher_guidance": 2.0, "steps": 2}}
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": "even"}
+    changed = {"objective": objective, "sampler": few, "training": {"steps": 1, "batch_size": 2}}
+    student = train(Recipe.model_validate({**recipe.model_dump(), **changed}), tmp_path / "few").student
+    card = read_card(student)
+    assert (card.sampling, card.most_steps, card.distilled_guidance) == (SamplerConfig(**few), 4, 2.0)
+    shift = json.loads((student / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    assert shift == load_backbone(recipe.model).shift
 
 
 def test_the_same_command_again_does_nothing_and_another_recipe_is_refused(recipe, trained):

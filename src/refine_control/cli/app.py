@@ -80,12 +80,14 @@ def inpaint(
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
     scale: opt.Scale = None,
+    sigmas: opt.Sigmas = None,
     injection: opt.Injection = "exact",
     seed: opt.Seed = 0,
     dry_run: opt.DryRun = False,
 ) -> None:
     """Inpaint the white region of a mask in one image."""
-    sampler = opt.sampling(model, steps, guidance, scale, seed=seed, injection=injection)
+    others = {"sigmas": sigmas, "seed": seed, "injection": injection}
+    sampler = opt.sampling(model, controlnet, steps, guidance, scale, **others)
     if dry_run:
         plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, "model": model, "controlnet": controlnet}
         return show({**plan, "size": size, "composite": composite, **sampler.model_dump()}, as_json=False)

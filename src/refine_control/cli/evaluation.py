@@ -29,6 +29,7 @@ def evaluate(
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
     scale: opt.Scale = None,
+    sigmas: opt.Sigmas = None,
     injection: opt.Injection = "exact",
     seed: opt.Seed = 0,
     precision: Annotated[opt.Precision, typer.Option(help="Precision of the denoisers.")] = "fp32",
@@ -39,14 +40,21 @@ def evaluate(
     """Compare teacher and students on the same test samples: metrics with intervals, cost, tables, images."""
     students = named_folders(student, "--student")
     baselines = named_sources(baseline or [], "--baseline", students)
-    sampler = opt.sampling(model, steps, guidance, scale, seed=seed, injection=injection, precision=precision)
+    others = {"sigmas": sigmas, "seed": seed, "injection": injection, "precision": precision}
+    samplers = {
+        name: opt.sampling(model, controlnet, steps, guidance, scale, **others)
+        for name, controlnet in {"teacher": teacher, **students}.items()
+    }
     if dry_run:
         named = {"teacher": teacher, "students": students, "baselines": baselines}
-        return show({**named, "test": test, "out": out, **sampler.model_dump()}, as_json)
+        shared = samplers.pop("teacher")
+        different = {name: each for name, each in samplers.items() if each != shared}
+        more = {"samplers": different} if different else {}
+        return show({**named, "test": test, "out": out, **shared.model_dump(), **more}, as_json)
     from refine_control.study.evaluate import evaluate as run
 
     bar = progress_bar("evaluate")
-    report = run(model, teacher, students, test, out, sampler, baselines=baselines, weights=weights, progress=bar)
+    report = run(model, teacher, students, test, out, samplers, baselines=baselines, weights=weights, progress=bar)
     show(report.summary if as_json else report.text, as_json)
 
 

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 def sampling(
-    model: str, steps: int | None, guidance: float | None, scale: float | None, **others: Any
+    model: str,
+    controlnet: str | Path | None,
+    steps: int | None,
+    guidance: float | None,
+    scale: float | None,
+    **others: Any,
 ) -> SamplerConfig:
-    """The sampling options that are given; the model's defaults or else SD3's for the others."""
-    from refine_control.config import SamplerConfig
-    from refine_control.models.card import own_sampling
+    """The sampling options that are given; for the others the defaults of the ControlNet, the model or else SD3."""
+    from refine_control.models.card import choose_sampler
 
     given = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale}
-    chosen = {**own_sampling(model), **{name: value for name, value in given.items() if value is not None}, **others}
-    return SamplerConfig(**chosen)
+    return choose_sampler(model, controlnet, {**given, **others})
 
 
 def make_app(**options: Any) -> typer.Typer:
@@ -88,8 +91,8 @@ Source = Annotated[Path, typer.Argument(exists=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
-Network = Annotated[str | None, typer.Option(help="Hub id or folder; default: the model's own.")]
-Named = typer.Option(help="NAME=FOLDER; may be repeated.")
+Network = Annotated[str | None, typer.Option(help="Hub id, folder, or edge; default: the model's own.")]
+Named = typer.Option(help="NAME=FOLDER, or NAME=edge; may be repeated.")
 Recipe = Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 Precision = Literal["fp32", "bf16"]
@@ -99,7 +102,10 @@ MetricWeights = Annotated[
     Path | None, folder("Folder with the networks of FID, LPIPS and CMMD; default: the hub's cache.")
 ]
 SmallPhotos = Annotated[Path | None, folder("Folder of tars of small photographs with category and box.")]
-Steps = Annotated[int | None, number("Number of denoising steps; default: 28 for SD3, 20 for mini.", 1, 1000)]
+Steps = Annotated[
+    int | None,
+    number("Number of denoising steps; default: 28 for SD3, 20 for mini, or as a student's card says.", 1, 1000),
+]
 Guidance = Annotated[
     float | None, number("Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini.", 0, 100)
 ]
@@ -108,6 +114,10 @@ Scale = Annotated[
     typer.Option(
         "--conditioning-scale", min=0, max=2, help="Factor on control residuals; default: 0.95 for SD3, 1 for mini."
     ),
+]
+Sigmas = Annotated[
+    Literal["scheduler", "even"] | None,
+    typer.Option(help="Noise levels: as the model's scheduler spaces them (the default), or evenly, then shifted."),
 ]
 Injection = Annotated[
     Literal["exact", "diffusers"],

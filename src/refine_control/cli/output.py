@@ -59,8 +59,12 @@ def named_sources(pairs: list[str], option: str, taken: Iterable[str] = ()) -> d
 
 
 def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
-    """NAME=FOLDER options; a bare FOLDER is named by its last part. Raises InvalidInputError where there is none."""
-    named = {name: Path(source) for name, source in named_sources(pairs, option).items()}
+    """NAME=FOLDER options of ControlNets, NAME=edge for the packaged one; a bare FOLDER is named by its last part.
+
+    Raises InvalidInputError where there is none, MissingError where `edge` is not packaged."""
+    from refine_control.models.card import packaged
+
+    named = {name: packaged(source) or Path(source) for name, source in named_sources(pairs, option).items()}
     for pair, path in zip(pairs, named.values(), strict=True):
         if not path.is_dir():
             raise InvalidInputError(f"{option} {pair}: there is no folder {path}")

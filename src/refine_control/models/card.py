@@ -1,17 +1,146 @@
-"""The card of a model bundle of this project: where the shipped one lies, and its recommended sampling."""
+"""Cards: where the packaged models lie, and how a bundle or a student for few steps is to be sampled."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
+from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.hub import folder_of
+from refine_control.storage import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from refine_control.models.backbone import Backbone
+
+logger = logging.getLogger(__name__)
 BUNDLE = Path(__file__).parent / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
+EDGE = Path(__file__).parent / "mini_edge"
+"""The shipped student of the mini model for few steps, a ControlNet folder."""
 CARD = "refine_control.json"
-"""The file in which a bundle describes itself, beside the files that diffusers reads."""
+"""The file in which a bundle or a student describes itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
 """What a bundle paints well with; a trial of guidance is in docs/trials.md."""
 
 
-def own_sampling(model: str) -> dict[str, float]:
-    """Fields of SamplerConfig for a model, where nobody says; none for SD3, whose are the defaults."""
+def packaged(name: str | Path) -> Path | None:
+    """The folder of the packaged model `mini` or the packaged ControlNet `edge`; None for every other name.
+
+    Raises MissingError where it is not in the package."""
+    if str(name) == "mini":
+        file, what, verb = BUNDLE / "model_index.json", "the mini bundle", "mini train"
+    elif str(name) == "edge":
+        file, what, verb = EDGE / "config.json", "the edge student", "train mini/end_points"
+    else:
+        return None
+    if not file.is_file():
+        raise MissingError(f"{what} is not in {file.parent}; make it with `refine-control {verb}`")
+    return file.parent
+
+
+def read_card(controlnet: str | Path) -> StudentCard | None:
+    """The card of a ControlNet named by `edge`, a folder or a hub id; None where it has none or is not there.
+
+    Raises InvalidInputError for a card that cannot be read, MissingError for `edge` where it is not packaged."""
+    folder = packaged(controlnet)
+    with contextlib.suppress(InvalidInputError, MissingError):  # the loader says what is wrong with the name
+        folder = folder or folder_of(controlnet, [CARD], "a ControlNet")
+    if folder is None or not (folder / CARD).is_file():
+        return None
+    try:
+        content = json.loads((folder / CARD).read_bytes())
+        if isinstance(content, dict) and "sampling" not in content:  # that of a bundle
+            return None
+        return StudentCard.model_validate(content)
+    except (OSError, ValueError, RecursionError):
+        raise InvalidInputError(
+            f"{folder / CARD} is no card of a ControlNet that can be read; copy the folder again"
+        ) from None
+
+
+def own_sampling(model: str, controlnet: str | Path | None = None) -> dict[str, Any]:
+    """Fields of SamplerConfig for a model with a ControlNet (None: its own), where nobody says: those of the
+    ControlNet's card, else the bundle's; none for SD3, whose are the defaults. Raises what `read_card` raises."""
+    if controlnet is not None and (card := read_card(controlnet)):
+        return card.fields
     return dict(SAMPLING) if model == "mini" or (Path(model) / CARD).is_file() else {}
+
+
+def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str, Any]) -> SamplerConfig:
+    """The sampler with the `given` fields (None: not given) and else `own_sampling`.
+
+    Warns of more steps than the ControlNet was trained for, and of guidance for one that has learnt it: the latter is
+    ignored. Raises what `read_card` raises."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if card := read_card(controlnet) if controlnet is not None else None:
+        scale, steps = chosen.get("guidance_scale", 1.0), chosen.get("num_inference_steps", 1)
+        if card.distilled_guidance > 1 and scale > 1:
+            text = "%s has the guidance scale %g distilled in: the given scale %g is ignored"
+            logger.warning(text, controlnet, card.distilled_guidance, scale)
+            del chosen["guidance_scale"]
+        if steps > card.most_steps:
+            text = "%s was trained for at most %d steps: %d steps may give worse pictures"
+            logger.warning(text, controlnet, card.most_steps, steps)
+    return SamplerConfig(**{**(card.fields if card else own_sampling(model)), **chosen})
+
+
+def write_card(folder: Path, card: StudentCard, backbone: Backbone) -> None:
+    """Writes into a ControlNet folder its card, README.md, and scheduler/, with which stock diffusers samples the same.
+
+    `backbone` is the model that it was trained for. FlowMatchEulerDiscreteScheduler alone would space few steps badly
+    (diffusers#13243): for even levels without fresh noise the scheduler is FlowMapEulerDiscreteScheduler, with fresh
+    noise README.md passes the levels."""
+    from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    sampler = card.sampling
+    even = sampler.sigmas == "even"
+    if even and not sampler.stochastic:
+        scheduler: Any = FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=backbone.shift)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(1000, backbone.shift, stochastic_sampling=sampler.stochastic)
+    scheduler.save_pretrained(folder / "scheduler")
+    kept = {"sampling": set(CHOSEN_BY_MODEL), "most_steps": True, "distilled_guidance": True}
+    write_json(folder / CARD, card.model_dump(mode="json", include=kept))
+    steps, kind = sampler.num_inference_steps, type(scheduler).__name__
+    loading = [] if backbone.pipeline.text_encoder_3 is not None else ["text_encoder_3=None", "tokenizer_3=None"]
+    calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if even and sampler.stochastic else []
+    calling += [f"max_sequence_length={backbone.max_sequence_length}"]
+    lines = {"loading": loading, "calling": calling}
+    more = {name: "".join(f"    {line},\n" for line in each) for name, each in lines.items()}
+    write_atomic(folder / "README.md", _README.format(card=card, sampler=sampler, kind=kind, **more))
+
+
+_README = """---
+library_name: diffusers
+---
+A ControlNet for inpainting with Stable Diffusion 3 in few steps, trained by refine-control.
+
+- sampling steps: {sampler.num_inference_steps}, at most {card.most_steps}
+- guidance scale: {sampler.guidance_scale:g}; distilled in: {card.distilled_guidance:g} (1 is none)
+
+`refine-control inpaint --controlnet FOLDER` reads this from `refine_control.json`. In diffusers, with this folder as
+FOLDER and the model that it was trained for as MODEL:
+
+```python
+from diffusers import {kind}, SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
+
+pipeline = StableDiffusion3ControlNetInpaintingPipeline.from_pretrained(
+    MODEL,
+    controlnet=SD3ControlNetModel.from_pretrained(FOLDER),
+    scheduler={kind}.from_pretrained(FOLDER, subfolder="scheduler"),
+{loading})
+picture = pipeline(
+    prompt=PROMPT,
+    control_image=IMAGE,
+    control_mask=MASK,  # white = inpaint
+    num_inference_steps={sampler.num_inference_steps},
+    guidance_scale={sampler.guidance_scale:g},
+    controlnet_conditioning_scale={sampler.conditioning_scale:g},
+{calling}).images[0]
+```
+"""

@@ -21,11 +21,12 @@ from diffusers import (
     StableDiffusion3ControlNetInpaintingPipeline,
 )
 
+from refine_control.config import StudentCard
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CONTROLNET, A_MODEL, refuse_other_kind
 from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
-from refine_control.models.card import BUNDLE, CARD
+from refine_control.models.card import CARD, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
@@ -39,13 +40,13 @@ SD3_MAX_SEQUENCE_LENGTH = 256
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model named `mini`, by a path, or by a hub id (downloaded once, then offline).
+    """The folder of a model named `mini`, a ControlNet named `edge`, or either by a path or by a hub id (downloaded
+    once, then offline).
 
-    Raises MissingError when a hub id is neither cached nor reachable, InvalidInputError for a missing folder."""
-    if str(model) == "mini":
-        if not (BUNDLE / INDEX).is_file():
-            raise MissingError(f"the mini bundle is not in {BUNDLE}; make it with `refine-control mini train`")
-        return BUNDLE
+    Raises MissingError when a hub id is neither cached nor reachable or a packaged folder is not there,
+    InvalidInputError for a missing folder."""
+    if folder := packaged(model):
+        return folder
     files = ["*.json", "*.safetensors", "*.txt", "*.model"]
     return folder_of(model, files, "`mini`, a folder in diffusers layout, or a hub id")
 
@@ -125,8 +126,8 @@ def weights_mark(name: str | Path) -> str:
 
     From the manifest where this project wrote the folder; else of each file, which may hold gigabytes, the size and
     three pieces."""
-    folder = Path(name)
-    if not folder.is_dir():
+    folder = packaged(name) if str(name) == "edge" else Path(name)
+    if folder is None or not folder.is_dir():
         return str(name)
     marks = (".safetensors", "config.json")
     if _has_our_manifest(folder):
@@ -153,11 +154,14 @@ def save_controlnet(
     folder: Path,
     num_blocks: int,
     own_transformer: SD3Transformer2DModel | None = None,
+    card: StudentCard | None = None,
+    backbone: Backbone | None = None,
     **described: Any,
 ) -> None:
     """Publishes a folder that stock `SD3ControlNetModel.from_pretrained` loads; warns where stock injects wrongly.
 
     A transformer that was trained with it is saved in a folder of its own beside the ControlNet's files.
+    A student for few steps has a `card` and the `backbone` that it was trained for, of which `write_card` writes.
     `described` goes into the folder's manifest: what made it."""
     layers = len(controlnet.transformer_blocks)
     if not stock_injects_exactly(layers, num_blocks):
@@ -171,6 +175,8 @@ def save_controlnet(
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
         if own_transformer is not None:
             save_own_transformer(own_transformer, temporary)
+        if card is not None and backbone is not None:
+            write_card(temporary, card, backbone)
 
 
 def _classes() -> dict[str, type]:

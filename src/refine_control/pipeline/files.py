@@ -12,8 +12,9 @@ from PIL import Image
 
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
+from refine_control.models.card import choose_sampler
 from refine_control.models.devices import best_device
-from refine_control.pipeline.painting import make_pipeline, run_pipeline
+from refine_control.pipeline.painting import make_pipeline, run_pipeline, warn_wasted_steps
 
 _JPEG = {"quality": 95, "subsampling": 0}
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": {"lossless": True}}
@@ -35,7 +36,7 @@ def inpaint_file(
     """Repaints the white part of `mask` in the photograph `image` by `prompt` and writes a picture: .png, .jpg, .webp.
 
     The photo is read by the rules of `data build` (EXIF turns, 16 bits, CMYK, ...) and cropped to a square of
-    `size` pixels around the hole (the model's own size by default).
+    `size` pixels around the hole (the model's own size by default), and sampled as `choose_sampler` says by default.
     Raises InvalidInputError for files that cannot be used and sizes that the model cannot paint, MissingError for
     weights that are not there."""
     from refine_control.models.loading import load_painter, read_geometry
@@ -60,7 +61,8 @@ def inpaint_file(
     except Rejected as rejected:
         raise InvalidInputError(f"{image} with {mask}: {rejected.detail} ({rejected.reason.value})") from None
     backbone, network = load_painter(model, controlnet, best_device())
-    sampler = sampler or SamplerConfig()
+    sampler = sampler or choose_sampler(model, controlnet, {})
+    warn_wasted_steps(backbone, sampler)
     pipeline = make_pipeline(backbone, network, sampler.injection, sampler.latents)
     painted = run_pipeline(pipeline, backbone, photo.image, photo.mask, prompt, sampler)
     if composite:

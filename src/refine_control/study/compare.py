@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.photos.buckets import grouped
 from refine_control.photos.shards import Shards, open_manifest
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import inpaint, warn_wasted_steps
 from refine_control.progress import Progress
 from refine_control.records import UNLABELED, Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
@@ -127,31 +127,41 @@ class TestSamples:
         return {name: np.stack(self._in_order([group[name] for group in groups])) for name in names}
 
 
+def samplers_by_name(
+    sampler: SamplerConfig | Mapping[str, SamplerConfig], names: Iterable[str]
+) -> dict[str, SamplerConfig]:
+    """The sampler of each model, where one may be given for all."""
+    return {name: sampler if isinstance(sampler, SamplerConfig) else sampler[name] for name in names}
+
+
 def compare(
     backbone: Backbone,
     controlnets: Mapping[str, Any],
     photos: Sequence[Photo],
-    sampler: SamplerConfig,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig],
     networks: FeatureNetworks | None = None,
     progress: Progress | None = None,
     own_backbones: Mapping[str, Backbone] | None = None,
 ) -> Result:
     """Repaints the photos with every ControlNet by name and scores them; the noise of a picture is the same for all.
 
-    `own_backbones`: by name, the backbones of those that paint with another transformer than `backbone`'s.
-
-    With `networks` also the metrics that need one; distances of sets only from two pictures on.
-    Transformer and ControlNets are cast to `sampler.precision` and put on the backbone's device in place: measure costs
-    before."""
+    `sampler` is one for all, or those of the names with one seed and precision. `own_backbones`: by name, the backbones
+    of those that paint with another transformer than `backbone`'s. With `networks` also the metrics that need one;
+    distances of sets only from two pictures on.
+    Transformer and ControlNets are cast to the samplers' precision and put on the backbone's device in place: measure
+    costs before."""
     backbones = {**dict.fromkeys(controlnets, backbone), **(own_backbones or {})}
+    samplers = samplers_by_name(sampler, controlnets)
+    for each in dict.fromkeys(samplers.values()):
+        warn_wasted_steps(backbone, each)
     for name, controlnet in controlnets.items():
-        in_precision(sampler.precision, backbones[name], controlnet)
+        in_precision(samplers[name].precision, backbones[name], controlnet)
     samples, result = TestSamples(photos, networks), Result({}, {}, {}, {})
     for number, (name, controlnet) in enumerate(controlnets.items()):
 
         def paint(group: Group, report: Progress, name: str = name, controlnet: Any = controlnet) -> np.ndarray:
             given = (group.images, group.masks, group.prompts)
-            return inpaint(backbones[name], controlnet, *given, sampler, first=group.first, progress=report)
+            return inpaint(backbones[name], controlnet, *given, samplers[name], first=group.first, progress=report)
 
         samples.add(result, name, paint, progress, (number, len(controlnets)))
     return result

@@ -16,14 +16,14 @@ from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
-from refine_control.models.card import BUNDLE
+from refine_control.models.card import BUNDLE, own_sampling
 from refine_control.models.devices import device_name
 from refine_control.models.loading import read_geometry, weights_mark
 from refine_control.picture_grid import repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_json
-from refine_control.study.compare import Result, compare, read_test
+from refine_control.study.compare import Result, compare, read_test, samplers_by_name
 from refine_control.study.curves import Curve
 from refine_control.study.feature_metrics import load_networks, metric_notes
 from refine_control.study.model_cost import load_models, model_costs
@@ -38,6 +38,7 @@ from refine_control.study.row_tables import (
     cost_table,
     difference_table,
     quality_table,
+    sampling_table,
     share_cell,
 )
 from refine_control.study.signatures import signatures
@@ -124,14 +125,46 @@ def _gap_sentences(summary: Summary) -> list[str]:
     return out
 
 
-def sampler_facts(sampler: SamplerConfig, count: int) -> dict[str, str]:
-    """How the pictures were sampled, for the report and the terminal."""
-    return {
-        "pictures": f"{count} pictures",
-        "sampler": f"Euler, {sampler.num_inference_steps} steps, guidance {sampler.guidance_scale:g}, "
+def sampler_facts(sampler: SamplerConfig | Mapping[str, SamplerConfig], count: int) -> dict[str, str]:
+    """How the pictures were sampled, for the report and the terminal: all models alike, or each of the names."""
+    if isinstance(sampler, SamplerConfig):
+        return {"pictures": f"{count} pictures", "sampler": _in_words(sampler)}
+    alike: dict[str, list[str]] = {}
+    for name, each in sampler.items():
+        alike.setdefault(_in_words(each), []).append(name)
+    named = [words if len(alike) == 1 else f"{', '.join(names)}: {words}" for words, names in alike.items()]
+    return {"pictures": f"{count} pictures", "sampler": "; ".join(named)}
+
+
+def _in_words(sampler: SamplerConfig) -> str:
+    levels = ", even noise levels" if sampler.sigmas == "even" else ""
+    levels += ", fresh noise in each step" if sampler.stochastic else ""
+    return (
+        f"Euler, {sampler.num_inference_steps} steps{levels}, guidance {sampler.guidance_scale:g}, "
         f"conditioning scale {sampler.conditioning_scale:g}, injection {sampler.injection}, seed {sampler.seed}, "
-        f"{sampler.precision}",
-    }
+        f"{sampler.precision}"
+    )
+
+
+_SAMPLING_OPTIONS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "conditioning-scale": "conditioning_scale",
+    "sigmas": "sigmas",
+}
+"""By option, the field of SamplerConfig."""
+
+
+def _sampling_options(samplers: Mapping[str, SamplerConfig], default: SamplerConfig) -> dict[str, object]:
+    """The sampling options that give these samplers again: what all models share, and where the teacher does not
+    have its `default`; what differs otherwise, each model's card says."""
+    options: dict[str, object] = {}
+    for option, field in _SAMPLING_OPTIONS.items():
+        values = {getattr(sampler, field) for sampler in samplers.values()}
+        value = getattr(samplers[TEACHER], field)
+        if len(values) == 1 or value != getattr(default, field):
+            options[option] = f"{value:g}" if isinstance(value, float) else value
+    return options
 
 
 def _hashed(name: str, path: Path) -> str:
@@ -146,7 +179,7 @@ def _command(
     baselines: Mapping[str, str],
     test: Path,
     out: Path,
-    sampler: SamplerConfig,
+    samplers: Mapping[str, SamplerConfig],
     weights: Path | None,
 ) -> str:
     """The command line of this evaluation."""
@@ -157,11 +190,9 @@ def _command(
         "baseline": [f"{name}={source}" for name, source in baselines.items()],
         "test": test,
         "out": out,
-        "steps": sampler.num_inference_steps,
-        "guidance": f"{sampler.guidance_scale:g}",
-        "conditioning-scale": f"{sampler.conditioning_scale:g}",
+        **_sampling_options(samplers, SamplerConfig(**own_sampling(model, teacher))),
     }
-    options |= {name: getattr(sampler, name) for name in ("injection", "seed", "precision")}
+    options |= {name: getattr(samplers[TEACHER], name) for name in ("injection", "seed", "precision")}
     return command_line(["evaluate"], {**options, "weights": weights})
 
 
@@ -171,7 +202,7 @@ def evaluate(
     students: Mapping[str, Path],
     test: Path,
     out: Path,
-    sampler: SamplerConfig,
+    sampler: SamplerConfig | Mapping[str, SamplerConfig],
     *,
     baselines: Mapping[str, str] | None = None,
     weights: Path | None = None,
@@ -179,6 +210,7 @@ def evaluate(
 ) -> Written:
     """Teacher and students on test shards, measured and written to `out` as `write_results` does.
 
+    `sampler` is one for all, or those of `teacher` and the students by name with one seed and precision.
     `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
     `weights` is a folder with the networks of FID, LPIPS and CMMD; metrics whose network is missing are left out with a
     note. Everything but the oracle of scenes runs on the GPU if there is one.
@@ -197,22 +229,24 @@ def evaluate(
         backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
+        samplers = samplers_by_name(sampler, controlnets)
+        shared = samplers[TEACHER]
         costs = model_costs(
-            backbone, controlnets, model, {TEACHER: teacher, **students}, sampler.precision, own_backbones=own_backbones
+            backbone, controlnets, model, {TEACHER: teacher, **students}, shared.precision, own_backbones=own_backbones
         )
-        result = compare(backbone, controlnets, photos, sampler, networks, progress, own_backbones)
-        tables = []
+        result = compare(backbone, controlnets, photos, samplers, networks, progress, own_backbones)
+        tables = [sampling_table(samplers)] if any(each != shared for each in samplers.values()) else []
         if baselines:
             from refine_control.study.compare_baselines import add_baselines
 
-            others = add_baselines(result, baselines, photos, sampler, networks, progress)
+            others = add_baselines(result, baselines, photos, shared, networks, progress)
             costs |= {name: row.cost.model for name, row in others.items()}
             ways = {n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in others.items()}
-            tables = [baseline_table(ways)]
+            tables.append(baseline_table(ways))
         summary = summarise_models(result)
-        facts = {"model": model, "test": str(test), **sampler_facts(sampler, len(photos))}
+        facts = {"model": model, "test": str(test), **sampler_facts(samplers, len(photos))}
         facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
-        facts["command"] = _command(model, teacher, students, baselines or {}, test, out, sampler, weights)
+        facts["command"] = _command(model, teacher, students, baselines or {}, test, out, samplers, weights)
         inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
         inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
         more: dict[str, Any] = {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from refine_control.config import SamplerConfig
 from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.image_pairs import CONVENTIONS
 from refine_control.metrics.statistics import Interval
@@ -123,6 +124,18 @@ def cost_table(costs: Mapping[str, ModelCost], seconds: Mapping[str, float]) -> 
         "that samples with this model."
     )
     return Table("Cost", columns, rows, [note])
+
+
+def sampling_table(samplers: Mapping[str, SamplerConfig]) -> Table:
+    """A row for each model: how it was sampled."""
+    lines = []
+    for name, sampler in samplers.items():
+        noise = "fresh in each step" if sampler.stochastic else "of the start"
+        scales = [f"{sampler.guidance_scale:g}", f"{sampler.conditioning_scale:g}"]
+        lines.append([name, str(sampler.num_inference_steps), *scales, sampler.sigmas, noise])
+    columns = ["model", "steps", "guidance", "conditioning scale", "noise levels", "noise"]
+    note = "Each model is sampled as its folder says, or as the options of the command; guidance 1 or less is none."
+    return Table("Sampling", columns, lines, [note])
 
 
 class BaselineWay(NamedTuple):

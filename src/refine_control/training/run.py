@@ -16,10 +16,19 @@ import torch
 from refine_control.cache.building import refuse_sizes
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.reader import Cache
-from refine_control.config import DataConfig, ObjectiveConfig, Precision, Recipe, fingerprint, resolved_yaml
+from refine_control.config import (
+    DataConfig,
+    ObjectiveConfig,
+    Precision,
+    Recipe,
+    StudentCard,
+    fingerprint,
+    resolved_yaml,
+)
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CACHE, A_CONTROLNET, refuse_other_kind
 from refine_control.models.backbone import Backbone
+from refine_control.models.card import packaged
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
@@ -74,7 +83,9 @@ def is_main_process() -> bool:
 
 
 def student_folder(path: str | Path) -> Path:
-    """A student folder, or the one inside a run's folder."""
+    """A student folder, or the one inside a run's folder; of `edge` the packaged one."""
+    if folder := packaged(path):
+        return folder
     inside = Path(path) / STUDENT
     return inside if (inside / "config.json").is_file() else Path(path)
 
@@ -205,6 +216,21 @@ def reads_teacher(recipe: Recipe) -> bool:
     return not alone or recipe.student.init == "teacher" or asks_teacher(recipe.objective)
 
 
+def student_card(recipe: Recipe) -> StudentCard | None:
+    """The card of a student for few steps: it is sampled as its recipe says; None for other objectives.
+
+    Guidance is distilled in where the frozen teacher is asked, in training or for the cache."""
+    config, sampler = recipe.objective, recipe.sampler
+    if not config.is_few_step:
+        return None
+    distilled = config.x0_source == "teacher" or asks_teacher(config)
+    return StudentCard(
+        sampling=sampler,
+        most_steps=max(sampler.num_inference_steps, config.few_step.steps),
+        distilled_guidance=config.few_step.teacher_guidance if distilled else 1.0,
+    )
+
+
 def prepare(recipe: Recipe, device: torch.device) -> Networks:
     """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
     with_teacher = reads_teacher(recipe)
@@ -332,7 +358,7 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
 
     If one of the run folders `elsewhere` has the finished student of the same run, that student is returned.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
-    mean where the recipe has one). Raises what `fit`, `Cache` and the loaders raise."""
+    mean where the recipe has one; with a card for few steps). Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.validate_every and not recipe.data.test:
         raise InvalidInputError(
             "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
@@ -367,6 +393,8 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
                 run_dir / STUDENT,
                 backbone.num_blocks,
                 networks.own_transformer,
+                student_card(recipe),
+                backbone,
                 kind="student",
                 fingerprint=mark,
                 recipe=recipe.model_dump(mode="json"),
