@@ -275,6 +275,11 @@ class StudentCard(Section):
     sampling: SamplerConfig = Field(description="how it is to be sampled; seed, precision and the like are not kept")
     most_steps: int = Field(ge=1, le=1000, description="the most sampling steps that it was trained for")
     distilled_guidance: float = Field(ge=1, le=100, description="guidance scale that it has learnt; 1 is none")
+    license: str | None = Field(default=None, description="of the weights, as an SPDX identifier")
+    trained_by: str | None = Field(default=None, description="the command that trained it")
+    skill: dict[str, dict[str, float]] | None = Field(
+        default=None, description="what was measured, by way of sampling: per cent of prompts obeyed, PSNR in dB"
+    )
 
     @property
     def fields(self) -> dict[str, Any]:

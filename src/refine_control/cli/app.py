@@ -12,7 +12,7 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce
-from refine_control.cli.output import progress_bar, show
+from refine_control.cli.output import note, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
@@ -39,7 +39,7 @@ def demo(
         return show({"verb": "demo", "out": out, "seed": seed, "budget": budget, "steps": steps}, as_json)
     from refine_control.study.demo import run_demo
 
-    report = run_demo(out, seed=seed, budget=budget, steps=steps, bar=progress_bar)
+    report = run_demo(out, seed=seed, budget=budget, steps=steps, bar=progress_bar, say=note)
     show(report.summary if as_json else report.text, as_json)
 
 
@@ -145,6 +145,24 @@ def mini_check(
     from refine_control.miniature.check import check_bundle
 
     show(check_bundle(n, seed=seed, bundle=bundle, precision=precision, photos=photos), as_json)
+
+
+@mini_app.command("edge")
+@interruptible()
+def mini_edge(
+    student: opt.InFolder,
+    out: Annotated[Path, opt.output("STUDENT")],
+    check: Annotated[int, opt.number("Number of scenes to evaluate it on.", 2)] = 1000,
+    seed: opt.Seed = 0,
+    dry_run: opt.DryRun = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Publish a student for few steps in fp16, with its measured quality beside the teacher's."""
+    if dry_run:
+        return show({"verb": "mini edge", "student": student, "out": out, "check": check, "seed": seed}, as_json)
+    from refine_control.miniature.edge import publish_edge
+
+    show(publish_edge(student, out, check, seed, progress_bar("mini edge")), as_json)
 
 
 @app.command()

@@ -42,6 +42,11 @@ def show(value: Any, as_json: bool = True) -> None:
             print(f"{key}: {item if isinstance(item, (str, int, float)) else json.dumps(item)}")
 
 
+def note(text: str) -> None:
+    """Prints a line beside the result, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def named_sources(pairs: list[str], option: str, taken: Iterable[str] = ()) -> dict[str, str]:
     """NAME=WHAT options where WHAT is a folder, a hub id or a known name; a bare one is named by its last part.
 

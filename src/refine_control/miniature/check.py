@@ -18,6 +18,7 @@ from refine_control.miniature.obedience import Classifier, Obedience, load_class
 from refine_control.miniature.vocabulary import COLOURS, SHAPES, local_prompt
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, SAMPLING
+from refine_control.models.controlnet import ControlNet
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
 from refine_control.pipeline.painting import inpaint
@@ -41,11 +42,19 @@ def _per_cent(obeyed: Obedience, *names: str) -> dict[str, float]:
     return {name: 100 * float(getattr(obeyed, name).mean()) for name in names}
 
 
-def measure_skill(backbone: Backbone, classifier: Classifier, count: int, seed: int, prompts: str) -> dict[str, float]:
+def measure_skill(
+    backbone: Backbone,
+    classifier: Classifier,
+    count: int,
+    seed: int,
+    prompts: str,
+    sampler: SamplerConfig | None = None,
+    controlnet: ControlNet | None = None,
+) -> dict[str, float]:
     """Obedience in per cent of unseen scenes and PSNR in dB, with `local`, `empty` or `wrong` prompts.
 
-    A wrong prompt names another colour and shape. Obedience always refers to the object of the scene, so with an empty
-    or wrong prompt it must be at chance."""
+    Of a `controlnet` (None: the backbone's) with a `sampler` (None: CHECK_SAMPLER). A wrong prompt names another colour
+    and shape. Obedience always refers to the object of the scene, so with an empty or wrong prompt it must be at chance."""
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
     texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
@@ -56,7 +65,8 @@ def measure_skill(backbone: Backbone, classifier: Classifier, count: int, seed: 
         )
         texts["wrong"] = list(map(local_prompt, colour.tolist(), shape.tolist()))
     images, masks = rendered.images.numpy(), rendered.masks.numpy()
-    painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts[prompts], CHECK_SAMPLER)
+    network = backbone.pipeline.controlnet if controlnet is None else controlnet
+    painted = inpaint(backbone, network, images, masks, texts[prompts], sampler or CHECK_SAMPLER)
     obeyed = obedience(classifier, painted, masks, rendered.colour, rendered.shape)
     return _per_cent(obeyed, "colour", "shape", "both") | painted_psnr(images, painted, masks)
 

@@ -1,27 +1,31 @@
 """`refine-control demo`: the main job from rendered scenes to a report, with the functions behind the verbs.
 
-scenes -> shards -> caches -> Student_fc and the two stages of ours (same initialisation, batch size and steps; both
-start from the teacher's layers, which docs/results.md compares with the paper's start) -> evaluation of both beside
-the teacher -> report. Only the mini bundle is precomputed.
+First the shipped edge student and the teacher paint a few scenes. Then scenes -> shards -> caches -> Student_fc and the
+two stages of ours (same initialisation, batch size and steps; both start from the teacher's layers, which
+docs/results.md compares with the paper's start) -> evaluation of both beside the teacher -> report. Only the mini bundle
+and the edge student are precomputed.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
-from refine_control.models.card import BUNDLE
+from refine_control.miniature.scene_shards import scene_photos
+from refine_control.models.card import BUNDLE, EDGE, choose_sampler
 from refine_control.models.devices import best_device
-from refine_control.storage import only_writer
+from refine_control.picture_grid import picture_grid, repaint_grid
+from refine_control.randomness import derive_seed
+from refine_control.storage import only_writer, write_output
 from refine_control.study.compare import compare
 from refine_control.study.curves import layer_curves, term_curves
 from refine_control.study.evaluate import Written, sampler_facts, summarise_models, write_results
 from refine_control.study.feature_metrics import FeatureNetworks
-from refine_control.study.materials import Comparison, prepare_data
+from refine_control.study.materials import Bar, Comparison, prepare_data
 from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import TEACHER, Budget, read_budget, read_rows, row_recipes
 from refine_control.study.report import command_line
@@ -32,6 +36,8 @@ from refine_control.training.run import fast_precision
 
 SHOWN = {"fc": "fc_inherit", "ours": "balanced"}
 """The students by the names they are shown under, and their rows of rows.yaml."""
+EDGE_SCENES = 8
+"""That the shipped student and the teacher paint before training."""
 TITLE = "A 23-layer ControlNet distilled into 12 layers"
 
 
@@ -57,16 +63,50 @@ def _sentences(summary: Summary, costs: Mapping[str, ModelCost], budget: Budget)
     return out
 
 
-def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | None = None, bar: Any = None) -> Written:
+def open_with_edge(out: Path, bar: Bar, say: Callable[[str], None]) -> str:
+    """Paints a few scenes by the teacher and by the shipped student for few steps, before anything is trained.
+
+    Writes `edge.png` and passes one sentence to `say`: seconds a picture of both. Returns that sentence."""
+    photos = list(scene_photos(derive_seed("demo", "edge"), 0, EDGE_SCENES))
+    backbone, controlnets, _ = load_models("mini", None, {"edge": EDGE})
+    precision = fast_precision(backbone.device)
+    samplers = {
+        name: choose_sampler("mini", folder, {"precision": precision})
+        for name, folder in ((TEACHER, None), ("edge", "edge"))
+    }
+    result = compare(backbone, controlnets, photos, samplers, None, bar("teacher and edge student"))
+    write_output(out / "edge.png", picture_grid(repaint_grid(photos, result.images)))
+    teacher, edge = (result.seconds[name] for name in (TEACHER, "edge"))
+    few = samplers["edge"].num_inference_steps
+    sentence = (
+        f"The shipped edge student, half the layers and {few} step{'s' * (few > 1)} without guidance, paints a picture "
+        f"in {edge:.3f} s; the teacher with {samplers[TEACHER].num_inference_steps} guided steps needs {teacher:.3f} s, "
+        f"{teacher / edge:.0f} times as long. Both are in {out / 'edge.png'}."
+    )
+    say(sentence)
+    return sentence
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    budget: str = "demo",
+    steps: int | None = None,
+    bar: Any = None,
+    say: Callable[[str], None] = print,
+) -> Written:
     """Runs the comparison of `budget` (a row of recipes/mini/budgets.yaml) with one training seed in `out`.
 
-    `bar(label)` gives a progress callback for each part. The same call continues what was interrupted.
-    Raises what the verbs raise."""
+    `bar(label)` gives a progress callback for each part; `say` prints what is known before the report. The same call
+    continues what was interrupted. Raises what the verbs raise."""
     precision = fast_precision(best_device())
     numbers = read_budget(budget, steps).model_copy(update={"precision": precision})
     rows = {name: read_rows()[key] for name, key in SHOWN.items()}
     progress = bar or (lambda label: None)
     with only_writer(out):
+        out.mkdir(parents=True, exist_ok=True)
+        opening = open_with_edge(out, progress, say)
         comparison = Comparison(numbers, out)
         prepare_data(comparison, rows.values(), progress)
         trained = {name: train_row(name, row, comparison, seed, progress) for name, row in rows.items()}
@@ -88,5 +128,5 @@ def run_demo(out: Path, *, seed: int = 0, budget: str = "demo", steps: int | Non
         }
         stages = {name: folder for each in trained.values() for name, folder in each.stages.items()}
         curves = [*term_curves(stages), *layer_curves(*next(iter(trained["ours"].stages.items())))]
-        more: dict[str, Any] = {"sentences": _sentences(summary, costs, numbers), "curves": curves}
+        more: dict[str, Any] = {"sentences": [*_sentences(summary, costs, numbers), opening], "curves": curves}
         return write_results(out, TITLE, photos, result, summary, costs, facts, **more)

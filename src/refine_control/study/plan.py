@@ -115,6 +115,9 @@ class Row(Section):
     baseline: str | None = Field(
         default=None, min_length=1, description="a model of another kind in its place: dreamshaper8, sd2 or flux"
     )
+    controlnet: str | None = Field(
+        default=None, min_length=1, description="a ready student in place of training: edge, the shipped one"
+    )
     seeds: int | None = Field(default=None, ge=1, description="at most so many training seeds; null is the budget's")
     injection: Injection = Field(default="exact", description="of the evaluation")
     samplings: list[Annotated[str, Field(pattern=r"^[1-9]\d*g?s?n?$")]] = Field(

@@ -25,7 +25,7 @@ from refine_control.models.card import BUNDLE
 from refine_control.models.controlnet import ControlNet
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
-from refine_control.models.loading import load_student
+from refine_control.models.loading import load_student, resolve, weights_mark
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.compare import Result, compare
@@ -66,6 +66,7 @@ def row_mark(row: Row, comparison: Comparison, seed: int, measured: str = TABLES
     changed = row.data.model_dump(exclude_defaults=True)
     parts += [changed] if changed else []
     parts += [str(row.sampling)] if row.sampling else []
+    parts += [weights_mark(row.controlnet)] if row.controlnet else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,6 +101,8 @@ def train_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
     out = comparison.out
     model, teacher = comparison.names
     stages: dict[str, Path] = {}
+    if row.controlnet:
+        return TrainedRow(resolve(row.controlnet), stages, 0.0)
     student, seconds, read = None, 0.0, row_caches(comparison, row)
     for name, recipe in row_recipes(row, comparison.budget, seed).items():
         stage = name.rpartition("/")[2]
