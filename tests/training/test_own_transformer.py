@@ -90,7 +90,7 @@ def frozen_answer(objective, batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_moves_exactly_what_it_names_and_no_frozen_answer(tiny_backbone, tiny_student, prior, tmp_path, kind):
     objective = objective_of(tiny_backbone, tiny_student(2), kind)
-    batches = CacheBatches(Cache(prior / "cache"), 2, few_step=True)
+    batches = CacheBatches(Cache(prior / "cache"), 2)
     batch, networks = batches.batch(Draw(0, "stage", 0, range(2))), objective.networks
     before, named = frozen_answer(objective, batch), objective.trainable().parameters
     objective.losses(batch, Draw(0, "stage", 0, range(2))).loss.backward()
@@ -106,7 +106,7 @@ def test_training_moves_exactly_what_it_names_and_no_frozen_answer(tiny_backbone
     fitted = fit(objective, batches, OptimizerConfig(learning_rate=1e-2), training, tmp_path, "fingerprint")
     assert all(torch.equal(a, b) for a, b in zip(before, frozen_answer(objective, batch), strict=True))
     assert [n for n, p in named.items() if n.startswith("transformer.") and torch.equal(p, start[n])] == []
-    target = dict(objective.target.transformer.named_parameters())
+    target = dict(networks.steered[objective.target].named_parameters())
     mean = {n: value for n, value in fitted.weights.items() if n.startswith("transformer.")}
     assert all(torch.equal(target[n.removeprefix("transformer.")], value) for n, value in mean.items())
     assert not any(torch.equal(named[name], value) for name, value in mean.items())
@@ -115,7 +115,7 @@ def test_training_moves_exactly_what_it_names_and_no_frozen_answer(tiny_backbone
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_does_not_depend_on_the_split(tiny_backbone, tiny_student, prior, kind):
     objective = objective_of(tiny_backbone, tiny_student(2), kind)
-    batches = CacheBatches(Cache(prior / "cache"), 4, few_step=True)
+    batches = CacheBatches(Cache(prior / "cache"), 4)
 
     def gradient(processes, device_batch_size):
         training = TrainingConfig(batch_size=4, device_batch_size=device_batch_size)

@@ -100,7 +100,7 @@ class FewStep(Objective):
     def target_velocity(self, at: Point, batch: Batch) -> torch.Tensor:
         """The running mean's, without a graph, fp32."""
         assert self.target is not None
-        return self.networks.answer(self.target.controlnet, at, batch, self.target.transformer).velocity.float()
+        return self.networks.answer(self.target, at, batch).velocity.float()
 
     def guided_velocity(self, at: Point, batch: Batch) -> torch.Tensor:
         """The frozen teacher's, fp32."""

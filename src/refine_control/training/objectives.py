@@ -8,6 +8,7 @@ An objective of these kinds is a row of `KINDS`: which terms it has. Another kin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -92,14 +93,6 @@ class Answer(NamedTuple):
     velocity: torch.Tensor
 
 
-class Student(NamedTuple):
-    """What is trained, or a running mean of it: a ControlNet and the transformer that it steers."""
-
-    controlnet: ControlNet
-    transformer: Any
-    """The frozen one, or the student's own."""
-
-
 class Networks:
     """Frozen backbone and teacher, one student: every forward pass an objective makes.
 
@@ -123,6 +116,9 @@ class Networks:
         """Of the exact weights of backbone and teacher, as caches of completions state it."""
         self.backbone, self.teacher, self.student = backbone, teacher, student
         self.student_backbone = student_backbone or backbone
+        transformer = self.student_backbone.transformer
+        self.steered: dict[ControlNet, Any] = {} if transformer is backbone.transformer else {student: transformer}
+        """Transformers of their own, by ControlNet; every other ControlNet steers the frozen one."""
         self.trainable = compute_in(student, dtype, trainable_parameters(student))
         if self.own_transformer is not None:
             trained = compute_in(self.own_transformer, dtype, dict(self.own_transformer.named_parameters()))
@@ -137,22 +133,21 @@ class Networks:
     @property
     def own_transformer(self) -> Any | None:
         """The transformer that is trained with the student; None where it steers the frozen one."""
-        trained = self.student_backbone.transformer
-        return None if trained is self.backbone.transformer else trained
+        return self.steered.get(self.student)
 
-    def copy_student(self) -> Student:
-        """A frozen copy of the student for a running mean; what is not trained is shared."""
-        trained = self.own_transformer
-        transformer = self.backbone.transformer if trained is None else sharing_copy(trained).requires_grad_(False)
-        return Student(sharing_copy(self.student).requires_grad_(False), transformer)
+    def copy_student(self) -> ControlNet:
+        """A frozen copy of the student for a running mean, and of its own transformer, whose frozen part is shared."""
+        copied = copy.deepcopy(self.student).requires_grad_(False)
+        if self.own_transformer is not None:
+            self.steered[copied] = sharing_copy(self.own_transformer).requires_grad_(False)
+        return copied
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, torch.Tensor], into: Student | None = None) -> None:
+    def load(self, weights: Mapping[str, torch.Tensor], student: ControlNet) -> None:
         """Copies values, by the names of `trainable`, into the student or a copy of it."""
-        into = into or Student(self.student, self.own_transformer)
-        parts = {"": into.controlnet}
+        parts: dict[str, Any] = {"": student}
         if self.own_transformer is not None:
-            parts = {"controlnet.": into.controlnet, "transformer.": into.transformer}
+            parts = {"controlnet.": student, "transformer.": self.steered[student]}
         for prefix, part in parts.items():
             for name, parameter in part.named_parameters():
                 if (value := weights.get(prefix + name)) is not None:
@@ -174,16 +169,16 @@ class Networks:
             self.conditioning_scale,
         )
 
-    def answer(self, controlnet: ControlNet, at: Point, batch: Batch, transformer: Any = None) -> Answer:
-        """What a ControlNet injects there, and the velocity of `transformer` with it, by default the frozen one's."""
+    def answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
+        """What a ControlNet injects there, and the velocity of the transformer that it steers."""
         residuals = self.residuals(controlnet, at, batch)
         text = batch.prompt_embeds, batch.pooled_prompt_embeds
-        v = predict_velocity(transformer or self.backbone.transformer, at.noisy_latents, at.sigmas, *text, residuals)
-        return Answer(residuals, v)
+        transformer = self.steered.get(controlnet, self.backbone.transformer)
+        return Answer(residuals, predict_velocity(transformer, at.noisy_latents, at.sigmas, *text, residuals))
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
-        return self.answer(self.student, at, batch, self.own_transformer)
+        return self.answer(self.student, at, batch)
 
     @torch.no_grad()
     def teacher_answer(self, at: Point, batch: Batch) -> Answer:

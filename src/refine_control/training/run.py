@@ -386,7 +386,7 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         for part in (networks.student, networks.own_transformer):
             if part is not None:
                 part.to("cpu", torch.float32)  # type: ignore[arg-type]
-        networks.load(fitted.weights)
+        networks.load(fitted.weights, networks.student)
         if main:
             save_controlnet(
                 networks.student,
