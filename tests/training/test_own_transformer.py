@@ -152,15 +152,18 @@ def test_a_killed_run_ends_with_the_same_bytes(prior, trained, tmp_path, monkeyp
 
 def test_the_prior_is_enough_and_the_folder_holds_what_was_trained(prior, trained):
     names = {kind: {name.partition("/")[0] for name in files(trained[kind])} for kind in KINDS}
-    both = {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert names == {"lora": both | {"transformer_lora"}, "whole": both | {"transformer"}}
+    folders = {"transformer", "transformer_lora"}
+    assert {kind: each & folders for kind, each in names.items()} == {
+        "lora": {"transformer_lora"},
+        "whole": {"transformer"},
+    }
     backbone = load_backbone(prior / "tiny", controlled=False)
     lora = load_file(trained["lora"] / "transformer_lora" / "pytorch_lora_weights.safetensors")
     assert len(lora) == 2 * 190
     assert all(tensor.any() for tensor in lora.values())
     for kind in KINDS:
-        own = load_student(backbone, trained[kind])[0].transformer
-        pairs = zip(own.parameters(), backbone.transformer.parameters(), strict=True)
+        loaded = load_student(backbone, trained[kind])[0].transformer
+        pairs = zip(loaded.parameters(), backbone.transformer.parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs)
 
 
