@@ -2,8 +2,8 @@
 
 First the shipped edge student and the teacher paint a few scenes. Then scenes -> shards -> caches -> Student_fc and the
 two stages of ours (same initialisation, batch size and steps; both start from the teacher's layers, which
-docs/results.md compares with the paper's start) -> evaluation of both beside the teacher -> report. Only the mini bundle
-and the edge student are precomputed.
+docs/results.md compares with the paper's start) -> evaluation of both beside the teacher -> report. Only the mini
+bundle and the edge student are precomputed.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def open_with_edge(out: Path, bar: Bar, say: Callable[[str], None]) -> str:
     few = samplers["edge"].num_inference_steps
     sentence = (
         f"The shipped edge student, half the layers and {few} step{'s' * (few > 1)} without guidance, paints a picture "
-        f"in {edge:.3f} s; the teacher with {samplers[TEACHER].num_inference_steps} guided steps needs {teacher:.3f} s, "
-        f"{teacher / edge:.0f} times as long. Both are in {out / 'edge.png'}."
+        f"in {edge:.3f} s; the teacher with {samplers[TEACHER].num_inference_steps} guided steps needs {teacher:.3f} "
+        f"s, {teacher / edge:.0f} times as long. Both are in {out / 'edge.png'}."
     )
     say(sentence)
     return sentence
