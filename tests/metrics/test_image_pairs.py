@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from refine_control.errors import InvalidInputError
-from refine_control.metrics.image_pairs import MAX_PSNR, check_mask, composite, psnr, ssim
+from refine_control.metrics.image_pairs import MAX_PSNR, check_mask, composite, high_pass_energy, psnr, ssim
 
 
 def make_pair(seed=0, count=3, height=40, width=33, noise=20):
@@ -182,3 +183,32 @@ def test_ssim_refuses_what_no_window_covers():
     edge[:, 5, 5] = True  # the first window centre
     check_mask(edge, GOOD, border=5)
     assert ssim(GOOD, GOOD, edge).shape == (2,)
+
+
+def test_high_pass_energy_falls_with_blur_and_grows_with_the_square_of_contrast():
+    reference, sharp = make_pair()
+    mask = make_mask()
+    blurred = np.stack([gaussian_filter(image, (2, 2, 0)) for image in sharp])
+    assert (high_pass_energy(blurred, mask) < 0.1 * high_pass_energy(sharp, mask)).all()
+    assert (high_pass_energy(reference // 2 * 2, mask) > 0).all()
+    assert (high_pass_energy(np.full_like(sharp, 90), mask) == 0).all()
+    board = np.indices(sharp.shape[1:3]).sum(0) % 2
+    low, high = (
+        np.broadcast_to(100 + level * board[None, ..., None], sharp.shape).astype(np.uint8) for level in (20, 60)
+    )
+    np.testing.assert_allclose(high_pass_energy(high, mask), 9 * high_pass_energy(low, mask))
+    # of a checkerboard a blur of one pixel leaves next to nothing: the energy is the square of half its contrast
+    np.testing.assert_allclose(high_pass_energy(low), 10.0**2, rtol=0.02)
+
+
+def test_high_pass_energy_is_of_the_masked_region():
+    _, generated = make_pair()
+    mask = np.zeros(generated.shape[:3], bool)
+    mask[:, :10] = True
+    below = generated.copy()
+    below[:, 15:] = 255 - below[:, 15:]  # farther away than the filter reaches
+    np.testing.assert_array_equal(high_pass_energy(below, mask), high_pass_energy(generated, mask))
+    halves = [high_pass_energy(generated, half) * half.sum((1, 2)) for half in (mask, ~mask)]
+    np.testing.assert_allclose(sum(halves) / mask[0].size, high_pass_energy(generated))
+    with pytest.raises(InvalidInputError, match="inpainted pixel"):
+        high_pass_energy(generated, np.zeros_like(mask))

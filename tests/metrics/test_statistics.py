@@ -5,7 +5,7 @@ import pytest
 
 from refine_control.errors import InvalidInputError
 from refine_control.metrics import statistics
-from refine_control.metrics.statistics import Interval, gap_closed, paired_difference, two_level
+from refine_control.metrics.statistics import Interval, gap_closed, mean_ratio, paired_difference, two_level
 
 
 def bootstrap_mean(values, *arguments, **options) -> Interval:
@@ -162,3 +162,14 @@ def test_bad_values_are_refused(call, says):
     with pytest.raises(InvalidInputError) as refusal:
         call()
     assert says in str(refusal.value)
+
+
+def test_mean_ratio_is_of_means_and_resamples_both_sides_together():
+    b = np.random.default_rng(0).uniform(1, 9, 200)
+    exact = mean_ratio(0.7 * b, b, seed=0)
+    np.testing.assert_allclose(exact, 0.7)
+    noisy = 0.7 * b + np.random.default_rng(1).normal(0, 1, 200)
+    ratio = mean_ratio(noisy, np.stack([b, b]), seed=0)
+    np.testing.assert_allclose(ratio.mean, noisy.mean() / b.mean())
+    assert ratio.low < ratio.mean < ratio.high < 0.75
+    assert not mean_ratio(b, b - b.mean() + 1e-3, seed=0).bounded

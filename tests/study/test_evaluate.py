@@ -28,6 +28,8 @@ from refine_control.study import evaluate as evaluating
 from refine_control.study.compare import compare, read_test, score
 from refine_control.study.evaluate import models_json, summarise_models, write_results
 from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
+from refine_control.study.row_results import RowResult
+from refine_control.study.summary import ROW_METRICS, ratio_of_means, summarise
 
 PHOTOS = list(scene_photos(0, 0, 5))
 SAMPLER = SamplerConfig(num_inference_steps=2, guidance_scale=2.0)
@@ -140,6 +142,26 @@ def test_the_share_of_the_gap_is_that_of_the_means(result):
     assert summarise_models(clear).gap_closed["ours"]["psnr_region"].mean == pytest.approx(0.75)
     without = clear._replace(scores={n: clear.scores[n] for n in ("teacher", "ours")})
     assert "gap_closed" not in models_json(summarise_models(without), without)
+
+
+def test_sharpness_is_of_the_pictures_and_compared_as_a_ratio(result):
+    rows = {n: [RowResult(n, 0, "", scores, {})] for n, scores in result.scores.items()}
+    masks = np.stack([photo.mask for photo in PHOTOS])
+    np.testing.assert_array_equal(
+        result.scores["ours"]["sharpness"], metrics.high_pass_energy(result.images["ours"], masks)
+    )
+    means = [result.scores[name]["sharpness"].mean() for name in ("ours", "teacher")]
+    np.testing.assert_allclose(ratio_of_means(rows["ours"], rows["teacher"], "sharpness").mean, means[0] / means[1])
+    np.testing.assert_allclose(ratio_of_means(rows["same"], rows["teacher"], "sharpness"), (1, 1, 1))
+
+
+def test_rows_of_before_sharpness_was_measured_still_make_a_table(result):
+    before = {n: {m: v for m, v in scores.items() if m != "sharpness"} for n, scores in result.scores.items()}
+    rows = {n: [RowResult(n, 0, "", scores, {})] for n, scores in {**result.scores, "fc": before["fc"]}.items()}
+    summary = summarise(rows, ROW_METRICS, [("teacher", "fc")])
+    assert "sharpness" not in summary.metrics
+    assert set(summary.differences["teacher", "fc"]) == set(summary.metrics) >= {"psnr_region", "ssim"}
+    assert ratio_of_means(rows["fc"], rows["teacher"], "sharpness") is None
 
 
 def test_a_share_of_a_gap_that_may_be_zero_is_not_bounded(tmp_path, result):

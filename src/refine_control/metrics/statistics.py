@@ -103,6 +103,14 @@ def gap_closed(
     return percentile_interval(share, shares[np.isfinite(shares)], level)
 
 
+def mean_ratio(a: ArrayLike, b: ArrayLike, seed: int, resamples: int = 10_000, level: float = 0.95) -> Interval:
+    """mean(a) / mean(b), both resampled together, for values with a zero such as `image_pairs.high_pass_energy`.
+
+    The ends are infinite where b's mean is not statistically distinguishable from zero. Raises InvalidInputError as
+    `gap_closed` does, of which it is the case with the baseline 0."""
+    return gap_closed(b, np.zeros(np.shape(b)[-1:]), a, seed, resamples, level)
+
+
 def _checked(name: str, values: ArrayLike, shapes: dict[int, str]) -> NDArray[np.float64]:
     """As float64. `shapes`: by number of dimensions, how the error calls them."""
     array = np.asarray(values, dtype=np.float64)

@@ -56,6 +56,7 @@ def score(photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetwork
         "psnr_composited": metrics.psnr(reference, composited),
         "ssim": metrics.ssim(reference, painted),
         "ssim_composited": metrics.ssim(reference, composited),
+        "sharpness": metrics.high_pass_energy(painted, masks),
     }
     if (~masks).any((1, 2)).all():
         out["psnr_kept"] = metrics.psnr(reference, painted, ~masks)

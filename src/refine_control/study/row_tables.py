@@ -28,6 +28,7 @@ HEADINGS = {
     "ssim": "SSIM",
     "ssim_region": "SSIM region",
     "ssim_composited": "SSIM composited",
+    "sharpness": "high-pass energy, region",
     "colour": "colour obeyed %",
     "shape": "shape obeyed %",
     "both": "both obeyed %",

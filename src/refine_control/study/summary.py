@@ -14,14 +14,21 @@ from functools import cached_property
 import numpy as np
 
 from refine_control.metrics.distances import set_difference, set_interval
-from refine_control.metrics.statistics import BOOTSTRAP_SEED, Interval, gap_closed, paired_difference, two_level
+from refine_control.metrics.statistics import (
+    BOOTSTRAP_SEED,
+    Interval,
+    gap_closed,
+    mean_ratio,
+    paired_difference,
+    two_level,
+)
 from refine_control.study.compare import OBEYED
 from refine_control.study.feature_metrics import SET_METRICS
 from refine_control.study.plan import BASELINE, TEACHER
 from refine_control.study.row_results import RowResult
 
 ROW_METRICS = (
-    *("psnr_region", "psnr", "psnr_kept", "ssim", "lpips", "lpips_kept"),
+    *("psnr_region", "psnr", "psnr_kept", "ssim", "sharpness", "lpips", "lpips_kept"),
     *(*OBEYED, "clip_local", "clip_global", "clip_other", "scene_perceptual"),
 )
 """Metrics per sample of the tables of rows, in the order of their columns."""
@@ -93,6 +100,16 @@ class Summary:
     def minus(self, left: str, right: str) -> Intervals | None:
         """The differences left - right, if they were asked for."""
         return self.differences.get((left, right))
+
+
+def ratio_of_means(results: Sequence[RowResult], reference: Sequence[RowResult], metric: str) -> Interval | None:
+    """A metric's mean over that of a reference model, paired by sample and seed: 0.8 of the teacher's sharpness.
+
+    None where a result of either lacks the metric or they share no seed."""
+    pair = common_seeds(results, reference)
+    if not all(pair) or any(metric not in r.scores for each in pair for r in each):
+        return None
+    return mean_ratio(*(_values(each, metric) for each in pair), BOOTSTRAP_SEED)
 
 
 def summarise(

@@ -1,0 +1,66 @@
+"""Pictures of the same scenes by several noise seeds, how much they differ, and a grid of them."""
+
+# K noise seeds, N scenes, H W pixels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refine_control.config import SamplerConfig
+from refine_control.metrics.diversity import feature_spread, pixel_spread
+from refine_control.metrics.image_pairs import PerImage
+from refine_control.models.backbone import Backbone
+from refine_control.picture_grid import PictureGrid
+from refine_control.pipeline.painting import inpaint
+from refine_control.progress import Progress
+from refine_control.records import Photo
+
+SEEDS = 8
+See = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.floating[Any]]]
+"""Pictures (N,H,W,3) uint8 and masks (N,H,W) bool -> features (N,D), such as
+`partial(scene_features, load_classifier(BUNDLE))`."""
+
+
+class Diversity(NamedTuple):
+    """Of one model: mean distances between the pictures of each scene, (N,)."""
+
+    features: PerImage
+    pixels: PerImage
+    """Inside the mask, levels of [0, 255]."""
+
+
+def paint_seeds(
+    backbone: Backbone,
+    controlnet: Any,
+    photos: Sequence[Photo],
+    sampler: SamplerConfig,
+    seeds: Sequence[int] = range(SEEDS),
+    progress: Progress | None = None,
+) -> NDArray[np.uint8]:
+    """Repaints N photos of one size with the noise of each seed, whatever `sampler.seed` says: (K,N,H,W,3) uint8."""
+    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
+    painted = []
+    for done, seed in enumerate(seeds, 1):
+        seeded = sampler.model_copy(update={"seed": seed})
+        painted.append(inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], seeded))
+        if progress:
+            progress(done, len(seeds), "noise seeds")
+    return np.stack(painted)
+
+
+def diversity(pictures: NDArray[np.uint8], masks: NDArray[np.bool_], see: See) -> Diversity:
+    """Of pictures (K,N,H,W,3) and masks (N,H,W). Raises InvalidInputError for fewer than two seeds."""
+    return Diversity(feature_spread(np.stack([see(each, masks) for each in pictures])), pixel_spread(pictures, masks))
+
+
+def seeds_grid(photos: Sequence[Photo], painted: Mapping[str, NDArray[np.uint8]], title: str) -> PictureGrid:
+    """A row for each photo and model, a column for each noise seed: `painted` holds (K,N,H,W,3) by model."""
+    count = len(next(iter(painted.values())))
+    rows = [(photo, [photo.image, *pictures[:, n]]) for n, photo in enumerate(photos) for pictures in painted.values()]
+    captions = [f"{name}: {photo.prompt}" for photo in photos for name in painted]
+    columns = ["original", *(f"seed {number}" for number in range(count))]
+    return PictureGrid(columns, [row for _, row in rows], captions, [photo.mask for photo, _ in rows], title=title)
