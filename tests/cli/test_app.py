@@ -37,6 +37,16 @@ ANNOTATING = [
 VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
     "bench features": ["--clip-pictures", JSON, "--pictures", "--repeats", "--resamples", "--set-size", "--size"],
+    "bench sampling": [
+        "--batch",
+        "--controlnet",
+        "--guidance",
+        JSON,
+        "--layers",
+        "--model",
+        "--precision",
+        "--repeats",
+    ],
     "bench step": [JSON, "--repeats", "--set", "recipe"],
     "bench threads": [JSON, "--repeats", "--seconds", "--set", "recipe"],
     "cache": [

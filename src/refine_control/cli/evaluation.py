@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -164,6 +164,26 @@ def bench_step(
     from refine_control.recipe_files import load_recipe
 
     show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)
+
+
+@bench_app.command("sampling")
+@interruptible("nothing is written")
+def bench_sampling(
+    model: opt.Model = "mini",
+    controlnet: Annotated[Path | None, opt.folder("Folder of a student; default: an untrained one.")] = None,
+    layers: Annotated[int, opt.number("Layers of the untrained student.")] = 12,
+    precision: Annotated[opt.Precision, typer.Option(help="Precision of transformer and ControlNets.")] = "fp32",
+    guidance: Annotated[float, opt.number("Guidance scale of the teacher.", 1, 100)] = 3,
+    batch: Annotated[list[int] | None, opt.number("Batch size; may be repeated; default: 1 and 8.")] = None,
+    repeats: opt.Rounds = 3,
+    as_json: opt.Json = False,
+) -> None:
+    """Time whole pictures: the teacher in 20 and 4 guided steps against a student in 4 and 1 unguided ones."""
+    from refine_control.bench.sampling import bench_sampling as run
+
+    options: Any = {"layers": layers, "precision": precision, "guidance": guidance, "repeats": repeats}
+    result = run(model, controlnet, batches=batch or (1, 8), **options)
+    show(result if as_json else result.text, as_json)
 
 
 @bench_app.command("features")

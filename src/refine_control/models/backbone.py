@@ -14,8 +14,16 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control.injection import Injection, expand_residuals
-from refine_control.models.devices import ENCODED_PIXELS, USABLE, free_bytes, missing_bytes, pictures_at_once
+from refine_control.models.devices import (
+    ENCODED_PIXELS,
+    USABLE,
+    first_weight,
+    free_bytes,
+    missing_bytes,
+    pictures_at_once,
+)
 from refine_control.models.fit import Geometry, geometry
+from refine_control.models.packed import packed
 from refine_control.models.words import cut_warnings, only_known, unknown_words_warning
 
 logger = logging.getLogger(__name__)
@@ -59,7 +67,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """The transformer's."""
-        return self.transformer.device
+        return first_weight(self.transformer).device
 
     @property
     def geometry(self) -> Geometry:
@@ -151,7 +159,7 @@ def by_parts(
 
     Each place of `pictures` stands for `side` x `side` pixels."""
     height, width = (side * n for n in pictures.shape[-2:])
-    count = pictures_at_once(vae.device, height, width, max(1, len(pictures)), ENCODED_PIXELS)
+    count = pictures_at_once(first_weight(vae).device, height, width, max(1, len(pictures)), ENCODED_PIXELS)
     # cuDNN would round the arguments to TF32's ten bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return torch.cat([apply(part) for part in pictures.split(count)])
@@ -159,19 +167,19 @@ def by_parts(
 
 def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w), on the VAE's device."""
-    mean = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mean
+    mean = vae.encode(pixel_values.to(first_weight(vae))).latent_dist.mean
     return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """(B,16,h,w) -> pixels (B,3,H,W), about [-1, 1], on the VAE's device; differentiable."""
-    latents = latents.to(vae.device, vae.dtype)
+    latents = latents.to(first_weight(vae))
     return vae.decode(latents / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample
 
 
 def encoder_features(vae: Any, pixel_values: torch.Tensor) -> list[torch.Tensor]:
     """Pixels (B,3,H,W) -> what the VAE's encoder sees after each of its resolutions, (B,C,H',W') each."""
-    hidden, features = vae.encoder.conv_in(pixel_values.to(vae.device, vae.dtype)), []
+    hidden, features = vae.encoder.conv_in(pixel_values.to(first_weight(vae))), []
     for block in vae.encoder.down_blocks:
         hidden = block(hidden)
         features.append(hidden)
@@ -201,8 +209,8 @@ def predict_velocity(
     injection: Injection = "exact",
 ) -> torch.Tensor:
     """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly."""
-    dtype, blocks = transformer.dtype, len(transformer.transformer_blocks)
-    return transformer(
+    dtype, blocks = first_weight(transformer).dtype, len(transformer.transformer_blocks)
+    return (packed(transformer) or transformer)(
         hidden_states=noisy_latents.to(dtype),
         timestep=sigmas * 1000,
         encoder_hidden_states=prompt_embeds.to(dtype),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, groups
+from refine_control.models.devices import first_weight
+from refine_control.models.packed import packed
 
 ControlNet = SD3ControlNetModel
 """Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
@@ -35,9 +38,8 @@ def control_residuals(
     """The L residuals (B,N,D) after the zero-linears, before injection.
 
     The pooled projection is zeros, as the inpainting pipeline feeds it (docs/paper.md, trap 1)."""
-    dtype = controlnet.dtype
-    return _forward(
-        controlnet,
+    dtype = first_weight(controlnet).dtype
+    return (packed(controlnet) or partial(_forward, controlnet))(
         hidden_states=noisy_latents.to(dtype),
         controlnet_cond=cond.to(dtype),
         conditioning_scale=conditioning_scale,

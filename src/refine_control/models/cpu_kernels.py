@@ -19,8 +19,6 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from refine_control.models.backbone import Backbone
-
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
@@ -168,8 +166,8 @@ def use_cpu_kernels(*modules: nn.Module) -> None:
                 part.__class__ = FusedLinear
 
 
-def in_precision(precision: str, backbone: Backbone, *controlnets: Any) -> None:
-    """Casts transformer and ControlNets in place, on the backbone's device; bf16 on a CPU uses these kernels."""
+def in_precision(precision: str, backbone: Any, *controlnets: Any) -> None:
+    """Casts a `Backbone`'s transformer and ControlNets in place, on its device; bf16 on a CPU uses these kernels."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if dtype == torch.bfloat16 and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, *controlnets)

@@ -42,6 +42,10 @@ class RowFacts:
     training_seconds: float | None = None
     seconds_per_image: float | None = None
     machine: str = ""
+    network_calls: int | None = None
+    """Passes of ControlNet and transformer that a picture takes, twice a step with guidance."""
+    gflops_picture: float | None = None
+    """A whole picture: text encoders, VAE and all network calls."""
     other: Mapping[str, object] = field(default_factory=dict)
     """Keys of a file that this version does not know; they are kept."""
 

@@ -26,6 +26,7 @@ from refine_control.models.controlnet import ControlNet
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
 from refine_control.models.loading import load_student, resolve, weights_mark
+from refine_control.pipeline.picture_cost import picture_cost
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.compare import Result, compare
@@ -134,11 +135,17 @@ def _machine() -> str:
 
 
 def row_facts(
-    trained: TrainedRow, backbone: Backbone, controlnet: ControlNet, seconds_per_image: float | None = None
+    trained: TrainedRow,
+    backbone: Backbone,
+    controlnet: ControlNet,
+    seconds_per_image: float | None = None,
+    sampler: SamplerConfig | None = None,
 ) -> RowFacts:
-    """Cost of a row's ControlNet, seconds and machine."""
+    """Cost of a row's ControlNet, with a sampler also of a picture, seconds and machine."""
+    whole = picture_cost(backbone, controlnet, sampler)._asdict() if sampler else {}
     return RowFacts(
         **counted_cost(backbone, controlnet)._asdict(),
+        **whole,
         training_seconds=round(trained.seconds, 1),
         seconds_per_image=None if seconds_per_image is None else round(seconds_per_image, 4),
         machine=f"{_machine()}, {device_name(backbone.device)}",
@@ -155,7 +162,7 @@ def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> 
     trained = train_row(key, row, comparison, seed, bar)
     backbone, controlnet = row_model(trained, comparison)
     result = compare(backbone, {key: controlnet}, photos, sampler, networks, bar(f"evaluate {key}"))
-    facts = row_facts(trained, backbone, controlnet, result.seconds[key])
+    facts = row_facts(trained, backbone, controlnet, result.seconds[key], sampler)
     return _row_result(key, seed, mark, result, facts, folder, comparison.budget.steps if row.stages else 0)
 
 

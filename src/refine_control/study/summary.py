@@ -109,7 +109,8 @@ def ratio_of_means(results: Sequence[RowResult], reference: Sequence[RowResult],
     pair = common_seeds(results, reference)
     if not all(pair) or any(metric not in r.scores for each in pair for r in each):
         return None
-    return mean_ratio(*(_values(each, metric) for each in pair), BOOTSTRAP_SEED)
+    values, reference_values = (_values(each, metric) for each in pair)
+    return mean_ratio(values, reference_values, BOOTSTRAP_SEED)
 
 
 def summarise(
