@@ -90,9 +90,13 @@ def test_packing_adds_no_parameters_and_skips_what_it_does_not_know(networks):
     assert list(transformer.state_dict()) == names
     other = copy.deepcopy(transformer)
     other.transformer_blocks[0].use_dual_attention = True
-    del other.packed
-    pack(other, torch.nn.Linear(2, 2))
-    assert packed(other) is None
+    adapted = copy.deepcopy(transformer)
+    adapted.transformer_blocks[0].attn.to_q.base_layer = torch.nn.Linear(2, 2)  # as peft names it
+    for network in (other, adapted):
+        del network.packed
+        pack(network, torch.nn.Linear(2, 2))
+        with torch.no_grad():
+            assert packed(network) is None
 
 
 def test_pictures_are_the_same_and_guidance_takes_one_call(tiny_backbone, monkeypatch):

@@ -210,8 +210,15 @@ class PackedControlNet(Packed):
 
 def _can_be_packed(network: Any) -> bool:
     blocks = getattr(network, "transformer_blocks", None) or ()
-    return bool(blocks) and all(
-        isinstance(b, JointTransformerBlock) and not b.use_dual_attention and b.attn.norm_q is None for b in blocks
+    adapted = any(
+        hasattr(part, "base_layer") for part in network.modules()
+    )  # LoRA, whose layers show the base's weight
+    return (
+        bool(blocks)
+        and not adapted
+        and all(
+            isinstance(b, JointTransformerBlock) and not b.use_dual_attention and b.attn.norm_q is None for b in blocks
+        )
     )
 
 
@@ -219,7 +226,7 @@ def pack(*networks: nn.Module) -> None:
     """From now on `predict_velocity` and `control_residuals` run these SD3 networks packed where no gradient is asked
     for, and VAEs keep the channels of a pixel together, as oneDNN's convolutions like them.
 
-    Networks with dual attention, query norms or other blocks, and those on a GPU, run as they are."""
+    Networks with dual attention, query norms, LoRA or other blocks, and those on a GPU, run as they are."""
     for network in networks:
         if isinstance(network, AutoencoderKL) and first_weight(network).device.type == "cpu":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
