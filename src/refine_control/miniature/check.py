@@ -54,7 +54,7 @@ def measure_skill(
     """Obedience in per cent of unseen scenes and PSNR in dB, with `local`, `empty` or `wrong` prompts.
 
     Of a `controlnet` (None: the backbone's) with a `sampler` (None: CHECK_SAMPLER). A wrong prompt names another colour
-    and shape. Obedience always refers to the object of the scene: with an empty or wrong prompt it must be at chance."""
+    and shape. Obedience always refers to the scene's object: with an empty or wrong prompt it must be at chance."""
     rendered = scenes.render(derive_seed(seed, "check"), 0, count)
     texts = {"local": rendered.local_prompts, "empty": [""] * count}
     if prompts == "wrong":
