@@ -1,5 +1,6 @@
 """Several processes: results in order, and a signal that lets what is under way end and nothing begin."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,6 +37,32 @@ if __name__ == "__main__":
     try:
         with workers.workers(count) as in_order:
             list(in_order(work, range(12)))
+    except InterruptedCleanlyError as error:
+        print(error)
+        sys.exit(error.exit_code)
+"""
+
+
+LOOPING = """
+import signal, sys, time
+from pathlib import Path
+from refine_control import signals, workers
+from refine_control.errors import InterruptedCleanlyError
+
+folder = Path(sys.argv[1])
+
+def work(number):
+    (folder / f"begun-{number}").touch()
+    with signals.held("all of it") as stopped:
+        while not stopped():
+            time.sleep(0.01)
+        (folder / f"saved-{number}").touch()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with workers.workers(2) as in_order:
+            list(in_order(work, range(6)))
     except InterruptedCleanlyError as error:
         print(error)
         sys.exit(error.exit_code)
@@ -94,3 +121,27 @@ def test_after_a_signal_what_runs_ends_and_nothing_begins(number, count, disposi
     assert process.returncode == 75
     assert "run the same command to continue" in out
     assert (begun, ended) == ((1, 0) if count == 1 else (2, 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_work_that_asks_for_signals_saves_and_leaves(number, tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "tasks"
+    script.write_text(LOOPING)
+    folder.mkdir()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(script), str(folder)], **pipes, start_new_session=True) as process:
+        try:
+            wait_for(process, folder, "begun-1")
+            wait_for(process, folder, "begun-0")
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 75, err
+    assert "run the same command to continue" in out
+    assert "was ignored" not in err
+    assert sorted(path.name for path in folder.iterdir()) == ["begun-0", "begun-1", "saved-0", "saved-1"]

@@ -25,6 +25,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 KEPT = "what is finished is kept"
 
 
+def passed_over(*_: Any) -> None:
+    """A handler that does nothing and that `interruptible` and `held` leave: the signal is for another process."""
+
+
 class _Interrupt(KeyboardInterrupt):
     """Raised by the handler: no `except Exception` of a library stops it."""
 
@@ -61,7 +65,7 @@ def _handlers() -> Iterator[_Signals]:
     signals, previous = _Signals(), {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in previous.items():
-            if handler is not signal.SIG_IGN:
+            if handler not in (signal.SIG_IGN, passed_over):
                 signal.signal(number, signals.handle)
     except ValueError:  # not the main thread
         yield signals

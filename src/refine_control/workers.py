@@ -15,7 +15,7 @@ from multiprocessing.synchronize import Event
 from typing import Protocol, TypeVar
 
 from refine_control.errors import InterruptedCleanlyError, InvalidInputError, WorkerDiedError
-from refine_control.signals import interruptible
+from refine_control.signals import interruptible, passed_over
 from refine_control.threads import set_up
 
 Task = TypeVar("Task")
@@ -74,7 +74,7 @@ def _pool(count: int) -> Iterator[InOrder]:
         ) from None
     except KeyboardInterrupt:
         for child in multiprocessing.active_children():
-            os.kill(child.pid or os.getpid(), signal.SIGINT)  # ignored, except by work that a signal may end
+            os.kill(child.pid or os.getpid(), signal.SIGTERM)  # passed over, except by work that a signal may end
         raise
     finally:
         stopped.set()
@@ -102,11 +102,12 @@ def _do(work: Callable[[Task], Result], task: Task) -> Result:
 
 
 def _start(stopped: Event) -> None:
-    """In a new worker: an interrupt is the parent's to handle, and without the parent there is nothing to do."""
+    """In a new worker: signals are the parent's to handle, except in `signals.held`; without the parent it ends."""
     global _stopped  # noqa: PLW0603
     _stopped = stopped
     set_up()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, passed_over)  # a terminal sends it to parent and workers; `held` leaves it so
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the parent sends it; `held` takes its place
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
