@@ -23,7 +23,7 @@ ALPHA = 0.975
 
 
 def feature_losses(teacher, student, sizes=None):
-    return layer_losses(group_targets(teacher, len(student)), student, sizes)
+    return layer_losses(group_targets(teacher, groups(len(student))), student, sizes)
 
 
 def tensors(count, *shape, seed=0, dtype=torch.float32):
@@ -108,14 +108,14 @@ def test_a_student_of_as_many_layers_is_compared_one_to_one():
 
 def test_a_small_teacher_feeds_the_sites_as_it_injects():
     teacher = tensors(2, 1, 2, 3)
-    totals = teacher_totals(teacher, 1, num_sites=5)
+    totals = teacher_totals(teacher, groups(1, 5))
     torch.testing.assert_close(totals[0], 3 * teacher[0] + 2 * teacher[1])
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_the_relative_form_does_not_know_the_scale(scale):
     teacher, student = tensors(23, 2, 4, 8), tensors(5, 2, 4, 8, seed=1)
-    sizes = mean_squares(group_targets(teacher, 5).values)
+    sizes = mean_squares(group_targets(teacher, groups(5)).values)
     scaled = feature_losses([scale * t for t in teacher], [scale * s for s in student], sizes=scale**2 * sizes)
     torch.testing.assert_close(scaled, feature_losses(teacher, student, sizes=sizes), rtol=1e-4, atol=1e-6)
     nothing = feature_losses(teacher, [torch.zeros_like(s) for s in student], sizes=sizes)
@@ -127,7 +127,7 @@ def test_totals_of_half_precision_features_are_summed_in_full():
     total = sum(wide(t) for t in teacher)
     expected = np.mean((23 * wide(student[0]) - total) ** 2)
     assert feature_losses(teacher, student).item() == pytest.approx(expected, rel=1e-6)
-    assert teacher_totals(teacher, 1)[0].dtype == torch.float32
+    assert teacher_totals(teacher, groups(1))[0].dtype == torch.float32
 
 
 def test_eq_1_and_eq_6_are_exact_sums():

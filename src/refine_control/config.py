@@ -36,7 +36,12 @@ class StudentConfig(Section):
         default="transformer",
         description="first layers of the transformer (the paper), last layer of each teacher group, or random",
     )
-    seed: Seed = Field(default=0, description="seed of a random initialisation, and of LoRA's")
+    placement: Literal["equal", "relevance"] = Field(
+        default="equal",
+        description="sites that each layer feeds: groups of equal size (the paper), or groups in which the sites that "
+        "matter most to this teacher share least, measured on the first cache of training",
+    )
+    seed: Seed = Field(default=0, description="seed of a random initialisation, of LoRA's, and of what placement draws")
     backbone: Literal["frozen", "lora", "whole"] = Field(
         default="frozen",
         description="transformer that the student steers: the model's, its LoRA adapters trained too, or all of it",

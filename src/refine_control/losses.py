@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from refine_control.config import LossWeights
-from refine_control.injection import groups, layer_of_site
+from refine_control.injection import layer_of_site
 
 
 class Losses(NamedTuple):
@@ -44,10 +44,19 @@ def output_loss(teacher: torch.Tensor, student: torch.Tensor, weight: torch.Tens
     return task_loss(teacher, student, weight)
 
 
-def teacher_totals(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> list[torch.Tensor]:
-    """sum_{s in G_j} f_T of site s, for each of the student's `num_layers` groups: (B,N,D) each, fp32."""
-    feeds = layer_of_site(len(teacher), num_sites)
-    return [torch.stack([teacher[feeds[s]].float() for s in sites]).sum(0) for sites in groups(num_layers, num_sites)]
+Groups = Sequence[Sequence[int]]
+"""G_j of Eq. 5: the sites of each of the student's layers (`models.controlnet.site_groups`)."""
+
+
+def _at_sites(teacher: Sequence[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
+    """The teacher's residual of each site."""
+    return [teacher[layer] for layer in layer_of_site(len(teacher), sum(map(len, groups)))]
+
+
+def teacher_totals(teacher: Sequence[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
+    """sum_{s in G_j} f_T of site s, for each of the student's groups: (B,N,D) each, fp32."""
+    f_t = _at_sites(teacher, groups)
+    return [torch.stack([f_t[s].float() for s in sites]).sum(0) for sites in groups]
 
 
 class LayerTargets(NamedTuple):
@@ -58,18 +67,15 @@ class LayerTargets(NamedTuple):
     counts: list[int]
 
 
-def group_targets(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> LayerTargets:
+def group_targets(teacher: Sequence[torch.Tensor], groups: Groups) -> LayerTargets:
     """Eq. 5: |G_j| f_S^j is compared with the teacher's total over the sites of G_j."""
-    counts = [len(sites) for sites in groups(num_layers, num_sites)]
-    return LayerTargets(teacher_totals(teacher, num_layers, num_sites), counts)
+    return LayerTargets(teacher_totals(teacher, groups), [len(sites) for sites in groups])
 
 
-def kept_targets(teacher: Sequence[torch.Tensor], num_layers: int, num_sites: int = 23) -> LayerTargets:
+def kept_targets(teacher: Sequence[torch.Tensor], groups: Groups) -> LayerTargets:
     """SSD-1B (arXiv 2401.02677): f_S^j is compared with f_T of the last site of G_j alone."""
-    feeds = layer_of_site(len(teacher), num_sites)
-    return LayerTargets(
-        [teacher[feeds[sites[-1]]].float() for sites in groups(num_layers, num_sites)], [1] * num_layers
-    )
+    f_t = _at_sites(teacher, groups)
+    return LayerTargets([f_t[sites[-1]].float() for sites in groups], [1] * len(groups))
 
 
 def mean_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from refine_control.cache.building import write_cache
 from refine_control.cache.reader import Cache
 from refine_control.config import LossWeights, OptimizerConfig, SigmaConfig, TrainingConfig
 from refine_control.errors import InvalidInputError
+from refine_control.injection import groups
 from refine_control.losses import group_targets, kept_targets, layer_losses, mask_weight, output_loss, task_loss
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.controlnet import build_student
@@ -81,7 +82,7 @@ def test_eq_1_is_made_of_its_terms(networks, caches):
         teacher, student = networks.teacher_answer(at, batch), networks.student_answer(at, batch)
     task = task_loss(at.noise - batch.latents, student.velocity, mask_weight(batch.mask, WEIGHTS.alpha))
     output = output_loss(teacher.velocity, student.velocity)
-    feature = layer_losses(group_targets(teacher.residuals, 3), student.residuals).sum()
+    feature = layer_losses(group_targets(teacher.residuals, groups(3)), student.residuals).sum()
     assert min(task, output, feature) > 0
     torch.testing.assert_close(at.target, at.noise - batch.latents)
     torch.testing.assert_close(losses.loss, 4 * task + output + 0.5 * feature)
@@ -141,8 +142,8 @@ def test_ssd_compares_each_layer_with_the_one_that_was_kept(networks, caches):
     terms = [(own - kept).square().mean() for own, kept in zip(student.residuals, last, strict=True)]
     torch.testing.assert_close(losses.feature_losses, torch.stack(terms))
     torch.testing.assert_close(losses.task_loss, task_loss(at.noise - batch.latents, student.velocity))
-    assert layer_losses(kept_targets(teacher.residuals, 3), last).sum() == 0
-    assert layer_losses(group_targets(teacher.residuals, 3), last).sum() > 0
+    assert layer_losses(kept_targets(teacher.residuals, groups(3)), last).sum() == 0
+    assert layer_losses(group_targets(teacher.residuals, groups(3)), last).sum() > 0
 
 
 def test_the_student_is_noised_where_the_scheduler_would(networks, caches):

@@ -206,9 +206,11 @@ def predict_velocity(
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     residuals: Sequence[torch.Tensor] | None = None,
-    injection: Injection = "exact",
+    injection: Injection | Sequence[int] = "exact",
 ) -> torch.Tensor:
-    """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly."""
+    """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly.
+
+    `injection` as `models.controlnet.injection_of` gives it for the ControlNet that they come from."""
     dtype, blocks = first_weight(transformer).dtype, len(transformer.transformer_blocks)
     return (packed(transformer) or transformer)(
         hidden_states=noisy_latents.to(dtype),

@@ -89,12 +89,12 @@ def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str
     return SamplerConfig(**{**(card.fields if card else own_sampling(model)), **chosen})
 
 
-def write_card(folder: Path, card: StudentCard, backbone: Backbone) -> None:
+def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str = "") -> None:
     """Writes into a ControlNet folder its card, README.md, and scheduler/, with which stock diffusers samples the same.
 
     `backbone` is the model that it was trained for. FlowMatchEulerDiscreteScheduler alone would space few steps badly
     (diffusers#13243): for even levels without fresh noise the scheduler is FlowMapEulerDiscreteScheduler, with fresh
-    noise README.md passes the levels."""
+    noise README.md passes the levels. A `warning` about stock diffusers stands in README.md too."""
     from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     sampler = card.sampling
@@ -112,6 +112,7 @@ def write_card(folder: Path, card: StudentCard, backbone: Backbone) -> None:
     calling += [f"max_sequence_length={backbone.max_sequence_length}"]
     lines = {"loading": loading, "calling": calling}
     more = {name: "".join(f"    {line},\n" for line in each) for name, each in lines.items()}
+    more["warning"] = f"\nWarning: {warning}.\n" * bool(warning)
     write_atomic(folder / "README.md", _README.format(card=card, sampler=sampler, kind=kind, **more))
 
 
@@ -125,7 +126,7 @@ A ControlNet for inpainting with Stable Diffusion 3 in few steps, trained by ref
 
 `refine-control inpaint --controlnet FOLDER` reads this from `refine_control.json`. In diffusers, with this folder as
 FOLDER and the model that it was trained for as MODEL:
-
+{warning}
 ```python
 from diffusers import {kind}, SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
 

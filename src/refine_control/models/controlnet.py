@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,7 +15,7 @@ from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
 from torch import nn
 
 from refine_control.errors import InvalidInputError
-from refine_control.injection import Injection, expand_residuals, groups
+from refine_control.injection import Injection, expand_residuals, layer_of_site, sites_of_layer
 from refine_control.models.devices import first_weight
 from refine_control.models.packed import packed
 
@@ -24,6 +25,29 @@ StudentInit = Literal["transformer", "teacher", "random"]
 _forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long timesteps and promise one tensor
 _NO_GRADIENT = ("attn.to_add_out.", "ff_context.")
 """Of the last block: its text stream is read by nobody, so these never get a gradient."""
+
+
+def own_layer_of_site(controlnet: SD3ControlNetModel) -> list[int] | None:
+    """The layer of each injection site where a ControlNet has its own map; None: `injection.layer_of_site`.
+
+    It is an entry of the ControlNet's config, and so in its folder and in its copies."""
+    return controlnet.config.get("layer_of_site")
+
+
+def place(controlnet: SD3ControlNetModel, layers: Sequence[int] | None) -> None:
+    """Gives a ControlNet a map of its own, the layer of each injection site; None leaves it as it is."""
+    if layers is not None:
+        controlnet.register_to_config(layer_of_site=layers)
+
+
+def injection_of(controlnet: SD3ControlNetModel, injection: Injection = "exact") -> Injection | list[int]:
+    """The `injection` of `predict_velocity` for a ControlNet: its own map, unless stock's rule is asked for."""
+    return (own_layer_of_site(controlnet) or injection) if injection == "exact" else injection
+
+
+def site_groups(controlnet: SD3ControlNetModel, num_sites: int) -> list[list[int]]:
+    """G_j of Eq. 5: the sites that each layer of a ControlNet feeds."""
+    return sites_of_layer(own_layer_of_site(controlnet) or layer_of_site(len(controlnet.controlnet_blocks), num_sites))
 
 
 def control_residuals(
@@ -56,7 +80,7 @@ class InjectedControlNet(SD3ControlNetModel):
     Handed 24 residuals, every diffusers version injects them one-to-one, so the stock pipeline is exact
     for any layer count. `injection` "diffusers" reproduces what diffusers >= 0.32 does by itself."""
 
-    injection: Injection = "exact"
+    injection: Injection | Sequence[int] = "exact"
     num_blocks: int = 24
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -69,7 +93,7 @@ def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injecti
     """The same module (same parameters) as an InjectedControlNet for a transformer of `num_blocks`."""
     shallow = cast(Any, copy.copy(controlnet))
     shallow.__class__ = InjectedControlNet
-    shallow.injection, shallow.num_blocks = injection, num_blocks
+    shallow.injection, shallow.num_blocks = injection_of(controlnet, injection), num_blocks
     return shallow
 
 
@@ -82,6 +106,13 @@ def trainable_parameters(controlnet: SD3ControlNetModel) -> dict[str, nn.Paramet
     return {name: parameter for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
 
 
+def refuse_num_layers(num_layers: int, transformer: SD3Transformer2DModel) -> None:
+    """Raises InvalidInputError unless the transformer has so many blocks that take a residual."""
+    sites = len(transformer.transformer_blocks) - 1
+    if not 1 <= num_layers <= sites:
+        raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")
+
+
 def from_transformer(
     transformer: SD3Transformer2DModel, num_layers: int, extra_channels: int = 1
 ) -> SD3ControlNetModel:
@@ -89,9 +120,7 @@ def from_transformer(
 
     Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (docs/paper.md,
     trap 4). Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
-    sites = len(transformer.transformer_blocks) - 1
-    if not 1 <= num_layers <= sites:
-        raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")
+    refuse_num_layers(num_layers, transformer)
     known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
     config = {k: v for k, v in dict(transformer.config).items() if k in known}
     config |= {
@@ -113,23 +142,26 @@ def build_student(
     num_layers: int,
     init: StudentInit,
     seed: int,
+    layers: Sequence[int] | None = None,
 ) -> SD3ControlNetModel:
     """A student of `num_layers`, fp32 on the CPU, for the teacher's condition; without a teacher, for inpainting.
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
-    each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears."""
+    each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears. `layers` is
+    the map of its own (`place`)."""
     extra = 1 if teacher is None else teacher.config["extra_conditioning_channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = from_transformer(transformer.float(), num_layers, extra)
         if init == "random":
-            return cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
+            student = cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
+    place(student, layers)
     if init == "teacher":
         assert teacher is not None
         for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
             getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
         sites = len(transformer.transformer_blocks) - 1
-        for layer, group in enumerate(groups(num_layers, sites)):
+        for layer, group in enumerate(site_groups(student, sites)):
             source = group[-1] * len(teacher.transformer_blocks) // sites
             student.transformer_blocks[layer].load_state_dict(teacher.transformer_blocks[source].state_dict())
             student.controlnet_blocks[layer].load_state_dict(teacher.controlnet_blocks[source].state_dict())

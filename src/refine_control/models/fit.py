@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
+from refine_control.injection import is_layer_of_site
 
 _LEGACY_END = 2
 """`eos_token_id` of CLIP configs that were written wrongly once; transformers then takes the largest token."""
@@ -62,6 +63,12 @@ def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, An
         raise InvalidInputError(
             f"{part} has {controlnet['num_layers']} layers for a transformer of {transformer['num_layers']}, which "
             f"admits {transformer['num_layers'] - 1}; name another ControlNet"
+        )
+    layers, sites = controlnet.get("layer_of_site"), transformer["num_layers"] - 1
+    if layers is not None and not is_layer_of_site(layers, controlnet["num_layers"], sites):
+        raise InvalidInputError(
+            f"{part} has a layer_of_site in its config.json that is not the layer of each of {sites} sites in order; "
+            "copy its folder again"
         )
     sizes = [each.get("pos_embed_max_size") for each in (controlnet, transformer)]
     _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=(sizes[0] or 0) >= (sizes[1] or 0))

@@ -28,6 +28,7 @@ from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
+from refine_control.models.controlnet import own_layer_of_site, place
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
@@ -93,7 +94,14 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
             "--controlnet of evaluate, inpaint or cost, or as init_from"
         )
     verify_folder(path)
-    return load_network(SD3ControlNetModel, path)
+    return _load_placed(path)
+
+
+def _load_placed(folder: Path) -> SD3ControlNetModel:
+    """The ControlNet in a folder with its own map of sites, where it has one."""
+    controlnet = load_network(SD3ControlNetModel, folder)
+    place(controlnet, read_config(SD3ControlNetModel, folder).get("layer_of_site"))
+    return controlnet
 
 
 def load_student(backbone: Backbone, folder: str | Path, name: str | Path = "") -> tuple[Backbone, SD3ControlNetModel]:
@@ -149,6 +157,17 @@ def _pieces_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _stock_warning(controlnet: SD3ControlNetModel, num_blocks: int) -> str:
+    """What stock diffusers does wrong with a ControlNet, and what to do; empty where it injects as we do."""
+    layers, placed = len(controlnet.transformer_blocks), own_layer_of_site(controlnet)
+    if stock_injects_exactly(layers, num_blocks, placed):
+        return ""
+    return (
+        f"stock diffusers injects a ControlNet of {layers} layers into {num_blocks} blocks shifted; run it by "
+        f"refine-control, or choose 1, 2, 3, 4, 6, 8 or 12 layers{' of equal placement' if placed else ''}"
+    )
+
+
 def save_controlnet(
     controlnet: SD3ControlNetModel,
     folder: Path,
@@ -163,20 +182,15 @@ def save_controlnet(
     A transformer that was trained with it is saved in a folder of its own beside the ControlNet's files.
     A student for few steps has a `card` and the `backbone` that it was trained for, of which `write_card` writes.
     `described` goes into the folder's manifest: what made it."""
-    layers = len(controlnet.transformer_blocks)
-    if not stock_injects_exactly(layers, num_blocks):
-        logger.warning(
-            "stock diffusers injects a ControlNet of %d layers into %d blocks shifted; run it by refine-control, "
-            "or choose 1, 2, 3, 4, 6, 8 or 12 layers",
-            layers,
-            num_blocks,
-        )
+    warning = _stock_warning(controlnet, num_blocks)
+    if warning:
+        logger.warning("%s", warning)
     with publish_folder(folder, **described) as temporary:
         controlnet.save_pretrained(temporary, max_shard_size="100GB")
         if own_transformer is not None:
             save_own_transformer(own_transformer, temporary)
         if card is not None and backbone is not None:
-            write_card(temporary, card, backbone)
+            write_card(temporary, card, backbone, warning)
 
 
 def _classes() -> dict[str, type]:
@@ -243,7 +257,7 @@ def load_pipeline(
         load = {"scheduler": load_scheduler, "tokenizer": load_tokenizer}.get(name.split("_")[0], load_network)
         components[name] = load(component, path / name) if named[name] else None
     if controlled and controlnet is None:
-        controlnet = load_network(SD3ControlNetModel, path / "controlnet")
+        controlnet = _load_placed(path / "controlnet")
     components["controlnet"] = controlnet
     check_neighbours(components, path)
     return StableDiffusion3ControlNetInpaintingPipeline(**components)

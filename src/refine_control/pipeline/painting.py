@@ -22,7 +22,7 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, predict_velocity
-from refine_control.models.controlnet import SD3ControlNetModel, control_residuals, injected
+from refine_control.models.controlnet import SD3ControlNetModel, control_residuals, injected, injection_of
 from refine_control.models.devices import pictures_at_once
 from refine_control.models.packed import packed
 from refine_control.models.prompt_memory import Encode, PromptMemory
@@ -248,6 +248,7 @@ def sampling_path(
     cond = control_cond(masked_latents.to(device), mask.to(device))
     latents, guided = noise.to(device), sampler.guidance_scale > 1
     assert empty is not None or not guided
+    injection = injection_of(controlnet, sampler.injection)
     prompts = [[part.to(device) for part in pair] for pair in (text, empty) if pair is not None][: 1 + guided]
     together = guided and packed(backbone.transformer) is not None  # a call that small costs little more with 2 B rows
     passes = [[torch.cat(parts) for parts in zip(*prompts, strict=True)]] if together else prompts
@@ -257,7 +258,7 @@ def sampling_path(
         at, around = at.repeat(times, 1, 1, 1), cond.repeat(times, 1, 1, 1)
         sigmas = sigma.expand(len(at))
         residuals = control_residuals(controlnet, at, sigmas, embeds, around, backbone.pooled_width, scale)
-        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, sampler.injection).float()
+        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, injection).float()
 
     for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler))):
         v, *v_empty = torch.cat([velocity(latents, sigma, *each) for each in passes]).split(len(latents))

@@ -237,6 +237,9 @@ TARGETS = {
     "parts": Target("Table 3 of the balanced recipe", studies=("parts",), against="balanced"),
     "steps": Target("Few steps", studies=("steps",), against="edge@4", budget="steps", baseline=False),
     "codi": Target("Ablation of CoDi", studies=("codi",), against="codi@4", budget="steps", baseline=False),
+    "placement": Target(
+        "Which layers feed which sites", studies=("placement",), against="edge@4", budget="steps", baseline=False
+    ),
     "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), figure=FIGURE2),
 }
 """By the word of the command line."""

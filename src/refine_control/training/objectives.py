@@ -19,6 +19,7 @@ from refine_control import flow
 from refine_control.conditions.inpainting import control_cond
 from refine_control.config import LossWeights, SigmaConfig
 from refine_control.losses import (
+    Groups,
     LayerTargets,
     Losses,
     combine,
@@ -31,7 +32,13 @@ from refine_control.losses import (
     task_loss,
 )
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import ControlNet, control_residuals, trainable_parameters
+from refine_control.models.controlnet import (
+    ControlNet,
+    control_residuals,
+    injection_of,
+    site_groups,
+    trainable_parameters,
+)
 from refine_control.models.own_transformer import sharing_copy
 from refine_control.training.loop import Draw, Objective
 from refine_control.training.optimizer import Trainable, compute_in
@@ -173,8 +180,8 @@ class Networks:
         """What a ControlNet injects there, and the velocity of the transformer that it steers."""
         residuals = self.residuals(controlnet, at, batch)
         text = batch.prompt_embeds, batch.pooled_prompt_embeds
-        transformer = self.steered.get(controlnet, self.backbone.transformer)
-        return Answer(residuals, predict_velocity(transformer, at.noisy_latents, at.sigmas, *text, residuals))
+        asked = self.steered.get(controlnet, self.backbone.transformer), at.noisy_latents, at.sigmas, *text
+        return Answer(residuals, predict_velocity(*asked, residuals, injection_of(controlnet)))
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
@@ -207,8 +214,9 @@ class Networks:
         return self.teacher
 
     @property
-    def num_sites(self) -> int:
-        return self.backbone.num_blocks - 1
+    def groups(self) -> list[list[int]]:
+        """G_j of Eq. 5: the sites that each of the student's layers feeds."""
+        return site_groups(self.student, self.backbone.num_blocks - 1)
 
     @property
     def num_layers(self) -> int:
@@ -256,8 +264,8 @@ class Terms(NamedTuple):
 
     task: Callable[[Forward, LossWeights], torch.Tensor] | None = None
     output: Callable[[Forward, LossWeights], torch.Tensor] | None = None
-    layers: Callable[[Sequence[torch.Tensor], int, int], LayerTargets] | None = None
-    """(teacher's residuals, S, sites) -> targets."""
+    layers: Callable[[Sequence[torch.Tensor], Groups], LayerTargets] | None = None
+    """(teacher's residuals, the student's groups of sites) -> targets."""
 
 
 KINDS = {
@@ -288,12 +296,12 @@ class Distillation(Objective):
         if not self.relative or self.terms.layers is None:
             return None
         residuals = self.networks.teacher_residuals(self.networks.noised(batch, draw), batch)
-        return mean_squares(self.terms.layers(residuals, self.networks.num_layers, self.networks.num_sites).values)
+        return mean_squares(self.terms.layers(residuals, self.networks.groups).values)
 
     def _features(self, forward: Forward, sizes: torch.Tensor | None) -> torch.Tensor | None:
         if self.terms.layers is None:
             return None
-        targets = self.terms.layers(forward.teacher.residuals, self.networks.num_layers, self.networks.num_sites)
+        targets = self.terms.layers(forward.teacher.residuals, self.networks.groups)
         if self.relative and sizes is None:  # the batch is not split
             sizes = mean_squares(targets.values)
         return layer_losses(targets, forward.student.residuals, sizes)

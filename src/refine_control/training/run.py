@@ -29,7 +29,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CACHE, A_CONTROLNET, refuse_other_kind
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import packaged
-from refine_control.models.controlnet import ControlNet, build_student
+from refine_control.models.controlnet import ControlNet, build_student, own_layer_of_site, refuse_num_layers
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
@@ -47,6 +47,7 @@ from refine_control.training.few_step import FewStep, fields_read
 from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
 from refine_control.training.loop import Objective, fit
 from refine_control.training.objectives import KINDS, Distillation, Networks
+from refine_control.training.placement import SAMPLES, relevant_placement
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
@@ -90,14 +91,13 @@ def student_folder(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(path)
 
 
-def new_student(recipe: Recipe, backbone: Backbone) -> tuple[Backbone, ControlNet]:
+def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str = "cpu") -> tuple[Backbone, ControlNet]:
     """The student as the recipe starts it, fp32 on the CPU, and the backbone that it steers: `backbone` itself where
-    its transformer stays frozen, else around a trainable copy."""
+    its transformer stays frozen, else around a trainable copy. A placement by relevance is measured on `device`."""
     config = recipe.student
     if recipe.init_from is None:
-        student = build_student(
-            backbone.transformer, backbone.pipeline.controlnet, config.num_layers, config.init, config.seed
-        )
+        start = config.num_layers, config.init, config.seed, _placement(recipe, backbone, device)
+        student = build_student(backbone.transformer, backbone.pipeline.controlnet, *start)
         return _trainable(recipe, backbone, backbone, None), student
     folder = student_folder(recipe.init_from)
     start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
@@ -106,7 +106,24 @@ def new_student(recipe: Recipe, backbone: Backbone) -> tuple[Backbone, ControlNe
             f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
             f"{recipe.student.num_layers}; make them agree"
         )
+    if (placement := "equal" if own_layer_of_site(student) is None else "relevance") != config.placement:
+        raise InvalidInputError(
+            f"init_from {recipe.init_from} has the placement {placement} and student.placement is {config.placement}; "
+            "make them agree"
+        )
     return _trainable(recipe, backbone, start, own_folder(folder)), student
+
+
+def _placement(recipe: Recipe, backbone: Backbone, device: torch.device | str) -> list[int] | None:
+    """The layer of each site by relevance, measured on samples of the first role's cache; None for equal groups."""
+    if recipe.student.placement == "equal":
+        return None
+    refuse_num_layers(recipe.student.num_layers, backbone.transformer)
+    cache = _cache(recipe, recipe.objective.roles[0], backbone, model_mark(backbone))
+    clean = next(name for name in ("latents", "completions", "masked_latents") if cache.has(name))
+    encode = PromptMemory(backbone.encode_prompts) if recipe.data.prompts == "encode" else None
+    batches = CacheBatches(cache, SAMPLES, 0.0, device, encode, x0=clean)
+    return relevant_placement(backbone, batches, recipe.student.num_layers, recipe.student.seed, recipe.sigmas)
 
 
 def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
@@ -128,7 +145,7 @@ def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path 
     return backbone.with_transformer(trainable)
 
 
-def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
+def _cache(recipe: Recipe, role: str, backbone: Backbone, model: str, *controlnets: ControlNet) -> Cache:
     """The cache that the recipe names for a role, of this model and of sizes that its networks have positions for."""
     path = getattr(recipe.data, role)
     if path is None:
@@ -136,7 +153,7 @@ def _cache(recipe: Recipe, role: str, networks: Networks, model: str) -> Cache:
     cache = Cache(Path(path), model).require(role)
     if recipe.data.prompts == "cached" and cache.manifest["prompts"] == "none":
         raise InvalidInputError(f"{path} holds no prompt embeddings; encode them with --set data.prompts=encode")
-    refuse_sizes(cache.groups, networks.backbone, networks.student)
+    refuse_sizes(cache.groups, backbone, *controlnets)
     return cache
 
 
@@ -151,7 +168,7 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
         x0[LABELED] = "completions"
 
     def batches(role: str) -> CacheBatches:
-        cache = _cache(recipe, role, networks, mark)
+        cache = _cache(recipe, role, networks.backbone, mark, networks.student)
         if not cache.has(x0[role]):
             raise MissingError(f"{cache.folder} has no teacher completions; make them with {_completing(objective)}")
         if objective.is_few_step and x0[role] == "completions":
@@ -213,7 +230,8 @@ def asks_teacher(config: ObjectiveConfig) -> bool:
 def reads_teacher(recipe: Recipe) -> bool:
     """Whether a run depends on a teacher. One for few steps that learns the ground truth from the prior does not."""
     alone = recipe.objective.is_few_step and recipe.objective.x0_source == "truth" and not recipe.init_from
-    return not alone or recipe.student.init == "teacher" or asks_teacher(recipe.objective)
+    starts = recipe.student.init == "teacher" or recipe.student.placement == "relevance"
+    return not alone or starts or asks_teacher(recipe.objective)
 
 
 def student_card(recipe: Recipe) -> StudentCard | None:
@@ -237,7 +255,7 @@ def prepare(recipe: Recipe, device: torch.device) -> Networks:
     teacher = load_controlnet(recipe.teacher) if recipe.teacher and with_teacher else None
     backbone = load_backbone(recipe.model, teacher, controlled=with_teacher)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    student_backbone, student = new_student(recipe, backbone)
+    student_backbone, student = new_student(recipe, backbone, device)
     exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
     teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
     transformers: list[Any] = list(dict.fromkeys([backbone.transformer, student_backbone.transformer]))

@@ -1,0 +1,79 @@
+"""Relevance of injection sites, for students whose layers feed groups of other sizes (`student.placement`).
+
+The relevance of a site is what dropping its residual costs: r_s = E |v - v without the residual of s|^2 of the frozen
+teacher, at the noise levels of training. It belongs to a model: on the mini teacher the first and the last sites matter
+most. The groups that follow are those of `injection.relevant_layer_of_site`.
+"""
+
+# B samples, R sites, P tokens, D width
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from refine_control.conditions.inpainting import control_cond
+from refine_control.config import SigmaConfig
+from refine_control.injection import expand_residuals, relevant_layer_of_site, sites_of_layer
+from refine_control.models.backbone import Backbone, predict_velocity
+from refine_control.models.controlnet import ControlNet, control_residuals, injection_of
+from refine_control.training.batches import CacheBatches
+from refine_control.training.loop import Draw
+from refine_control.training.objectives import Batch, noised
+
+logger = logging.getLogger(__name__)
+SAMPLES = 16
+"""Over which sites are measured, one noise level each; 16 others order the mini teacher's sites alike."""
+_AT_ONCE = 4
+
+
+class Sites(NamedTuple):
+    """What a teacher's residuals f^s are worth, by site."""
+
+    relevance: np.ndarray
+    """(R,) E |v - v without the residual of s|^2, mean over elements."""
+    products: np.ndarray
+    """(R, R) E f^s f^t, mean over elements."""
+
+
+@torch.no_grad()
+def measure_sites(backbone: Backbone, teacher: ControlNet, batch: Batch, draw: Draw, sigmas: SigmaConfig) -> Sites:
+    """Measures a teacher on a batch at its noise levels, in the networks' types and on their device."""
+    shift, count, blocks = sigmas.shift, len(batch.mask), backbone.num_blocks
+    relevance, products = np.zeros(blocks - 1), np.zeros((blocks - 1, blocks - 1))
+    for rows in torch.arange(count).split(_AT_ONCE):
+        part = batch.take(rows)
+        at = noised(part.latents, draw._replace(slots=part.slots), sigmas, backbone.shift if shift is None else shift)
+        point, cond = (at.noisy_latents, at.sigmas, part.prompt_embeds), control_cond(part.masked_latents, part.mask)
+        residuals = control_residuals(teacher, *point, cond, backbone.pooled_width)
+        at_sites = expand_residuals(residuals, blocks, injection_of(teacher))[:-1]
+        velocity = partial(predict_velocity, backbone.transformer, *point, part.pooled_prompt_embeds)
+        exact, share = velocity(at_sites).float(), len(rows) / count
+        for site, residual in enumerate(at_sites):
+            without = velocity([*at_sites[:site], torch.zeros_like(residual), *at_sites[site + 1 :]])
+            relevance[site] += share * float((without.float() - exact).square().mean())
+        flat = torch.stack(at_sites).float().flatten(1)
+        products += share * (flat @ flat.T / flat.shape[1]).double().cpu().numpy()
+    return Sites(relevance, products)
+
+
+def relevant_placement(
+    backbone: Backbone, batches: CacheBatches, num_layers: int, seed: int, sigmas: SigmaConfig
+) -> list[int]:
+    """The layer of each site for a student of `num_layers` of the backbone's teacher, measured on `SAMPLES` samples.
+
+    Networks are measured on the device of the batches and are on the CPU afterwards."""
+    teacher, draw = backbone.pipeline.controlnet, Draw(seed, "placement", 0, range(SAMPLES))
+    networks = backbone.transformer, teacher
+    for network in networks:
+        network.to(batches.device)
+    sites = measure_sites(backbone, teacher, batches.batch(draw), draw, sigmas)
+    for network in networks:
+        network.to("cpu")
+    layers = relevant_layer_of_site(*sites, num_layers)
+    logger.info("student.placement relevance: the layers feed the sites %s", sites_of_layer(layers))
+    return layers
