@@ -1,5 +1,8 @@
 """Which layer feeds which block: every layer count, and the installed diffusers asked itself."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,10 @@ from refine_control.injection import (
     diffusers_layer_of_block,
     expand_residuals,
     groups,
+    is_layer_of_site,
     layer_of_site,
+    relevant_layer_of_site,
+    sites_of_layer,
     stock_injects_exactly,
 )
 
@@ -67,6 +73,66 @@ def test_a_layer_count_that_does_not_fit_is_refused(count):
         layer_of_site(count)
     with pytest.raises(ValueError, match="1 to 23 layers"):
         expand_residuals(["residual"] * count)
+
+
+def test_a_map_of_its_own_says_which_residual_each_block_gets():
+    layers = [0] + [1] * 20 + [2] * 2
+    assert expand_residuals("abc", 24, layers) == ["abc"[layer] for layer in [*layers, 2]]
+    assert not stock_injects_exactly(3, 24, layers)
+    assert stock_injects_exactly(3, 24, layer_of_site(3))
+    assert is_layer_of_site(layers, 3, 23)
+    assert not is_layer_of_site(layers, 4, 23)
+
+
+# Groups by relevance.
+
+RELEVANCE = st.integers(2, 7).flatmap(
+    lambda sites: st.tuples(st.just(sites), st.integers(1, sites), st.integers(0, 99))
+)
+
+
+def sharing_cost(layers, relevance, f):
+    """sum_s r_s |f^s - mean of its group|^2 / |f^s|^2 of residuals f (R, D), written out."""
+    means = [f[group].mean(0) for group in sites_of_layer(layers)]
+    return sum(r * ((x - means[j]) ** 2).mean() / (x**2).mean() for r, x, j in zip(relevance, f, layers, strict=True))
+
+
+@given(RELEVANCE)
+def test_groups_by_relevance_are_the_cheapest_of_all_contiguous_ones(drawn):
+    sites, count, seed = drawn
+    generator = np.random.default_rng(seed)
+    relevance, f = generator.random(sites), generator.normal(size=(sites, 5)).cumsum(0)
+    found = relevant_layer_of_site(relevance, f @ f.T / 5, count)
+    assert is_layer_of_site(found, count, sites)
+    ways = [np.bincount([0, *cuts], minlength=sites).cumsum() - 1 for cuts in combinations(range(1, sites), count - 1)]
+    least = min(sharing_cost(list(map(int, way)), relevance, f) for way in ways)
+    assert sharing_cost(found, relevance, f) == pytest.approx(least, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("relevance", [0.0, 0.3])
+def test_equally_relevant_sites_that_have_nothing_in_common_are_shared_evenly(count, relevance):
+    found = relevant_layer_of_site(np.full(23, relevance), 2 * np.eye(23), count)
+    sizes = [len(group) for group in sites_of_layer(found)]
+    assert sum(sizes) == 23
+    assert len(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_relevant_sites_share_least():
+    relevance = np.ones(23)
+    relevance[[0, 21, 22]] = 20, 30, 40
+    drift = 0.9 ** np.abs(np.subtract.outer(range(23), range(23)))
+    shared = sites_of_layer(relevant_layer_of_site(relevance, drift, 12))
+    assert [shared[0], *shared[-2:]] == [[0], [21], [22]]
+    silent = relevant_layer_of_site(np.zeros(23), np.zeros((23, 23)), 12)
+    assert is_layer_of_site(silent, 12, 23)
+
+
+@pytest.mark.parametrize("count", [0, 24])
+def test_groups_by_relevance_of_no_such_number_are_refused(count):
+    with pytest.raises(ValueError, match="1 to 23 layers"):
+        relevant_layer_of_site(np.ones(23), np.eye(23), count)
 
 
 class Watched(list):

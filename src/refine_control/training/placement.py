@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from refine_control.cache.reader import Cache
 from refine_control.conditions.inpainting import control_cond
-from refine_control.config import SigmaConfig
+from refine_control.config import Recipe, SigmaConfig
 from refine_control.injection import expand_residuals, relevant_layer_of_site, sites_of_layer
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, injection_of
+from refine_control.models.prompt_memory import PromptMemory
 from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import Batch, noised
@@ -61,19 +63,20 @@ def measure_sites(backbone: Backbone, teacher: ControlNet, batch: Batch, draw: D
     return Sites(relevance, products)
 
 
-def relevant_placement(
-    backbone: Backbone, batches: CacheBatches, num_layers: int, seed: int, sigmas: SigmaConfig
-) -> list[int]:
-    """The layer of each site for a student of `num_layers` of the backbone's teacher, measured on `SAMPLES` samples.
+def relevant_placement(recipe: Recipe, backbone: Backbone, cache: Cache, device: torch.device | str) -> list[int]:
+    """The layer of each site for a recipe's student of the backbone's teacher, measured on `SAMPLES` of a cache.
 
-    Networks are measured on the device of the batches and are on the CPU afterwards."""
-    teacher, draw = backbone.pipeline.controlnet, Draw(seed, "placement", 0, range(SAMPLES))
+    The networks are measured on `device` and are on the CPU afterwards."""
+    teacher, draw = backbone.pipeline.controlnet, Draw(recipe.student.seed, "placement", 0, range(SAMPLES))
+    clean = next(name for name in ("latents", "completions", "masked_latents") if cache.has(name))
+    encode = PromptMemory(backbone.encode_prompts) if recipe.data.prompts == "encode" else None
+    batch = CacheBatches(cache, SAMPLES, 0.0, device, encode, x0=clean).batch(draw)
     networks = backbone.transformer, teacher
     for network in networks:
-        network.to(batches.device)
-    sites = measure_sites(backbone, teacher, batches.batch(draw), draw, sigmas)
+        network.to(device)
+    sites = measure_sites(backbone, teacher, batch, draw, recipe.sigmas)
     for network in networks:
         network.to("cpu")
-    layers = relevant_layer_of_site(*sites, num_layers)
+    layers = relevant_layer_of_site(*sites, recipe.student.num_layers)
     logger.info("student.placement relevance: the layers feed the sites %s", sites_of_layer(layers))
     return layers

@@ -47,7 +47,7 @@ from refine_control.training.few_step import FewStep, fields_read
 from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
 from refine_control.training.loop import Objective, fit
 from refine_control.training.objectives import KINDS, Distillation, Networks
-from refine_control.training.placement import SAMPLES, relevant_placement
+from refine_control.training.placement import relevant_placement
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
@@ -120,10 +120,7 @@ def _placement(recipe: Recipe, backbone: Backbone, device: torch.device | str) -
         return None
     refuse_num_layers(recipe.student.num_layers, backbone.transformer)
     cache = _cache(recipe, recipe.objective.roles[0], backbone, model_mark(backbone))
-    clean = next(name for name in ("latents", "completions", "masked_latents") if cache.has(name))
-    encode = PromptMemory(backbone.encode_prompts) if recipe.data.prompts == "encode" else None
-    batches = CacheBatches(cache, SAMPLES, 0.0, device, encode, x0=clean)
-    return relevant_placement(backbone, batches, recipe.student.num_layers, recipe.student.seed, recipe.sigmas)
+    return relevant_placement(recipe, backbone, cache, device)
 
 
 def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
