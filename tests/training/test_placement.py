@@ -81,7 +81,7 @@ def test_a_student_is_compared_with_its_own_groups_and_injects_by_them(tiny_back
         text = BATCH.prompt_embeds, BATCH.pooled_prompt_embeds, 1000 * at.sigmas
         expected = tiny_backbone.transformer(at.noisy_latents, *text, each, return_dict=False)[0]
     assert torch.equal(shared.velocity, expected)
-    assert own_layer_of_site(networks.copy_student().controlnet) == UNEVEN
+    assert own_layer_of_site(networks.copy_student()) == UNEVEN
 
 
 # From a recipe to a folder.
