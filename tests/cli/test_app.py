@@ -99,6 +99,7 @@ VERBS = {
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
+    "mini edge": ["--check", DRY, JSON, SEED, "out", "student"],
     "mini train": ["--check", DRY, "--from", JSON, "--out", "--photos", SEED, "--stage", "--world"],
     "reproduce": [
         *(

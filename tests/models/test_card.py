@@ -39,7 +39,7 @@ def shifted(tiny_backbone):
 def folder(shifted, tiny_student, tmp_path_factory):
     """A student for few steps as `train` saves it."""
     folder = tmp_path_factory.mktemp("few") / "student"
-    save_controlnet(tiny_student(2), folder, 24, student_card(load_recipe("mini/end_points")), shifted)
+    save_controlnet(tiny_student(2), folder, 24, card=student_card(load_recipe("mini/end_points")), backbone=shifted)
     return folder
 
 
@@ -68,7 +68,7 @@ def test_the_card_of_a_recipe(recipe, overrides, most, guidance):
 def test_students_of_other_objectives_have_no_card(tiny_backbone, tiny_student, tmp_path):
     recipe = load_recipe("mini/balanced_stage2")
     assert student_card(recipe) is None
-    save_controlnet(tiny_student(1), tmp_path / "student", 24, student_card(recipe), tiny_backbone)
+    save_controlnet(tiny_student(1), tmp_path / "student", 24, card=student_card(recipe), backbone=tiny_backbone)
     names = {path.name for path in (tmp_path / "student").iterdir()}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors", "manifest.json"}
 

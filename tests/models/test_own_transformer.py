@@ -63,7 +63,7 @@ def students(tiny_backbone, tiny_student, tmp_path_factory):
     out = {}
     for kind in ("lora", "whole"):
         own = disturbed(tiny_backbone, kind)
-        save_controlnet(tiny_student(2), root / kind, 24, own)
+        save_controlnet(tiny_student(2), root / kind, 24, own_transformer=own)
         out[kind] = own, root / kind
     return out
 
@@ -224,7 +224,7 @@ def test_missing_damaged_and_foreign_files_are_refused(tiny_backbone, students, 
     with pytest.raises(MissingError, match="pytorch_lora_weights"):
         load_student(tiny_backbone, copy)
     own = disturbed(tiny_backbone, "whole")
-    save_controlnet(tiny_student(1), tmp_path / "whole", 24, own)
+    save_controlnet(tiny_student(1), tmp_path / "whole", 24, own_transformer=own)
     config = tmp_path / "whole" / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"sample_size": 8', '"sample_size": 16'))
     with pytest.raises(DamagedError):

@@ -64,7 +64,9 @@ def test_a_student_for_few_steps_is_sampled_as_its_card_says(files, tiny_backbon
     """On the mini bundle, from the command line: no option is given, and four network calls are made."""
     transformer = SD3Transformer2DModel.from_pretrained(BUNDLE / "transformer")
     card = student_card(load_recipe("mini/end_points"))
-    loading.save_controlnet(from_transformer(transformer, 1), tmp_path / "student", 24, card, tiny_backbone)
+    loading.save_controlnet(
+        from_transformer(transformer, 1), tmp_path / "student", 24, card=card, backbone=tiny_backbone
+    )
     calls, samplers, forward, run = [], [], SD3Transformer2DModel.forward, pipeline.run_pipeline
 
     def counted(self, *given, **more):

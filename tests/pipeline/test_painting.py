@@ -163,7 +163,7 @@ def test_stock_with_the_scheduler_of_a_student_folder_is_ours(
     few = {"num_inference_steps": steps, "guidance_scale": 1.0, "conditioning_scale": 1.0, "sigmas": "even"}
     sampler = SamplerConfig(**few, stochastic=stochastic)
     card = StudentCard(sampling=sampler, most_steps=8, distilled_guidance=3.0)
-    save_controlnet(tiny_student(2), tmp_path / "student", 24, card, shifted)
+    save_controlnet(tiny_student(2), tmp_path / "student", 24, card=card, backbone=shifted)
     kind = FlowMatchEulerDiscreteScheduler if stochastic else FlowMapEulerDiscreteScheduler
     stock = stock_of(shifted, SD3ControlNetModel.from_pretrained(tmp_path / "student"))
     stock.scheduler = kind.from_pretrained(tmp_path / "student", subfolder="scheduler")

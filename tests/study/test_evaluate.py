@@ -102,7 +102,7 @@ def test_a_report_says_how_each_model_was_sampled():
 @pytest.mark.parametrize("given", [{}, {"steps": 3}, {"guidance": 5.0}, {"guidance": 5.0, "sigmas": "scheduler"}])
 def test_the_command_of_a_report_samples_every_model_the_same_way(tmp_path, tiny_backbone, tiny_student, given):
     card = StudentCard(sampling=SamplerConfig(num_inference_steps=2, sigmas="even"), most_steps=2, distilled_guidance=3)
-    save_controlnet(tiny_student(1), tmp_path, 24, card, tiny_backbone)
+    save_controlnet(tiny_student(1), tmp_path, 24, card=card, backbone=tiny_backbone)
     sources = {"teacher": None, "few": tmp_path}
 
     def samplers(steps=None, guidance=None, sigmas=None, conditioning_scale=None):

@@ -164,7 +164,9 @@ def test_stock_diffusers_is_warned_of(tiny_backbone, tiny_student, tmp_path, cap
         save_controlnet(student, tmp_path / "alike", 24)
     assert not caplog.records
     place(student, [0] * 20 + [1] * 3)
-    save_controlnet(student, tmp_path / "uneven", 24, None, student_card(load_recipe("mini/edge")), tiny_backbone)
+    save_controlnet(
+        student, tmp_path / "uneven", 24, card=student_card(load_recipe("mini/edge")), backbone=tiny_backbone
+    )
     (record,) = caplog.records
     assert record.getMessage().startswith("stock diffusers injects a ControlNet of 2 layers into 24 blocks shifted; ")
     assert record.getMessage().endswith("layers of equal placement")

@@ -14,7 +14,19 @@ from refine_control.signals import interruptible
 bench_app = opt.make_app(help="Benchmarks of this machine.")
 Figure = Literal["table1", "table2", "table3", "figure2", "figure3"]
 Ablation = Literal[
-    "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts", "steps", "codi", "placement"
+    "layers",
+    "split",
+    "init",
+    "losses",
+    "data",
+    "prompts",
+    "scarce",
+    "parts",
+    "steps",
+    "codi",
+    "pairs",
+    "orders",
+    "placement",
 ]
 
 

@@ -172,6 +172,7 @@ def save_controlnet(
     controlnet: SD3ControlNetModel,
     folder: Path,
     num_blocks: int,
+    *,
     own_transformer: SD3Transformer2DModel | None = None,
     card: StudentCard | None = None,
     backbone: Backbone | None = None,

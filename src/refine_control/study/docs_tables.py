@@ -35,6 +35,7 @@ from refine_control.study.plan import (
 )
 from refine_control.study.row_results import RowFacts, RowResult, read_row
 from refine_control.study.row_tables import NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
+from refine_control.study.step_tables import STEP_METRICS, step_table
 from refine_control.study.summary import GAP_METRICS, common_seeds, summarise
 from refine_control.study.tables import Table, markdown_rows
 
@@ -155,6 +156,15 @@ def figure2_table(study: Study, budget: str) -> Table:
     return alike_table(summarise_alike(study.results), rows, read_budget(budget))
 
 
+def steps_table(study: Study, budget: str, metric: str) -> Table:
+    """A metric of `step_tables.STEP_METRICS` by number of steps, at a budget."""
+    summary = summarise(study.results, ("both", "sharpness"), ())
+    table = step_table(summary, study.rows, read_budget(budget), STEP_METRICS[metric])
+    if table is None:
+        raise InvalidInputError(f"no finished row of the budget {budget} has {metric}")
+    return table
+
+
 class DocTable(NamedTuple):
     """A table of the documentation: a folder of results, its rows and a layout."""
 
@@ -177,6 +187,11 @@ def doc_tables() -> dict[str, DocTable]:
     usual = ("table1", "table3", "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts")
     places = [(target, "", "mini/tables") for target in usual]
     places += [("table1", "_long", "mini/long"), ("table1", "_photos", "photos/photos")]
+    for budget in ("steps", "steps_long"):
+        chosen = select_rows(TARGETS["steps"])
+        for metric in STEP_METRICS:
+            layout = partial(steps_table, budget=budget, metric=metric)
+            out[f"{budget}_{metric}"] = DocTable(f"mini/{budget}", chosen, layout)
     for target, suffix, folder in [*places, ("table3", "_photos", "photos/photos")]:
         chosen, anchor = select_rows(TARGETS[target]), anchor_row(TARGETS[target])
         means, minus = partial(means_table, cost=target == "layers"), partial(differences_table, anchor=anchor)

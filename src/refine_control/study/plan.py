@@ -237,6 +237,8 @@ TARGETS = {
     "parts": Target("Table 3 of the balanced recipe", studies=("parts",), against="balanced"),
     "steps": Target("Few steps", studies=("steps",), against="edge@4", budget="steps", baseline=False),
     "codi": Target("Ablation of CoDi", studies=("codi",), against="codi@4", budget="steps", baseline=False),
+    "pairs": Target("Pairs for few steps", studies=("pairs",), against="edge@4", budget="steps", baseline=False),
+    "orders": Target("Stages before few steps", studies=("orders",), against="edge@4", budget="steps", baseline=False),
     "placement": Target(
         "Which layers feed which sites", studies=("placement",), against="edge@4", budget="steps", baseline=False
     ),
