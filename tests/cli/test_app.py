@@ -92,8 +92,8 @@ VERBS = {
     "demo": ["--budget", DRY, JSON, "--out", SEED, "--steps"],
     "doctor": [JSON],
     "evaluate": [
-        *(*SAMPLING, "--baseline", DRY, JSON, "--model", "--out", "--precision", "--student", "--teacher", "--test"),
-        "--weights",
+        *(*SAMPLING, "--baseline", DRY, JSON, "--model", "--noise-seeds", "--out", "--precision", "--student"),
+        *("--teacher", "--test", "--weights"),
     ],
     "inpaint": [
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),

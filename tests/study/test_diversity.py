@@ -11,7 +11,7 @@ from refine_control.miniature.scene_features import scene_features
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.picture_grid import picture_cells
 from refine_control.pipeline.painting import inpaint
-from refine_control.study.diversity import diversity, paint_seeds, seeds_grid
+from refine_control.study.diversity import compare_seeds, diversity, paint_seeds, seeds_grid
 
 PHOTOS = list(scene_photos(0, 0, 2))
 MASKS = np.stack([photo.mask for photo in PHOTOS])
@@ -47,3 +47,19 @@ def test_grid_has_a_column_for_each_seed_and_a_row_for_each_model(painted):
     assert [caption.split(":")[0] for caption in grid.captions] == ["teacher", "edge"] * 2
     np.testing.assert_array_equal(grid.rows[2][2], painted[1, 1])
     assert len(picture_cells(grid)) == 4
+
+
+def test_models_are_compared_on_the_same_seeds(tiny_backbone, painted):
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0, seed=7)
+    painter = (tiny_backbone, tiny_backbone.pipeline.controlnet, sampler)
+    see = partial(scene_features, Classifier().eval())
+    shown = compare_seeds({"teacher": painter, "copy": painter}, PHOTOS, 2, see)
+    teacher, copied = shown.table.rows
+    assert teacher[1:] == copied[1:]
+    assert [cell.split()[0] for cell in teacher[2::2]] == ["100", "100"]
+    expected = diversity(painted[:2], MASKS, see)
+    assert float(teacher[1].split()[0]) == pytest.approx(expected.pixels.mean(), abs=0.006)
+    assert float(teacher[3].split()[0]) == pytest.approx(expected.features.mean(), abs=0.006)
+    assert shown.grid.columns == ["original", "seed 0", "seed 1"]
+    assert len(shown.grid.rows) == 4
+    assert len(compare_seeds({"teacher": painter}, PHOTOS, 2, None).table.columns) == 3

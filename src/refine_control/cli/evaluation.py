@@ -48,6 +48,9 @@ def evaluate(
     seed: opt.Seed = 0,
     precision: Annotated[opt.Precision, typer.Option(help="Precision of the denoisers.")] = "fp32",
     weights: opt.MetricWeights = None,
+    noise_seeds: Annotated[
+        int, opt.number("Number of noise seeds to compare the images of a scene by; 0: none.", 0, 64)
+    ] = 0,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -63,12 +66,12 @@ def evaluate(
         named = {"teacher": teacher, "students": students, "baselines": baselines}
         shared = samplers.pop("teacher")
         different = {name: each for name, each in samplers.items() if each != shared}
-        more = {"samplers": different} if different else {}
-        return show({**named, "test": test, "out": out, **shared.model_dump(), **more}, as_json)
+        differing = {"samplers": different} if different else {}
+        return show({**named, "test": test, "out": out, **shared.model_dump(), **differing}, as_json)
     from refine_control.study.evaluate import evaluate as run
 
-    bar = progress_bar("evaluate")
-    report = run(model, teacher, students, test, out, samplers, baselines=baselines, weights=weights, progress=bar)
+    more = {"baselines": baselines, "weights": weights, "noise_seeds": noise_seeds}
+    report = run(model, teacher, students, test, out, samplers, progress=progress_bar("evaluate"), **more)
     show(report.summary if as_json else report.text, as_json)
 
 

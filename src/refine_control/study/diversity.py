@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from refine_control.config import SamplerConfig
 from refine_control.metrics.diversity import feature_spread, pixel_spread
 from refine_control.metrics.image_pairs import PerImage
+from refine_control.metrics.statistics import mean_ratio, two_level
 from refine_control.models.backbone import Backbone
 from refine_control.picture_grid import PictureGrid
 from refine_control.pipeline.painting import inpaint
 from refine_control.progress import Progress
 from refine_control.records import Photo
+from refine_control.study.tables import Table
 
-SEEDS = 8
+SEEDS, SCENES, _SHOWN = 8, 64, 4
 See = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.floating[Any]]]
 """Pictures (N,H,W,3) uint8 and masks (N,H,W) bool -> features (N,D), such as
 `partial(scene_features, load_classifier(BUNDLE))`."""
@@ -55,6 +57,61 @@ def paint_seeds(
 def diversity(pictures: NDArray[np.uint8], masks: NDArray[np.bool_], see: See) -> Diversity:
     """Of pictures (K,N,H,W,3) and masks (N,H,W). Raises InvalidInputError for fewer than two seeds."""
     return Diversity(feature_spread(np.stack([see(each, masks) for each in pictures])), pixel_spread(pictures, masks))
+
+
+class Seeds(NamedTuple):
+    """What an evaluation shows of several noise seeds."""
+
+    table: Table
+    grid: PictureGrid
+
+
+def compare_seeds(
+    painters: Mapping[str, tuple[Backbone, Any, SamplerConfig]],
+    photos: Sequence[Photo],
+    count: int,
+    see: See | None,
+    progress: Progress | None = None,
+) -> Seeds:
+    """Diversity of several models by `count` noise seeds, beside that of the first of them, and pictures of each.
+
+    `painters` are backbone, ControlNet and sampler by name. Takes the first photos that have the size of the first.
+    Raises InvalidInputError for fewer than two seeds."""
+    alike = [photo for photo in photos if photo.mask.shape == photos[0].mask.shape][:SCENES]
+    masks = np.stack([photo.mask for photo in alike])
+    painted = {
+        name: paint_seeds(backbone, controlnet, alike, sampler, range(count), progress)
+        for name, (backbone, controlnet, sampler) in painters.items()
+    }
+    spread = {name: diversity(each, masks, see or _pixels) for name, each in painted.items()}
+    first = next(iter(spread.values()))
+    lines = []
+    for name, each in spread.items():
+        pairs = [(each.pixels, first.pixels), *([(each.features, first.features)] if see else [])]
+        cells = [
+            text
+            for values, reference in pairs
+            for text in (
+                f"{two_level(values, 0):.2f}",
+                f"{mean_ratio(values, reference, 0).scaled(100):.0f}",
+            )
+        ]
+        lines.append([name, *cells])
+    columns = ["model", "pixels of the region", "% of the first"]
+    columns += ["features of the region", "% of the first"] if see else []
+    note = (
+        f"Mean distance between the pictures of a scene by {count} noise seeds, over pairs; {len(alike)} scenes, 95 % "
+        "bootstrap intervals. Pixels: root mean square in levels of 255."
+    )
+    title = f"{count} noise seeds"
+    grid = seeds_grid(alike[:_SHOWN], {name: each[:, :_SHOWN] for name, each in painted.items()}, title)
+    return Seeds(Table("Diversity over noise seeds", columns, lines, [note]), grid)
+
+
+def _pixels(pictures: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
+    """Features where there is no network: not shown."""
+    del masks
+    return pictures.reshape(len(pictures), -1)[:, :1].astype(np.float64)
 
 
 def seeds_grid(photos: Sequence[Photo], painted: Mapping[str, NDArray[np.uint8]], title: str) -> PictureGrid:

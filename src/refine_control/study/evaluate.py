@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,17 @@ from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
+from refine_control.miniature.scene_features import scene_features
 from refine_control.models.card import BUNDLE, own_sampling
 from refine_control.models.devices import device_name
 from refine_control.models.loading import read_geometry, weights_mark
-from refine_control.picture_grid import repaint_grid
+from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_json
 from refine_control.study.compare import Result, compare, read_test, samplers_by_name
 from refine_control.study.curves import Curve
+from refine_control.study.diversity import compare_seeds
 from refine_control.study.feature_metrics import load_networks, metric_notes
 from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import BASELINE, TEACHER
@@ -89,6 +92,7 @@ def write_results(
     sentences: Sequence[str] = (),
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
+    grids: Mapping[str, PictureGrid] | None = None,
     made_by: Sequence[str] = (),
 ) -> Written:
     """metrics.json (with every picture's scores), grid.png, tables.md, tables.tex and report.html in `out`.
@@ -99,7 +103,7 @@ def write_results(
     numbers, absent = models_json(summary, result), list(missing)
     more = {"cost": described, "facts": facts, "keys": keys, "per_image": per_image}
     write_json(out / "metrics.json", {**numbers, **more})
-    grids = {"grid.png": repaint_grid(photos[:_PICTURES], result.images)}
+    grids = {"grid.png": repaint_grid(photos[:_PICTURES], result.images), **(grids or {})}
     notes = [*metric_notes(summary.metrics, len(photos)), *absent]
     compared = [quality_table(summary, notes), *([difference_table(summary)] if len(result.scores) > 1 else [])]
     shown = [*compared, cost_table(costs, result.seconds), *tables]
@@ -206,6 +210,7 @@ def evaluate(
     *,
     baselines: Mapping[str, str] | None = None,
     weights: Path | None = None,
+    noise_seeds: int = 0,
     progress: Progress | None = None,
 ) -> Written:
     """Teacher and students on test shards, measured and written to `out` as `write_results` does.
@@ -214,6 +219,7 @@ def evaluate(
     `baselines` are models of another kind by name, each sampled in its own way: what `load_baseline` takes.
     `weights` is a folder with the networks of FID, LPIPS and CMMD; metrics whose network is missing are left out with a
     note. Everything but the oracle of scenes runs on the GPU if there is one.
+    With `noise_seeds` the first scenes are painted by so many, and a table and `seeds.png` show how they differ.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     if TEACHER in students:
         raise InvalidInputError("a student cannot be called teacher, the name of the teacher's row; rename it")
@@ -243,6 +249,13 @@ def evaluate(
             costs |= {name: row.cost.model for name, row in others.items()}
             ways = {n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in others.items()}
             tables.append(baseline_table(ways))
+        grids = {}
+        if noise_seeds:
+            painters = {n: ((own_backbones or {}).get(n, backbone), c, samplers[n]) for n, c in controlnets.items()}
+            see = networks.classifier and partial(scene_features, networks.classifier)
+            shown = compare_seeds(painters, photos, noise_seeds, see, progress)
+            tables.append(shown.table)
+            grids["seeds.png"] = shown.grid
         summary = summarise_models(result)
         facts = {"model": model, "test": str(test), **sampler_facts(samplers, len(photos))}
         facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
@@ -250,5 +263,6 @@ def evaluate(
         inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
         inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
         more: dict[str, Any] = {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}
+        more["grids"] = grids
         more["sentences"] = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
         return write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, **more)
