@@ -92,7 +92,7 @@ def compare_seeds(
             text
             for values, reference in pairs
             for text in (
-                f"{two_level(values, 0):.2f}",
+                f"{two_level(values[None], 0):.2f}",
                 f"{mean_ratio(values, reference, 0).scaled(100):.0f}",
             )
         ]
