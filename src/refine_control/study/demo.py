@@ -18,6 +18,7 @@ from refine_control.miniature.obedience import load_classifier
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import BUNDLE, EDGE, choose_sampler
 from refine_control.models.devices import best_device
+from refine_control.models.packed import pack
 from refine_control.picture_grid import picture_grid, repaint_grid
 from refine_control.randomness import derive_seed
 from refine_control.storage import only_writer, write_output
@@ -69,11 +70,9 @@ def open_with_edge(out: Path, bar: Bar, say: Callable[[str], None]) -> str:
     Writes `edge.png` and passes one sentence to `say`: seconds a picture of both. Returns that sentence."""
     photos = list(scene_photos(derive_seed("demo", "edge"), 0, EDGE_SCENES))
     backbone, controlnets, _ = load_models("mini", None, {"edge": EDGE})
-    precision = fast_precision(backbone.device)
-    samplers = {
-        name: choose_sampler("mini", folder, {"precision": precision})
-        for name, folder in ((TEACHER, None), ("edge", "edge"))
-    }
+    if backbone.device.type == "cpu":
+        pack(backbone.vae, backbone.transformer, *controlnets.values())
+    samplers = {name: choose_sampler("mini", folder, {}) for name, folder in ((TEACHER, None), ("edge", "edge"))}
     result = compare(backbone, controlnets, photos, samplers, None, bar("teacher and edge student"))
     write_output(out / "edge.png", picture_grid(repaint_grid(photos, result.images)))
     teacher, edge = (result.seconds[name] for name in (TEACHER, "edge"))
