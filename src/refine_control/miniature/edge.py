@@ -36,7 +36,7 @@ def publish_edge(
     classifier = load_classifier(BUNDLE)
     published = controlnet.half()
     halved = copy.deepcopy(published).float()  # what is measured is what is published
-    in_precision("bf16", backbone, halved)
+    in_precision("bf16", backbone, backbone.pipeline.controlnet, halved)
     few = SamplerConfig(**card.fields)
     four = CHECK_SAMPLER.model_copy(update={"num_inference_steps": 4, "sigmas": "even"})
     ways: dict[str, tuple[SamplerConfig, ControlNet | None]] = {
