@@ -20,6 +20,11 @@ from refine_control.training.run import student_folder
 STEPS = (1, 2, 4)
 
 
+def few_sampler(card: StudentCard, steps: int) -> SamplerConfig:
+    """The sampler of a card with another number of steps."""
+    return SamplerConfig(**{**card.fields, "num_inference_steps": steps})
+
+
 def publish_edge(
     student: str | Path, out: Path, count: int = 1000, seed: int = 0, progress: Progress | None = None
 ) -> StudentCard:
@@ -37,14 +42,13 @@ def publish_edge(
     published = controlnet.half()
     halved = copy.deepcopy(published).float()  # what is measured is what is published
     in_precision("bf16", backbone, backbone.pipeline.controlnet, halved)
-    few = SamplerConfig(**card.fields)
     four = CHECK_SAMPLER.model_copy(update={"num_inference_steps": 4, "sigmas": "even"})
     ways: dict[str, tuple[SamplerConfig, ControlNet | None]] = {
         "teacher, 20 guided steps": (CHECK_SAMPLER, None),
         "teacher, 4 guided steps": (four, None),
     }
     for n in STEPS:
-        ways[f"{n} step{'s' * (n > 1)}"] = (few.model_copy(update={"num_inference_steps": n}), halved)
+        ways[f"{n} step{'s' * (n > 1)}"] = (few_sampler(card, n), halved)
     skill: dict[str, dict[str, float]] = {}
     for number, (name, (sampler, network)) in enumerate(ways.items(), 1):
         skill[name] = measure_skill(backbone, classifier, count, seed, "local", sampler, network)
