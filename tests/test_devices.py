@@ -289,7 +289,7 @@ def test_networks_of_features_go_to_the_best_device(gpu, monkeypatch):
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_model_is_loaded_there_without_the_kernels_of_the_cpu(own, gpu, monkeypatch, tmp_path, kernels):
-    monkeypatch.setattr(loading, "load_pipeline", lambda model, controlnet: own.pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: own.pipeline)
     backbone = loading.load_backbone(tmp_path, cpu_kernels=kernels, device=gpu)
     assert backbone.device == backbone.pipeline.controlnet.device == gpu
     assert not any(type(part).__name__.startswith("Fused") for part in backbone.transformer.modules())

@@ -52,8 +52,9 @@ def test_grid_has_a_column_for_each_seed_and_a_row_for_each_model(painted):
 def test_models_are_compared_on_the_same_seeds(tiny_backbone):
     sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0, seed=7)
     painter = (tiny_backbone, tiny_backbone.pipeline.controlnet, sampler)
-    see = partial(scene_features, Classifier().eval())
-    shown = compare_seeds({"teacher": painter, "copy": painter}, PHOTOS, 2, see)
+    classifier = Classifier().eval()
+    see = partial(scene_features, classifier)
+    shown = compare_seeds({"teacher": painter, "copy": painter}, PHOTOS, 2, classifier)
     teacher, copied = shown.table.rows
     assert teacher[1:] == copied[1:]
     assert [cell.split()[0] for cell in teacher[2::2]] == ["100", "100"]

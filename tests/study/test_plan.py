@@ -30,7 +30,9 @@ def what_differs(scale: str, key: str) -> str:
     row = ROWS[scale, key]
     recipes = row_recipes(row, BUDGETS[scale], 0).values()
     told = [r.model_dump(mode="json", exclude={"name", "paper"}) for r in recipes]
-    return json.dumps([told, row.injection, row.baseline, row.data.model_dump(), str(row.sampling)], sort_keys=True)
+    return json.dumps(
+        [told, row.injection, row.baseline, row.data.model_dump(), str(row.sampling), row.controlnet], sort_keys=True
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -262,7 +262,7 @@ def test_a_table_holds_its_rows_and_what_they_are_anchor_row():
     )
     assert list(select_rows(TARGETS["table3"], ["wo_cf"])) == ["teacher", "fc", "inherit", "wo_cf"]
     assert set(measured_rows("alike", TARGETS["figure2"])) == {"teacher", "fc", "ours", "inherit", "balanced"}
-    shown = {"teacher", "fc", "ours", "inherit", "balanced", "fc_inherit"}
+    shown = {"teacher", "fc", "ours", "inherit", "balanced", "fc_inherit", "edge_shipped@1"}
     assert set(measured_rows("figure3", TARGETS["figure3"])) == shown
     for figure, target in (("figure3", "table1"), ("figure3", "figure2"), ("alike", "figure3"), ("figure3", "all")):
         assert not measured_rows(figure, TARGETS[target])

@@ -32,15 +32,15 @@ _worker: Callable[[Any], Any] | None = None
 
 
 def _run(make_worker: MakeWorker, part: Any) -> tuple[Any, Any]:
-    """In a process of a pool: makes the worker for the first part and keeps it. SIGINT ends the part under way."""
+    """In a process of a pool: makes the worker for the first part and keeps it. SIGTERM ends the part under way."""
     global _worker
-    between_parts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    between_parts = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if _worker is None:
             _worker = make_worker()
         return part, _worker(part)
     finally:
-        signal.signal(signal.SIGINT, between_parts)
+        signal.signal(signal.SIGTERM, between_parts)
 
 
 def local(count: int = 1) -> Engine:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from refine_control.config import SamplerConfig
 from refine_control.metrics.diversity import feature_spread, pixel_spread
 from refine_control.metrics.image_pairs import PerImage
 from refine_control.metrics.statistics import mean_ratio, two_level
+from refine_control.miniature.obedience import Classifier
+from refine_control.miniature.scene_features import scene_features
 from refine_control.models.backbone import Backbone
 from refine_control.picture_grid import PictureGrid
 from refine_control.pipeline.painting import inpaint
@@ -70,13 +73,15 @@ def compare_seeds(
     painters: Mapping[str, tuple[Backbone, Any, SamplerConfig]],
     photos: Sequence[Photo],
     count: int,
-    see: See | None,
+    classifier: Classifier | None,
     progress: Progress | None = None,
 ) -> Seeds:
     """Diversity of several models by `count` noise seeds, beside that of the first of them, and pictures of each.
 
+    With the `classifier` of scenes also by its features.
     `painters` are backbone, ControlNet and sampler by name. Takes the first photos that have the size of the first.
     Raises InvalidInputError for fewer than two seeds."""
+    see = classifier and partial(scene_features, classifier)
     alike = [photo for photo in photos if photo.mask.shape == photos[0].mask.shape][:SCENES]
     masks = np.stack([photo.mask for photo in alike])
     painted = {

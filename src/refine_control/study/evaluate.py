@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
-from refine_control.miniature.scene_features import scene_features
+from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE, own_sampling
 from refine_control.models.devices import device_name
 from refine_control.models.loading import read_geometry, weights_mark
@@ -185,6 +184,7 @@ def _command(
     out: Path,
     samplers: Mapping[str, SamplerConfig],
     weights: Path | None,
+    noise_seeds: int = 0,
 ) -> str:
     """The command line of this evaluation."""
     options: dict[str, object] = {
@@ -197,7 +197,26 @@ def _command(
         **_sampling_options(samplers, SamplerConfig(**own_sampling(model, teacher))),
     }
     options |= {name: getattr(samplers[TEACHER], name) for name in ("injection", "seed", "precision")}
-    return command_line(["evaluate"], {**options, "weights": weights})
+    return command_line(["evaluate"], {**options, "weights": weights, "noise-seeds": noise_seeds or None})
+
+
+def _inputs(test: Path, teacher: str | None, students: Mapping[str, Path]) -> list[str]:
+    """The inputs of an evaluation with their hashes."""
+    teachers = [f"teacher: {weights_mark(teacher)}"] if teacher else []
+    return [
+        _hashed("test", test / MANIFEST),
+        *teachers,
+        *(_hashed(name, min(folder.glob("*.safetensors"), default=folder)) for name, folder in students.items()),
+    ]
+
+
+def _machine(backbone: Backbone) -> dict[str, str]:
+    return {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
+
+
+def _ways_table(baselines: Mapping[str, Any]) -> Table:
+    ways = {name: BaselineWay(row.facts, row.cost.denoiser_params, row.paper) for name, row in baselines.items()}
+    return baseline_table(ways)
 
 
 def evaluate(
@@ -230,8 +249,6 @@ def evaluate(
         sizes.check(height, width)
     with only_writer(out):
         backbone, controlnets, own_backbones = load_models(model, teacher, students)
-        for controlnet in controlnets.values():
-            controlnet.to(backbone.device)  # type: ignore[arg-type]
         backbone.warn_unread([p.prompt for p in photos])
         known = all("colour" in p.meta and "shape" in p.meta for p in photos)
         networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
@@ -247,22 +264,17 @@ def evaluate(
 
             others = add_baselines(result, baselines, photos, shared, networks, progress)
             costs |= {name: row.cost.model for name, row in others.items()}
-            ways = {n: BaselineWay(r.facts, r.cost.denoiser_params, r.paper) for n, r in others.items()}
-            tables.append(baseline_table(ways))
-        grids = {}
+            tables.append(_ways_table(others))
+        grids: dict[str, PictureGrid] = {}
         if noise_seeds:
-            painters = {n: ((own_backbones or {}).get(n, backbone), c, samplers[n]) for n, c in controlnets.items()}
-            see = networks.classifier and partial(scene_features, networks.classifier)
-            shown = compare_seeds(painters, photos, noise_seeds, see, progress)
-            tables.append(shown.table)
-            grids["seeds.png"] = shown.grid
+            painters = {n: (own_backbones.get(n, backbone), c, samplers[n]) for n, c in controlnets.items()}
+            table, grids["seeds.png"] = compare_seeds(painters, photos, noise_seeds, networks.classifier, progress)
+            tables.append(table)
         summary = summarise_models(result)
-        facts = {"model": model, "test": str(test), **sampler_facts(samplers, len(photos))}
-        facts |= {"machine": f"{platform.machine()}, torch {torch.__version__}, {device_name(backbone.device)}"}
-        facts["command"] = _command(model, teacher, students, baselines or {}, test, out, samplers, weights)
-        inputs = [_hashed("test", test / MANIFEST), *([f"teacher: {weights_mark(teacher)}"] if teacher else [])]
-        inputs += [_hashed(n, min(f.glob("*.safetensors"), default=f)) for n, f in students.items()]
-        more: dict[str, Any] = {"missing": networks.missing.values(), "tables": tables, "made_by": inputs}
-        more["grids"] = grids
+        facts = {"model": model, "test": str(test), **sampler_facts(samplers, len(photos))} | _machine(backbone)
+        named = (model, teacher, students, baselines or {})
+        facts["command"] = _command(*named, test, out, samplers, weights, noise_seeds)
+        more: dict[str, Any] = {"missing": networks.missing.values(), "tables": tables, "grids": grids}
+        more |= {"made_by": _inputs(test, teacher, students)}
         more["sentences"] = [s for n in students for s in signatures(n, summary.differences[TEACHER, n])]
         return write_results(out, f"Evaluation on {test.name}", photos, result, summary, costs, facts, **more)
