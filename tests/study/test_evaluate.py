@@ -19,12 +19,13 @@ from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.features import Inception
 from refine_control.metrics.statistics import Interval
 from refine_control.miniature.obedience import Classifier
-from refine_control.miniature.scene_shards import scene_photos
-from refine_control.models.card import own_sampling
+from refine_control.miniature.scene_shards import build_scenes, scene_photos
+from refine_control.models.card import EDGE, own_sampling
 from refine_control.models.loading import save_controlnet
 from refine_control.photos.shards import ShardWriter
 from refine_control.records import LABELED, TEST, UNLABELED
 from refine_control.study import evaluate as evaluating
+from refine_control.study import model_cost
 from refine_control.study.compare import compare, read_test, score
 from refine_control.study.evaluate import models_json, summarise_models, write_results
 from refine_control.study.feature_metrics import SET_METRICS, FeatureNetworks
@@ -261,3 +262,21 @@ def test_the_command_of_an_evaluation_is_one_for_a_shell():
     assert words[2:6] == ["--model", "mini", "--student", "ours=my student"]
     assert words[words.index("--test") + 1] == "a b"
     assert "--teacher" not in words
+
+
+def test_noise_seeds_add_a_table_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_cost, "_peak_in_fresh_process", lambda *_: 1)  # two processes of many seconds
+    build_scenes(tmp_path / "scenes", labeled=0, unlabeled=0, test=2)
+    test, out = tmp_path / "scenes" / "test", tmp_path / "out"
+    sampler = SamplerConfig(num_inference_steps=1, guidance_scale=1.0, conditioning_scale=1.0)
+    written = evaluating.evaluate("mini", None, {"edge": EDGE}, test, out, sampler, noise_seeds=2)
+    assert (out / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    assert "Diversity over noise seeds" in (out / "tables.md").read_text()
+    assert "--noise-seeds 2" in written.report.read_text()
+
+
+def test_one_noise_seed_is_refused_before_anything_is_loaded(tmp_path):
+    options = ["evaluate", "--student", "edge=edge", "--test", str(tmp_path), "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, [*options, "--noise-seeds", "1"])
+    assert isinstance(refused.exception, InvalidInputError)
+    assert "one seed has nothing to differ from" in str(refused.exception)

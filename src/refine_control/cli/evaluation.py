@@ -9,6 +9,7 @@ import typer
 
 from refine_control.cli import options as opt
 from refine_control.cli.output import named_folders, named_sources, progress_bar, show
+from refine_control.errors import InvalidInputError
 from refine_control.signals import interruptible
 
 bench_app = opt.make_app(help="Benchmarks of this machine.")
@@ -62,6 +63,8 @@ def evaluate(
         name: opt.sampling(model, controlnet, steps, guidance, scale, **others)
         for name, controlnet in {"teacher": teacher, **students}.items()
     }
+    if noise_seeds == 1:
+        raise InvalidInputError("--noise-seeds 1: one seed has nothing to differ from; give 2 or more, or 0 for none")
     if dry_run:
         named = {"teacher": teacher, "students": students, "baselines": baselines}
         shared = samplers.pop("teacher")

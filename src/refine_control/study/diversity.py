@@ -33,7 +33,8 @@ See = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.floating[Any]]
 class Diversity(NamedTuple):
     """Of one model: mean distances between the pictures of each scene, (N,)."""
 
-    features: PerImage
+    features: PerImage | None
+    """None without a network."""
     pixels: PerImage
     """Inside the mask, levels of [0, 255]."""
 
@@ -57,9 +58,10 @@ def paint_seeds(
     return np.stack(painted)
 
 
-def diversity(pictures: NDArray[np.uint8], masks: NDArray[np.bool_], see: See) -> Diversity:
+def diversity(pictures: NDArray[np.uint8], masks: NDArray[np.bool_], see: See | None) -> Diversity:
     """Of pictures (K,N,H,W,3) and masks (N,H,W). Raises InvalidInputError for fewer than two seeds."""
-    return Diversity(feature_spread(np.stack([see(each, masks) for each in pictures])), pixel_spread(pictures, masks))
+    features = see and feature_spread(np.stack([see(each, masks) for each in pictures]))
+    return Diversity(features, pixel_spread(pictures, masks))
 
 
 class Seeds(NamedTuple):
@@ -88,20 +90,15 @@ def compare_seeds(
         name: paint_seeds(backbone, controlnet, alike, sampler, range(count), progress)
         for name, (backbone, controlnet, sampler) in painters.items()
     }
-    spread = {name: diversity(each, masks, see or _pixels) for name, each in painted.items()}
+    spread = {name: diversity(each, masks, see) for name, each in painted.items()}
     first = next(iter(spread.values()))
     lines = []
     for name, each in spread.items():
-        pairs = [(each.pixels, first.pixels), *([(each.features, first.features)] if see else [])]
-        cells = [
-            text
-            for values, reference in pairs
-            for text in (
-                f"{two_level(values[None], 0):.2f}",
-                f"{mean_ratio(values, reference, 0).scaled(100):.0f}",
-            )
-        ]
-        lines.append([name, *cells])
+        line = [name]
+        for values, reference in ((each.pixels, first.pixels), (each.features, first.features)):
+            if values is not None and reference is not None:
+                line += [f"{two_level(values[None], 0):.2f}", f"{mean_ratio(values, reference, 0).scaled(100):.0f}"]
+        lines.append(line)
     columns = ["model", "pixels of the region", "% of the first"]
     columns += ["features of the region", "% of the first"] if see else []
     note = (
@@ -111,12 +108,6 @@ def compare_seeds(
     title = f"{count} noise seeds"
     grid = seeds_grid(alike[:_SHOWN], {name: each[:, :_SHOWN] for name, each in painted.items()}, title)
     return Seeds(Table("Diversity over noise seeds", columns, lines, [note]), grid)
-
-
-def _pixels(pictures: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
-    """Features where there is no network: not shown."""
-    del masks
-    return pictures.reshape(len(pictures), -1)[:, :1].astype(np.float64)
 
 
 def seeds_grid(photos: Sequence[Photo], painted: Mapping[str, NDArray[np.uint8]], title: str) -> PictureGrid:
