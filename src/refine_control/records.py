@@ -37,13 +37,15 @@ class Photo:
     image: np.ndarray
     """(H, W, 3) uint8, sRGB."""
     mask: np.ndarray
-    """(H, W) bool, True = inpaint."""
+    """(H, W) bool, True = inpaint; all True for a condition without a region."""
     prompt: str
     """What belongs in the hole."""
     global_prompt: str = ""
     """What the whole photo shows; empty where nobody said."""
     meta: Row = field(default_factory=dict)
     """JSON values: source, license, photo (which photograph this is, whatever the mask) and the like."""
+    cond: np.ndarray | None = None
+    """(H, W, 3) uint8: the condition picture; None where it is the photo without its hole."""
 
 
 class RejectReason(Enum):

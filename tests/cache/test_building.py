@@ -20,7 +20,7 @@ from refine_control.cache.building import (
 )
 from refine_control.cache.marks import model_mark
 from refine_control.cache.reader import Cache
-from refine_control.conditions.inpainting import masked_pixels
+from refine_control.conditions.condition import masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.miniature.scene_shards import scene_photos

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from refine_control.conditions.inpainting import masked_pixels
+from refine_control.conditions.condition import masked_pixels
 from refine_control.errors import InvalidInputError
 from refine_control.miniature.bundle import make_bundle
 from refine_control.miniature.small_photos import read_small_photos

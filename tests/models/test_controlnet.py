@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
 
-from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
+from refine_control.conditions.condition import control_cond, mask_at_latents, masked_pixels
 from refine_control.errors import InvalidInputError
 from refine_control.injection import expand_residuals, groups
 from refine_control.models.backbone import encode_images
@@ -59,7 +59,7 @@ def test_the_mask_is_inverted_in_one_place_alone():
                     if any("mask" in name or name == "small" for name in names):
                         found.add(f"{module}.{function.name}")
     weights = {"losses.mask_weight", "miniature.objectives.weighted_losses", "bench.stock_step.loss"}
-    assert found == {"conditions.inpainting.control_cond", *weights}
+    assert found == {"conditions.condition.control_cond", *weights}
 
 
 def test_control_cond_is_what_the_stock_pipeline_prepares(tiny_backbone):

@@ -22,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from refine_control import flow
-from refine_control.conditions.inpainting import control_cond, masked_pixels
+from refine_control.conditions.condition import control_cond, masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.models.backbone import encode_images
 

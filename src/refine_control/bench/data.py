@@ -24,7 +24,7 @@ from PIL import Image
 from refine_control.cache.building import build_cache, photos_as_tensors
 from refine_control.cache.reader import Cache
 from refine_control.cache.writer import BATCH
-from refine_control.conditions.inpainting import masked_pixels
+from refine_control.conditions.condition import masked_pixels
 from refine_control.metrics.cost import Spread, interleaved, ratio, run_fresh, time_call
 from refine_control.miniature import scenes
 from refine_control.models.loading import load_backbone

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from refine_control.conditions.inpainting import control_cond
+from refine_control.conditions.condition import control_cond
 from refine_control.config import Recipe
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.training.loop import Draw

@@ -22,7 +22,7 @@ from refine_control.cache.compact import Layout, Packed, find_layout, pack, rela
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.stored import SAMPLES, Posterior, PromptStorage, Stored, numbered_prompts, row_groups
 from refine_control.cache.writer import CacheWriter, to_numpy
-from refine_control.conditions.inpainting import mask_at_latents, masked_pixels
+from refine_control.conditions.condition import mask_at_latents, masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from refine_control.conditions.inpainting import control_cond, mask_at_latents, masked_pixels
+from refine_control.conditions.condition import control_cond, mask_at_latents, masked_pixels
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, region_crops
 from refine_control.models.backbone import encode_images, encode_prompts, predict_velocity

@@ -17,7 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control import flow
-from refine_control.conditions.inpainting import control_cond, masked_pixels
+from refine_control.conditions.condition import control_cond, masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection

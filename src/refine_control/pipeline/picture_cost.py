@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from refine_control.conditions.inpainting import control_cond
+from refine_control.conditions.condition import control_cond
 from refine_control.config import SamplerConfig
 from refine_control.metrics.cost import count_flops
 from refine_control.models.backbone import Backbone, predict_velocity

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from refine_control import flow
-from refine_control.conditions.inpainting import control_cond, masked_pixels
+from refine_control.conditions.condition import control_cond, masked_pixels
 from refine_control.injection import groups, layer_of_site
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals

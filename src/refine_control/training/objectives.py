@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_control import flow
-from refine_control.conditions.inpainting import control_cond
+from refine_control.conditions.condition import control_cond
 from refine_control.config import LossWeights, SigmaConfig
 from refine_control.losses import (
     Groups,

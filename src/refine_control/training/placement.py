@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from refine_control.cache.reader import Cache
-from refine_control.conditions.inpainting import control_cond
+from refine_control.conditions.condition import control_cond
 from refine_control.config import Recipe, SigmaConfig
 from refine_control.injection import expand_residuals, relevant_layer_of_site, sites_of_layer
 from refine_control.models.backbone import Backbone, predict_velocity

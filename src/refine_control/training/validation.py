@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from refine_control.cache.building import photos_as_tensors
-from refine_control.conditions.inpainting import mask_at_latents, masked_pixels
+from refine_control.conditions.condition import mask_at_latents, masked_pixels
 from refine_control.config import Recipe
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
