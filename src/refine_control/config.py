@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from refine_control.injection import Injection
+from refine_control.records import INPAINT
 from refine_control.strict_yaml import to_yaml
 
 
@@ -275,8 +276,9 @@ CHOSEN_BY_MODEL = frozenset({"num_inference_steps", "guidance_scale", "condition
 
 
 class StudentCard(Section):
-    """What the folder of a student for few steps says of it."""
+    """What the folder of a student for few steps, or of a teacher of the mini model, says of it."""
 
+    condition: str = Field(default=INPAINT, description="what it is shown beside the prompt")
     sampling: SamplerConfig = Field(description="how it is to be sampled; seed, precision and the like are not kept")
     most_steps: int = Field(ge=1, le=1000, description="the most sampling steps that it was trained for")
     distilled_guidance: float = Field(ge=1, le=100, description="guidance scale that it has learnt; 1 is none")

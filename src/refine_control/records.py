@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+INPAINT = "inpaint"
+"""The condition of the paper, and the default everywhere."""
 LABELED = "labeled"
 """Photo, mask and prompt: the supervised stage may see the pixels of the hole."""
 UNLABELED = "unlabeled"

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from refine_control.cache.building import build_cache, photos_as_tensors
+from refine_control.cache.building import build_cache
 from refine_control.cache.reader import Cache
 from refine_control.cache.writer import BATCH
-from refine_control.conditions.condition import masked_pixels
+from refine_control.conditions.condition import show
 from refine_control.metrics.cost import Spread, interleaved, ratio, run_fresh, time_call
 from refine_control.miniature import scenes
 from refine_control.models.loading import load_backbone
@@ -32,6 +32,7 @@ from refine_control.photos.build import build
 from refine_control.photos.load import crop_box, load_mask
 from refine_control.photos.shards import IMAGE_FORMATS, Shards
 from refine_control.photos.sources import entries
+from refine_control.pixels import from_images
 from refine_control.records import LABELED, Entry
 from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Draw
@@ -90,9 +91,9 @@ def _encoders(shards: Shards, backbone: Any) -> None:
     """The computation that a cache of these samples needs."""
     for first in range(0, len(shards), BATCH):
         chunk = [shards[row] for row in range(first, min(first + BATCH, len(shards)))]
-        pixels, mask = photos_as_tensors(chunk)
-        backbone.encode_images(masked_pixels(pixels, mask))
+        pixels, _ = show(chunk).tensors()
         backbone.encode_images(pixels)
+        backbone.encode_images(from_images(np.stack([photo.image for photo in chunk])))
     prompts = sorted({shards[row].prompt for row in range(len(shards))})
     for first in range(0, len(prompts), BATCH):
         backbone.encode_prompts(prompts[first : first + BATCH])

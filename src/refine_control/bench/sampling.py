@@ -28,7 +28,7 @@ from refine_control.models.devices import best_device, device_name
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.packed import pack
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.pipeline.picture_cost import PictureCost, painting_parts, picture_cost
 
 TEACHER, STUDENT, MODULES = "teacher", "student", "modules"
@@ -153,8 +153,8 @@ def bench_sampling(
         given = _pictures(batch, backbone.geometry.side)
         calls: dict[str, Callable[[], Any]] = {}
         for name, (network, *_) in WAYS.items():
-            calls[f"{MODULES}, {name}"] = partial(inpaint, backbone, networks[network], *given, samplers[name])
-            calls[name] = partial(inpaint, fast, of_fast[network], *given, samplers[name])
+            calls[f"{MODULES}, {name}"] = partial(paint, backbone, networks[network], *given, samplers[name])
+            calls[name] = partial(paint, fast, of_fast[network], *given, samplers[name])
         parts = {_PARTS[name]: part for name, part in painting_parts(fast, of_fast[TEACHER], batch).items()}
         parts["student's call"] = painting_parts(fast, of_fast[STUDENT], batch)["call"]
         times = interleaved({**calls, **parts}, repeats)

@@ -56,7 +56,7 @@ class StockStep(Step):
         text, pooled, timestep = batch.prompt_embeds, batch.pooled_prompt_embeds, 1000 * sigmas
         residuals = controlnet(
             hidden_states=latents,
-            controlnet_cond=control_cond(batch.masked_latents, batch.mask),
+            controlnet_cond=control_cond(batch.cond_latents, batch.mask),
             conditioning_scale=self.recipe.training.conditioning_scale,
             encoder_hidden_states=text,
             pooled_projections=torch.zeros_like(pooled),
@@ -86,6 +86,7 @@ class StockStep(Step):
             teacher, _, teacher_velocity = self._answer(self.teacher, latents, sigmas, batch)
         _, student, velocity = self._answer(self.student, latents, sigmas, batch)
         weights = self.recipe.objective.weights
+        assert batch.mask is not None
         w, output_w = (
             1.0 if alpha is None else alpha * batch.mask + (1 - alpha) * (1 - batch.mask)
             for alpha in (weights.alpha, weights.output_alpha)

@@ -22,7 +22,7 @@ from refine_control.cache.compact import Layout, Packed, find_layout, pack, rela
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.stored import SAMPLES, Posterior, PromptStorage, Stored, numbered_prompts, row_groups
 from refine_control.cache.writer import CacheWriter, to_numpy
-from refine_control.conditions.condition import mask_at_latents, masked_pixels
+from refine_control.conditions.condition import INPAINT, control_cond, find_condition, mask_at_latents, show
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind
@@ -64,18 +64,6 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
             geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
-def photos_as_tensors(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photos of one size -> pixel_values (B,3,H,W) in [-1, 1] and mask (B,1,H,W), 1 = inpaint.
-
-    Raises InvalidInputError for photos of several sizes."""
-    sizes = grouped(photo.mask.shape for photo in photos)
-    if len(sizes) > 1:
-        listed = ", ".join(f"{width} x {height}" for height, width in sizes)
-        raise InvalidInputError(f"samples of several sizes ({listed}) are no batch; take those of one size")
-    images = from_images(np.stack([p.image for p in photos]))
-    return images, torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
-
-
 def write_cache(
     photos: Sequence[Photo],
     out: Path,
@@ -83,14 +71,15 @@ def write_cache(
     role: str,
     *,
     source: Mapping[str, str],
+    condition: str = INPAINT,
     progress: Progress | None = None,
     note: Note = logger.info,
     **stored: Any,
 ) -> bool:
-    """Encodes photos into `out`, replacing an older cache only when all is done; continues a killed run.
+    """Encodes photos of a condition into `out`, replacing an older cache only when all is done; continues a killed run.
 
     False when `out` already is this cache. `stored` are fields of `Stored`. The role `unlabeled` stores no latents of
-    the picture, only of the picture without its hole. Raises ValueError for an unknown role, InvalidInputError for an
+    the picture, only of the condition. Raises ValueError for an unknown role, InvalidInputError for an
     empty source, for sizes that the model has no positions for, and what `Stored.check` raises."""
     if role not in ROLES:
         raise ValueError(f"role is one of {ROLES}, not {role!r}")
@@ -101,6 +90,7 @@ def write_cache(
     refuse_sizes(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
     described = {"kind": "cache", "role": role, "count": len(photos), "source": source, **options.described()}
+    described["condition"] = condition
     described["model"] = model_mark(backbone)
     if options.completions is not None:
         described["teacher"] = teacher_mark(backbone)
@@ -159,19 +149,21 @@ def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerC
     memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
     factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
+    region = find_condition(str(writer.described["condition"])).region
 
     def batch(rows: range) -> None:
         height, width = (factor * side for side in writer.latent_size(rows))
         count = pictures_at_once(backbone.device, height, width, len(rows))
         for part in (rows[first : first + count] for first in range(0, len(rows), count)):
-            latents, mask = (writer.read_sized(name, part) for name in ("masked_latents", "masks"))
+            latents = writer.read_sized("cond_latents", part)
+            cond = control_cond(latents, writer.read_sized("masks", part) if region else None)
             each = (index[part.start : part.stop], np.zeros(len(part), int))  # the samples' prompts, and the empty one
             if stored.prompts == "none":
                 text, empty = (memory([prompts[number] for number in numbers]) for numbers in each)
             else:
                 text, empty = (_read_text(writer, numbers) for numbers in each)
             noise = path_noise(latents.shape[1:], part, sampler.seed)
-            points = list(sampling_path(backbone, teacher, latents, mask, text, empty, sampler, noise))
+            points = list(sampling_path(backbone, teacher, cond, text, empty, sampler, noise))
             writer.put_sized("completions", part, to_numpy(points[-1], stored.dtype))
             if stored.path > 1:
                 apart = sampler.num_inference_steps // stored.path
@@ -226,7 +218,8 @@ def build_cache(source: Path, out: Path, backbone: Backbone, progress: Progress 
     `stored` are fields of `Stored`, and `note`. Raises as `check_folders` and `write_cache`."""
     check_folders(source, out)
     shards = Shards(source)
-    options = {"source": {"shards": sha256_file(source / MANIFEST)}, "progress": progress, **stored}
+    options = {"source": {"shards": sha256_file(source / MANIFEST)}, "condition": shards.condition, **stored}
+    options["progress"] = progress
     with only_writer(out.with_name(f".{out.name}.writer")):
         sweep_beside(out)
         return write_cache(shards, out, backbone, shards.manifest["role"], **options)
@@ -250,9 +243,10 @@ def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor
 def write_pictures(
     writer: CacheWriter, photo: Callable[[int], Photo], backbone: Backbone, role: str, stored: Stored
 ) -> None:
-    """Writes `masked_latents`, `masks` and, unless the role is unlabelled, `latents`; `photo(row)` is a sample.
+    """Writes `cond_latents`, with a region `masks`, and `latents` unless the role is unlabelled; `photo(row)` is a
+    sample.
 
-    With the posterior mean_std `masked_latents_std` and `latents_std` as well."""
+    With the posterior mean_std `cond_latents_std` and `latents_std` as well."""
 
     def put_latents(name: str, rows: range, pixels: torch.Tensor) -> torch.Tensor:
         if stored.posterior == "mean":
@@ -265,11 +259,12 @@ def write_pictures(
 
     def batch(rows: range) -> None:
         chunk = [photo(row) for row in rows]
-        pixels, mask = photos_as_tensors(chunk)
-        latents = put_latents("masked_latents", rows, masked_pixels(pixels, mask))
-        writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
+        pixels, mask = show(chunk).tensors()
+        latents = put_latents("cond_latents", rows, pixels)
+        if mask is not None:
+            writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
         if role != UNLABELED:
-            put_latents("latents", rows, pixels)
+            put_latents("latents", rows, from_images(np.stack([each.image for each in chunk])))
         for each in chunk:
             writer.note(each.key, each.prompt)
 

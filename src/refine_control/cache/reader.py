@@ -14,7 +14,7 @@ from refine_control.cache.compact import Layout, Packed, unpack
 from refine_control.cache.stored import SAMPLES, numbered_prompts, row_groups, stored_name
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import A_CACHE, refuse_other_kind
-from refine_control.records import LABELED, UNLABELED
+from refine_control.records import INPAINT, LABELED, UNLABELED
 from refine_control.storage import read_manifest
 
 
@@ -44,14 +44,16 @@ class Cache:
             raise InvalidInputError(f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`")
         if model is not None and self.manifest["model"] != model:
             raise InvalidInputError(
-                f"the cache {folder} was made by another model (other VAE, text encoders or token count); make it again"
+                f"the cache {folder} was made by another model (other VAE, text encoders or token count) or by an "
+                "earlier version; make it again"
             )
         self.folder, self.role = folder, self.manifest["role"]
+        self.condition = str(self.manifest.get("condition", INPAINT))
         self.bfloat16 = self.manifest["dtype"] == "bfloat16"
         self.arrays = {Path(n).stem: _open_array(folder / n) for n in self.manifest["files"] if n.endswith(".npy")}
         try:
             self.keys, self.prompts, _ = numbered_prompts(folder / SAMPLES)
-            sizes = self.manifest.get("sizes") or [[*self.arrays["masks"].shape[2:], len(self)]]
+            sizes = self.manifest.get("sizes") or [[*self.arrays["cond_latents"].shape[2:], len(self)]]
             self.groups = row_groups({(h, w): count for h, w, count in sizes})
             """The rows of each latent size (h, w)."""
         except (OSError, ValueError, KeyError, TypeError):

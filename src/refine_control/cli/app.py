@@ -14,6 +14,7 @@ from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce
 from refine_control.cli.output import note, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.records import INPAINT
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
 
@@ -110,13 +111,25 @@ def mini_train(
     ] = None,
     world: Annotated[Literal["scenes", "photos"], typer.Option(help="Training images.")] = "scenes",
     photos: opt.SmallPhotos = None,
+    condition: opt.Condition = "inpaint",
     check: Annotated[int, opt.number("Number of images to evaluate the result on; 0: none.", 0)] = 1000,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Train the mini bundle from scratch or from another bundle, and report cost and quality."""
-    from refine_control.miniature.stages import named_stages
+    """Train the mini bundle from scratch or from another bundle, and report cost and quality.
 
+    With --condition train the teacher of that condition alone, OUT/controlnet, on a bundle that stays as it is."""
+    from refine_control.miniature.stages import condition_stage, named_stages
+
+    if condition != INPAINT:
+        chosen = condition_stage(stage or [])
+        if dry_run:
+            planned = {"verb": "mini train", "condition": condition, "from": source, "out": out, "seed": seed}
+            return show({**planned, "stages": {"condition": chosen}}, as_json)
+        from refine_control.miniature.condition_teacher import train_condition_teacher
+
+        given = {"stage": chosen, "start": source, "count": check, "progress": progress_bar("mini train")}
+        return show(train_condition_teacher(condition, out, seed, **given), as_json)
     stages = named_stages(stage or [])
     if (world == "photos") != (photos is not None):
         raise InvalidInputError("--world photos needs --photos FOLDER, and --photos needs --world photos")

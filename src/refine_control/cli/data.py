@@ -247,6 +247,7 @@ def data_scenes(
     labeled: Annotated[int, opt.number("Number of complete scenes.", 0)] = 1000,
     unlabeled: Annotated[int, opt.number("Number of scenes without the masked pixels.", 0)] = 4000,
     test: Annotated[int, opt.number("Number of test scenes.", 0)] = 200,
+    condition: opt.Condition = "inpaint",
     seed: opt.Seed = 0,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
@@ -254,10 +255,10 @@ def data_scenes(
     """Render synthetic scenes as shards of the three roles under OUT."""
     counts = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "seed": seed}
     if dry_run:
-        return show({"verb": "data scenes", "out": out, **counts}, as_json)
+        return show({"verb": "data scenes", "out": out, **counts, "condition": condition}, as_json)
     from refine_control.miniature.scene_shards import build_scenes
 
-    show(build_scenes(out, progress=progress_bar("scenes"), **counts), as_json)
+    show(build_scenes(out, **counts, condition=condition, progress=progress_bar("scenes")), as_json)
 
 
 @interruptible()

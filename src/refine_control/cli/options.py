@@ -90,6 +90,9 @@ InFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 Source = Annotated[Path, typer.Argument(exists=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Condition = Annotated[
+    str, typer.Option(help="What the ControlNet is shown: inpaint, canny, depth, edit, lowres or pose.")
+]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
 Network = Annotated[str | None, typer.Option(help="Hub id, folder, or edge; default: the model's own.")]
 Named = typer.Option(help="NAME=FOLDER, or NAME=edge; may be repeated.")

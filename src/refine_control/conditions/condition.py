@@ -9,11 +9,12 @@ Each kind is a module of this folder with a `CONDITION`; `find_condition` loads 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,11 @@ from torch import nn
 
 from refine_control import conditions
 from refine_control.errors import InvalidInputError
+from refine_control.models.controlnet_options import own_condition
 from refine_control.pixels import from_images
-from refine_control.records import Photo
+from refine_control.records import INPAINT, Photo
 
-INPAINT = "inpaint"
-"""The condition of the paper, and the default everywhere."""
-_NO_KINDS = {"condition", "prepared"}
+_NO_KINDS = {"condition"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ def find_condition(name: str) -> Condition:
     return import_module(f"{__package__}.{name}").CONDITION
 
 
+def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | Path) -> None:
+    """Raises InvalidInputError where a ControlNet of this config, called `name`, does not take a condition."""
+    own, channels = own_condition(controlnet), controlnet["extra_conditioning_channels"]
+    if own not in (None, condition) or channels != find_condition(condition).extra_channels:
+        kind = own or f"another condition, of {channels} channels beside the latents"
+        raise InvalidInputError(
+            f"the ControlNet of {name} is for {kind}, and the samples are of the condition {condition}; use those of "
+            "one condition"
+        )
+
+
 class Shown(NamedTuple):
     """What a ControlNet is shown of N samples of one size."""
 
@@ -75,6 +86,12 @@ class Shown(NamedTuple):
     def take(self, rows: slice) -> Shown:
         """Some of the samples."""
         return Shown(self.pictures[rows], None if self.masks is None else self.masks[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Shown]) -> Shown:
+        """The samples of several, of one condition and size."""
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(np.concatenate([part.pictures for part in parts]), np.concatenate(masks) if masks else None)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Condition pictures (N,3,H,W) in [-1, 1], the region hidden, and masks (N,1,H,W), 1 = paint."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from refine_control.baselines.bounds import decoded
+from refine_control.conditions.condition import Shown
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.image_pairs import psnr
@@ -21,7 +22,7 @@ from refine_control.models.card import BUNDLE, SAMPLING
 from refine_control.models.controlnet import ControlNet
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.randomness import derive_seed, permutation, uniforms
 
 
@@ -66,7 +67,7 @@ def measure_skill(
         texts["wrong"] = list(map(local_prompt, colour.tolist(), shape.tolist()))
     images, masks = rendered.images.numpy(), rendered.masks.numpy()
     network = backbone.pipeline.controlnet if controlnet is None else controlnet
-    painted = inpaint(backbone, network, images, masks, texts[prompts], sampler or CHECK_SAMPLER)
+    painted = paint(backbone, network, Shown(images, masks), texts[prompts], sampler or CHECK_SAMPLER)
     obeyed = obedience(classifier, painted, masks, rendered.colour, rendered.shape)
     return _per_cent(obeyed, "colour", "shape", "both") | painted_psnr(images, painted, masks)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from refine_control.conditions.condition import control_cond, mask_at_latents, masked_pixels
+from refine_control.conditions.condition import Shown, control_cond, mask_at_latents
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, region_crops
+from refine_control.miniature.tasks.task import Task, find_task
 from refine_control.models.backbone import encode_images, encode_prompts, predict_velocity
 from refine_control.models.controlnet import control_residuals, trainable_parameters
 from refine_control.pixels import from_images
@@ -54,32 +55,35 @@ class AutoencoderLosses(NamedTuple):
 
 
 class SceneBatch(NamedTuple):
-    """Encoded scenes: latents and masked_latents (B,16,h,w), mask (B,1,h,w) 1 = inpaint, prompts as text."""
+    """Encoded scenes: latents and cond_latents (B,16,h,w), mask (B,1,h,w) 1 = inpaint, prompts as text."""
 
     latents: torch.Tensor
-    masked_latents: torch.Tensor
-    mask: torch.Tensor
+    cond_latents: torch.Tensor
+    mask: torch.Tensor | None
+    """None: the condition has no region."""
     local_prompts: list[str]
     global_prompts: list[str]
 
     def take(self, rows: np.ndarray) -> SceneBatch:
         """Some of them, by their numbers."""
         index = torch.from_numpy(rows).to(self.latents.device)
-        latents, masked_latents, mask = (tensor[index] for tensor in self[:3])
+        mask = None if self.mask is None else self.mask[index]
         prompts = ([texts[row] for row in rows] for texts in (self.local_prompts, self.global_prompts))
-        return SceneBatch(latents, masked_latents, mask, *prompts)
+        return SceneBatch(self.latents[index], self.cond_latents[index], mask, *prompts)
 
 
 @torch.no_grad()
 def encode_scenes(
-    vae: Any, pixels: torch.Tensor, masks: torch.Tensor, local_prompts: list[str], global_prompts: list[str]
+    vae: Any, pixels: torch.Tensor, shown: Shown, local_prompts: list[str], global_prompts: list[str]
 ) -> SceneBatch:
-    """Encodes pixels (N,3,H,W) in [-1, 1] and masks (N,H,W) bool, 64 at a time."""
-    pixels, mask = pixels.to(vae.device), masks[:, None].float().to(vae.device)
-    parts = zip(pixels.split(64), mask.split(64), strict=True)
-    encoded = [(encode_images(vae, p), encode_images(vae, masked_pixels(p, m))) for p, m in parts]
-    latents, masked_latents = (torch.cat(each) for each in zip(*encoded, strict=True))
-    return SceneBatch(latents, masked_latents, mask_at_latents(mask, latents), local_prompts, global_prompts)
+    """Encodes pixels (N,3,H,W) in [-1, 1] and what the ControlNet is shown of them, 64 at a time."""
+    pictures, mask = shown.tensors()
+    latents, cond_latents = (
+        torch.cat([encode_images(vae, part.to(vae.device), shift) for part in each.split(64)])
+        for each, shift in ((pixels, True), (pictures, mask is not None))
+    )
+    small = None if mask is None else mask_at_latents(mask.to(vae.device), latents)
+    return SceneBatch(latents, cond_latents, small, local_prompts, global_prompts)
 
 
 class PictureBatches(Batches):
@@ -92,22 +96,24 @@ class PictureBatches(Batches):
 
 
 class SceneBatches(Batches):
-    """Rendered scenes, encoded by the frozen autoencoder in pools and shown REPEATS times with new noise.
+    """Rendered scenes of a task, encoded by the frozen autoencoder in pools and shown REPEATS times with new noise.
 
     A slot's scenes are a function of (seed, stage, slot, step), so they do not depend on the number of processes."""
 
-    def __init__(self, vae: Any):
-        self.vae = vae
+    def __init__(self, vae: Any, task: Task | None = None):
+        self.vae, self.task = vae, task or find_task()
         self.pool: tuple[Any, SceneBatch] | None = None
 
     def _encode(self, draw: Draw, number: int) -> SceneBatch:
-        rows = [scenes.render(derive_seed(draw.seed, draw.stage, slot), number * EACH, EACH) for slot in draw.slots]
+        seeds = [derive_seed(draw.seed, draw.stage, slot) for slot in draw.slots]
+        rows = [self.task.render(seed, number * EACH, EACH) for seed in seeds]
+        images = from_images(torch.cat([r.truth.images for r in rows]))
         return encode_scenes(
             self.vae,
-            from_images(torch.cat([r.images for r in rows])),
-            torch.cat([r.masks for r in rows]),
-            [p for r in rows for p in r.local_prompts],
-            [p for r in rows for p in r.global_prompts],
+            images,
+            Shown.joined([r.shown for r in rows]),
+            [p for r in rows for p in r.prompts],
+            [p for r in rows for p in r.more_prompts],
         )
 
     def batch(self, draw: Draw) -> SceneBatch:
@@ -158,9 +164,13 @@ class AutoencoderObjective(StageObjective):
         return AutoencoderLosses(squared + 0.05 * absolute + 3e-5 * divergence, squared, absolute, divergence)
 
 
-def weighted_losses(error: torch.Tensor, mask: torch.Tensor, inside_weight: float) -> StageLosses:
-    """Mean squared error in which the hole counts INSIDE_WEIGHT times: error (B,16,h,w), mask (B,1,h,w)."""
+def weighted_losses(error: torch.Tensor, mask: torch.Tensor | None, inside_weight: float) -> StageLosses:
+    """Mean squared error in which the hole counts `inside_weight` times: error (B,16,h,w), mask (B,1,h,w).
+
+    Without a mask all counts alike, and there is no outside."""
     square = error.float().square().mean(1, keepdim=True)
+    if mask is None:
+        return StageLosses(square.mean(), square.mean(), square.new_zeros(()))
     loss = (square * (1 + (inside_weight - 1) * mask)).mean()
     return StageLosses(
         loss, (square * mask).sum() / mask.sum().clamp_min(1), (square * (1 - mask)).sum() / (1 - mask).sum()
@@ -185,7 +195,7 @@ class BaseObjective(StageObjective):
 
 
 class TeacherObjective(StageObjective):
-    """The 23-layer inpainting ControlNet on the frozen base; the hole counts INSIDE_WEIGHT times.
+    """A 23-layer ControlNet on the frozen base; in inpainting the hole counts INSIDE_WEIGHT times.
 
     The text stream of its last block is not trained."""
 
@@ -201,7 +211,7 @@ class TeacherObjective(StageObjective):
         at = noised(batch.latents, draw)
         with torch.no_grad():
             embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
-        cond = control_cond(batch.masked_latents, batch.mask)
+        cond = control_cond(batch.cond_latents, batch.mask)
         residuals = control_residuals(self.controlnet, at.noisy_latents, at.sigmas, embeds, cond, pooled.shape[-1])
         residuals = self.controlled(residuals, draw)
         predicted = predict_velocity(self.pipeline.transformer, at.noisy_latents, at.sigmas, embeds, pooled, residuals)

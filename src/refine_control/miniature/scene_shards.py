@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from refine_control.conditions.condition import INPAINT
 from refine_control.errors import InvalidInputError
 from refine_control.miniature import scenes
+from refine_control.miniature.tasks.task import Rendered, find_task
 from refine_control.photos.shards import ShardWriter
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed
@@ -16,26 +18,10 @@ from refine_control.storage import MANIFEST, only_writer
 
 
 def scene_photos(seed: int, start: int, count: int, kind: str = "any") -> Iterator[Photo]:
-    """Rendered scenes as photos with local and global prompts.
-
-    `meta` holds the target's `colour` and `shape`, `others` (colour and shape of each object that stays), and whether
-    one of them is `alike`."""
+    """Rendered scenes of a kind as samples for inpainting."""
     for first in range(start, start + count, 256):
-        rendered = scenes.render(seed, first, min(256, start + count - first), kind)
-        alike = rendered.alike
-        for i in range(len(rendered.colour)):
-            objects = zip(*(part[i].tolist() for part in rendered.objects[:3]), strict=True)  # present, colour, shape
-            others = [[c, s] for n, (here, c, s) in enumerate(objects) if here and n != rendered.target[i]]
-            meta = {"colour": int(rendered.colour[i]), "shape": int(rendered.shape[i])}
-            meta |= {"others": others, "alike": bool(alike[i])}
-            yield Photo(
-                f"scene-{first + i:08d}",
-                rendered.images[i].numpy(),
-                rendered.masks[i].numpy(),
-                rendered.local_prompts[i],
-                rendered.global_prompts[i],
-                meta,
-            )
+        truth = scenes.render(seed, first, min(256, start + count - first), kind)
+        yield from Rendered(truth, truth.local_prompts).photos(first)
 
 
 def build_scenes(
@@ -46,9 +32,12 @@ def build_scenes(
     test: int,
     seed: int = 0,
     test_seed: int = 1,
+    condition: str = INPAINT,
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Writes `out/labeled`, `out/unlabeled` and `out/test`; counts by role. Finished roles of the same parameters stay.
+    """Writes `out/labeled`, `out/unlabeled` and `out/test` of a condition; counts by role.
+
+    Finished roles of the same parameters stay.
 
     The seeds of the three roles are derived apart, so no scene is in two. Raises InvalidInputError when `out`
     holds other scenes."""
@@ -56,7 +45,8 @@ def build_scenes(
     with only_writer(out):
         for role, count in counts.items():
             described = {"scenes": count, "seed": derive_seed(test_seed if role == TEST else seed, "shards", role)}
-            write_role(out / role, scene_photos(described["seed"], 0, count), count, described, progress)
+            photos = find_task(condition).photos(described["seed"], 0, count)
+            write_role(out / role, photos, count, described, progress)
     return counts
 
 

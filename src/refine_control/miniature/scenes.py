@@ -9,6 +9,7 @@ colour. The other objects are drawn independently of the target, except that an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,7 +25,9 @@ SIZE = 64
 MAX_OBJECTS = 3
 _WAVES = 24
 _OBJECT_DRAWS = 10
-_KINDS = ("any", "same_shape", "same_colour")
+_KINDS = ("any", "same_shape", "same_colour", "distinct", "overlapping")
+_OVERLAP = 0.55
+"""Distance of overlapping objects' centres, in sums of their radii."""
 
 
 class Objects(NamedTuple):
@@ -68,17 +71,20 @@ class Scenes(NamedTuple):
         return (other & same).any(1)
 
 
-def _draw_objects(draws: np.ndarray, kind: str) -> tuple[Objects, np.ndarray]:
-    """Uniforms (N, 2 + 3 * 10) -> objects and the target's number; slots are the quarters of the image."""
+def _draw_objects(draws: np.ndarray, kind: str, orders: Sequence[np.ndarray]) -> tuple[Objects, np.ndarray]:
+    """Uniforms (N, 2 + 3 * 10) -> objects and the target's number; slots are the quarters of the image.
+
+    `orders` are (N, 8) colours and (N, 6) shapes in a random order, from which distinct ones are taken."""
     n = len(draws)
     rows = np.arange(n)
-    count = (1 if kind == "any" else 2) + (draws[:, 0] * (3 if kind == "any" else 2)).astype(np.int64)
+    fewest = 1 if kind in ("any", "distinct") else 2
+    count = fewest + (draws[:, 0] * (MAX_OBJECTS + 1 - fewest)).astype(np.int64)
     target = (draws[:, 1] * count).astype(np.int64)
     u = draws[:, 2:].reshape(n, MAX_OBJECTS, _OBJECT_DRAWS)
     colour = (u[..., 0] * len(COLOURS)).astype(np.int64)
     shape = (u[..., 1] * len(SHAPES)).astype(np.int64)
-    if kind != "any":
-        other = (target + 1) % count
+    other = (target + 1) % count
+    if kind in ("same_shape", "same_colour"):
         kept, moved, size = (shape, colour, len(COLOURS)) if kind == "same_shape" else (colour, shape, len(SHAPES))
         kept[rows, other] = kept[rows, target]
         step = 1 + (u[rows, other, 2] * (size - 1)).astype(np.int64)
@@ -86,6 +92,8 @@ def _draw_objects(draws: np.ndarray, kind: str) -> tuple[Objects, np.ndarray]:
     twin = (colour == colour[rows, target][:, None]) & (shape == shape[rows, target][:, None])
     twin[rows, target] = False
     colour = np.where(twin, (colour + 1 + (u[..., 2] * (len(COLOURS) - 1)).astype(np.int64)) % len(COLOURS), colour)
+    if kind in ("distinct", "overlapping"):  # the first ones of a shuffled list
+        colour, shape = (order[:, :MAX_OBJECTS] for order in orders)
     slot = np.argsort(np.concatenate([u[..., 3], u[:, :1, 9]], 1), axis=1)[:, :MAX_OBJECTS]
     objects = Objects(
         present=np.arange(MAX_OBJECTS) < count[:, None],
@@ -97,7 +105,18 @@ def _draw_objects(draws: np.ndarray, kind: str) -> tuple[Objects, np.ndarray]:
         angle=0.6 * (u[..., 7] - 0.5),
         light=2 * np.pi * u[..., 8],
     )
+    if kind == "overlapping":
+        _move_onto(objects, rows, other, target)
     return objects, target
+
+
+def _move_onto(objects: Objects, rows: np.ndarray, other: np.ndarray, target: np.ndarray) -> None:
+    """Moves the objects `other`, in place, so that the targets overlap them: towards the centre of the image."""
+    x, y = objects.x[rows, target], objects.y[rows, target]
+    away = np.hypot(SIZE / 2 - x, SIZE / 2 - y)
+    apart = _OVERLAP * (objects.radius[rows, target] + objects.radius[rows, other]) / away
+    objects.x[rows, other] = x + apart * (SIZE / 2 - x)
+    objects.y[rows, other] = y + apart * (SIZE / 2 - y)
 
 
 def _texture(draws: torch.Tensor) -> torch.Tensor:
@@ -156,10 +175,21 @@ def _distance(shape: int, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (u * -side_v + v * side_u) / float(np.hypot(side_u, side_v))
 
 
-def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: Objects) -> None:
-    """Draws object `column[i]` on `canvas[rows[i]]` in place: canvas (N, 3, 64, 64) in 0..255."""
-    if not len(rows):
-        return
+class Cover(NamedTuple):
+    """How single objects cover their images, sorted by shape."""
+
+    rows: np.ndarray
+    """(n,) image of each."""
+    column: np.ndarray
+    """(n,) its number in the image."""
+    alpha: torch.Tensor
+    """(n, 1, 64, 64) in [0, 1]."""
+    shade: torch.Tensor
+    """(n, 64, 64) brightness of its colour."""
+
+
+def cover(rows: np.ndarray, column: np.ndarray, objects: Objects) -> Cover:
+    """Which pixels object `column[i]` of image `rows[i]` covers; (n,) indices, at least one."""
     shapes = objects.shape[rows, column]
     order = np.argsort(shapes, kind="stable")
     rows, column, shapes = rows[order], column[order], shapes[order]
@@ -175,6 +205,14 @@ def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: 
     distance = torch.maximum(distance, (dx.square() + dy.square()).sqrt_() - 1)
     alpha = (0.5 - distance * take["radius"]).clamp_(0, 1)[:, None]
     shade = (dx * take["light"].cos() + dy * take["light"].sin()).mul_(0.14).add_(0.96)
+    return Cover(rows, column, alpha, shade)
+
+
+def _paint(canvas: torch.Tensor, rows: np.ndarray, column: np.ndarray, objects: Objects) -> None:
+    """Draws object `column[i]` on `canvas[rows[i]]` in place: canvas (N, 3, 64, 64) in 0..255."""
+    if not len(rows):
+        return
+    rows, column, alpha, shade = cover(rows, column, objects)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     paint = palette[objects.colour[rows, column]][:, :, None, None] * shade[:, None]
     index = torch.from_numpy(rows)
@@ -199,10 +237,14 @@ def _masks(draws: torch.Tensor, x: torch.Tensor, y: torch.Tensor, radius: torch.
     return torch.where((draws[:, 0] < 0.5)[:, None, None], box, brush)
 
 
-def _render(seed: int, indices: np.ndarray, kind: str) -> Scenes:
+def _render(seed: int, indices: np.ndarray, kind: str, recoloured: bool = False) -> Scenes:
     per_object = 2 + MAX_OBJECTS * _OBJECT_DRAWS
     draws = uniforms(seed, indices, per_object + 14 + 10 + 3 * _WAVES)
-    objects, target = _draw_objects(draws[:, :per_object], kind)
+    shuffled = uniforms(derive_seed(seed, "distinct"), indices, len(COLOURS) + len(SHAPES))
+    orders = [np.argsort(part, axis=1) for part in (shuffled[:, : len(COLOURS)], shuffled[:, len(COLOURS) :])]
+    objects, target = _draw_objects(draws[:, :per_object], kind, orders)
+    if recoloured:
+        objects.colour[np.arange(len(indices)), target] = orders[0][:, MAX_OBJECTS]
     rest = torch.from_numpy(draws[:, per_object:])
     tone = (rest[:, 14] * len(BACKGROUNDS)).long()
     canvas = _background(rest[:, 15:], torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)[tone])
@@ -228,15 +270,17 @@ def _render(seed: int, indices: np.ndarray, kind: str) -> Scenes:
     )
 
 
-def render(seed: int, start: int, count: int, kind: str = "any") -> Scenes:
+def render(seed: int, start: int, count: int, kind: str = "any", recoloured: bool = False) -> Scenes:
     """Scenes `start .. start + count - 1` of `seed`.
 
-    `kind` is `any`, or `same_shape` or `same_colour`: at least one other object shares it with the target (Figure 2).
+    `kind` is `any`; `same_shape` or `same_colour`: at least one other object shares it with the target (Figure 2);
+    `distinct`: colours and shapes differ; `overlapping`: they differ, and the target covers a part of another object.
+    With `recoloured` the target of a scene of distinct colours has a colour of no object.
     Raises ValueError for another kind or a negative count."""
     if kind not in _KINDS or count < 0:
         raise ValueError(f"kind is one of {_KINDS} and count >= 0, not {kind!r}, {count}")
     world = derive_seed(seed, "scenes", kind)
-    return _render(world, np.arange(start, start + count), kind)
+    return _render(world, np.arange(start, start + count), kind, recoloured)
 
 
 def photo_mixture(seed: int, start: int, count: int) -> torch.Tensor:

@@ -24,6 +24,8 @@ STAGES = {
     "joint": Stage(6000, 64, 8e-4, 0.998),
 }
 """Defaults of `mini train`, in the order of training: hours on two cores."""
+CONDITION = Stage(2000, 32, 1.0e-3, 0.998)
+"""The teacher of a condition, from the bundle's own: half an hour to an hour on one core."""
 ORACLE = Stage(800, 64, 2e-3, 0.99)
 """The classifier that measures obedience, which is trained last."""
 
@@ -39,3 +41,16 @@ def named_stages(named: Sequence[str]) -> dict[str, Stage]:
             raise InvalidInputError(f"--stage {text}: expected one of {', '.join(STAGES)}, or NAME=STEPS")
         chosen[name] = STAGES[name]._replace(steps=int(steps)) if equals else STAGES[name]
     return {name: chosen[name] for name in STAGES if name in chosen} if chosen else dict(STAGES)
+
+
+def condition_stage(named: Sequence[str]) -> Stage:
+    """The stage of `mini train --condition`, with the steps of a list such as `["condition=500"]`.
+
+    Raises InvalidInputError for another stage or an invalid number of steps."""
+    steps = CONDITION.steps
+    for text in named:
+        name, _, number = text.partition("=")
+        if name != "condition" or not (number.isdigit() and int(number) > 0):
+            raise InvalidInputError(f"--stage {text}: a condition is trained in one stage; give condition=STEPS")
+        steps = int(number)
+    return CONDITION._replace(steps=steps)

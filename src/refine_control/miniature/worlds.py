@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from refine_control.conditions.condition import Shown
 from refine_control.errors import InvalidInputError
 from refine_control.miniature import scenes, vocabulary
 from refine_control.miniature.check import CHECK_SAMPLER, check_bundle, decoded_psnr, painted_psnr
@@ -24,7 +25,7 @@ from refine_control.miniature.objectives import PictureBatches, SceneBatch, Scen
 from refine_control.miniature.small_photos import SmallPhotos, category_words, read_small_photos, small_photos_mark
 from refine_control.models.card import BUNDLE
 from refine_control.models.loading import load_backbone, load_pipeline
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.pixels import from_images
 from refine_control.progress import Progress
 from refine_control.randomness import derive_seed, permutation
@@ -120,7 +121,7 @@ class PhotoWorld:
         images, masks = photos.images, photos.masks
         teacher = {}
         for name, texts in prompts.items():
-            painted = inpaint(backbone, backbone.pipeline.controlnet, images, masks, texts, CHECK_SAMPLER)
+            painted = paint(backbone, backbone.pipeline.controlnet, Shown(images, masks), texts, CHECK_SAMPLER)
             teacher[f"teacher_{name}"] = painted_psnr(images, painted, masks)
         return {"photographs": len(images), "autoencoder_psnr": decoded_psnr(backbone, images), **teacher}
 
@@ -165,12 +166,10 @@ class PhotoBatches(Batches):
     @cached_property
     def _encoded(self) -> SceneBatch:
         """2N rows: the photographs, then their mirror images."""
-        pixels, masks = from_images(self.photos.images), torch.from_numpy(self.photos.masks)
-        prompts = self.photos.prompts  # each is used as local and as global prompt
-        plain = encode_scenes(self.vae, pixels, masks, prompts, prompts)
-        mirrored = encode_scenes(self.vae, pixels.flip(3), masks.flip(2), prompts, prompts)
-        latents, masked_latents, mask = (torch.cat(pair) for pair in zip(plain[:3], mirrored[:3], strict=True))
-        return SceneBatch(latents, masked_latents, mask, 2 * prompts, 2 * prompts)
+        images, masks, prompts = self.photos.images, self.photos.masks, self.photos.prompts
+        both = [Shown(images, masks), Shown(images[:, :, ::-1], masks[:, :, ::-1])]
+        shown = Shown.joined(both)  # each prompt is used as local and as global prompt
+        return encode_scenes(self.vae, from_images(shown.pictures), shown, 2 * prompts, 2 * prompts)
 
     def batch(self, draw: Draw) -> SceneBatch:
         """One photograph for each slot."""

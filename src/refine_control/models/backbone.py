@@ -108,9 +108,11 @@ class Backbone:
         return self.pipeline.scheduler.config["shift"]
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, normalised (docs/paper.md, trap 3)."""
-        return by_parts(self.vae, lambda part: encode_images(self.vae, part), pixel_values)
+    def encode_images(self, pixel_values: torch.Tensor, shift: bool = True) -> torch.Tensor:
+        """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, normalised (docs/paper.md, trap 3).
+
+        For a condition `shift` is what `families.sd3.takes_shift` says of the ControlNet's config."""
+        return by_parts(self.vae, lambda part: encode_images(self.vae, part, shift), pixel_values)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -165,10 +167,12 @@ def by_parts(
         return torch.cat([apply(part) for part in pictures.split(count)])
 
 
-def encode_images(vae: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w), on the VAE's device."""
+def encode_images(vae: Any, pixel_values: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """z = (mean - shift_factor) * scaling_factor. Pixels (B,3,H,W) in [-1, 1] -> (B,16,h,w), on the VAE's device.
+
+    Without `shift` shift_factor is 0, as some ControlNets are shown their condition."""
     mean = vae.encode(pixel_values.to(first_weight(vae))).latent_dist.mean
-    return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+    return (mean - vae.config["shift_factor"] * shift) * vae.config["scaling_factor"]
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:

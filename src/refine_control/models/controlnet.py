@@ -18,6 +18,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, layer_of_site, sites_of_layer
 from refine_control.models.devices import first_weight
 from refine_control.models.packed import packed
+from refine_control.records import INPAINT
 
 ControlNet = SD3ControlNetModel
 """Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
@@ -143,19 +144,22 @@ def build_student(
     init: StudentInit,
     seed: int,
     layers: Sequence[int] | None = None,
+    condition: str = INPAINT,
 ) -> SD3ControlNetModel:
-    """A student of `num_layers`, fp32 on the CPU, for the teacher's condition; without a teacher, for inpainting.
+    """A student of `num_layers`, fp32 on the CPU, for a `condition`.
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
     each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears. `layers` is
     the map of its own (`place`)."""
-    extra = 1 if teacher is None else teacher.config["extra_conditioning_channels"]
+    extra = int(condition == INPAINT) if teacher is None else teacher.config["extra_conditioning_channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = from_transformer(transformer.float(), num_layers, extra)
         if init == "random":
             student = cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
     place(student, layers)
+    if condition != INPAINT:
+        student.register_to_config(condition=condition)
     if init == "teacher":
         assert teacher is not None
         for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
@@ -166,3 +170,21 @@ def build_student(
             student.transformer_blocks[layer].load_state_dict(teacher.transformer_blocks[source].state_dict())
             student.controlnet_blocks[layer].load_state_dict(teacher.controlnet_blocks[source].state_dict())
     return student
+
+
+def for_condition(controlnet: SD3ControlNetModel, condition: str, vae: Any) -> SD3ControlNetModel:
+    """A copy of an inpainting ControlNet that takes a condition without a region, and answers as if all were kept.
+
+    The channel of the region is 1 there, and the condition's latents are not shifted (`families.sd3.takes_shift`):
+    both are constants, which the bias of the first convolution takes up. `vae` is that of the model."""
+    config = dict(controlnet.config) | {"extra_conditioning_channels": 0}
+    copied = cast(SD3ControlNetModel, SD3ControlNetModel.from_config(config))
+    copied.register_to_config(condition=condition)
+    weights = {name: value.detach().clone() for name, value in controlnet.state_dict().items()}
+    channels, first = controlnet.config["in_channels"], "pos_embed_input.proj"
+    taps = weights[f"{first}.weight"].sum((2, 3))  # (D, C + 1)
+    unshifted = vae.config["shift_factor"] * vae.config["scaling_factor"]
+    weights[f"{first}.bias"] += taps[:, channels:].sum(1) - unshifted * taps[:, :channels].sum(1)
+    weights[f"{first}.weight"] = weights[f"{first}.weight"][:, :channels].contiguous()
+    copied.load_state_dict(weights)
+    return copied

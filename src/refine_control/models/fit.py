@@ -54,10 +54,10 @@ def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, An
         _check(part, key, controlnet[key], other, transformer[key])
     inner, outer = (each["attention_head_dim"] * each["num_attention_heads"] for each in (controlnet, transformer))
     _check(part, "width", inner, other, outer)
-    if controlnet["extra_conditioning_channels"] != 1:
+    if controlnet["extra_conditioning_channels"] not in (0, 1):
         raise InvalidInputError(
             f"{part} reads {controlnet['extra_conditioning_channels']} channels beside the latents; one that inpaints "
-            "reads 1, the mask"
+            "reads 1, the mask, and others none"
         )
     if controlnet["num_layers"] >= transformer["num_layers"]:
         raise InvalidInputError(

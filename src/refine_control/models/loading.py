@@ -29,6 +29,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import own_layer_of_site, place
+from refine_control.models.controlnet_options import CONDITION
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
@@ -100,7 +101,10 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
 def _load_placed(folder: Path) -> SD3ControlNetModel:
     """The ControlNet in a folder with its own map of sites, where it has one."""
     controlnet = load_network(SD3ControlNetModel, folder)
-    place(controlnet, read_config(SD3ControlNetModel, folder).get("layer_of_site"))
+    config = read_config(SD3ControlNetModel, folder)
+    place(controlnet, config.get("layer_of_site"))
+    if CONDITION in config:
+        controlnet.register_to_config(condition=config[CONDITION])
     return controlnet
 
 

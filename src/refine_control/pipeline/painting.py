@@ -1,4 +1,4 @@
-"""The inpainting pipeline: stock with exact injection, and the masked latents' mean unless a draw is asked for."""
+"""Painting under a condition, and the inpainting pipeline: stock with exact injection, and the mean of the latents."""
 
 # B batch, H W pixels
 
@@ -17,13 +17,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control import flow
-from refine_control.conditions.condition import control_cond, masked_pixels
+from refine_control.conditions.condition import Shown, control_cond, masked_pixels
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, predict_velocity
 from refine_control.models.controlnet import SD3ControlNetModel, control_residuals, injected, injection_of
 from refine_control.models.devices import pictures_at_once
+from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.packed import packed
 from refine_control.models.prompt_memory import Encode, PromptMemory
 from refine_control.pixels import from_images, to_images
@@ -141,11 +142,10 @@ def run_pipeline(
 
 
 @torch.inference_mode()
-def inpaint(
+def paint(
     backbone: Backbone,
     controlnet: SD3ControlNetModel,
-    images: np.ndarray,
-    masks: np.ndarray,
+    shown: Shown,
     prompts: Sequence[str],
     sampler: SamplerConfig,
     *,
@@ -153,9 +153,9 @@ def inpaint(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Repaints N pictures: images (N,H,W,3) uint8, masks (N,H,W) bool True = inpaint -> (N,H,W,3) uint8, uncomposited.
+    """Paints N pictures by what the ControlNet is shown and by prompts -> (N,H,W,3) uint8, uncomposited.
 
-    The pictures of `InpaintingPipeline` but for rounding; the VAE and the steps are in fp32. The initial noise of
+    With a region the pictures of `InpaintingPipeline` but for rounding; the VAE and the steps are in fp32. The noise of
     picture i is a function of (sampler.seed, first + i) alone (fresh noise: of the step, too), so models, batch sizes
     and subsets are compared on the same noise. Moves the ControlNet to the backbone's device. Raises InvalidInputError
     for `sample`."""
@@ -163,20 +163,21 @@ def inpaint(
         raise InvalidInputError("sampler.latents is sample; batches take the posterior's mean: set it to mean")
     controlnet.to(backbone.device)  # type: ignore[arg-type]
     encode, guided = _encoder(backbone), sampler.guidance_scale > 1
-    height, width = masks.shape[1:]
-    count, out = pictures_at_once(backbone.device, height, width, batch_size), []
-    for a in range(0, len(images), count):
-        b = min(a + count, len(images))
-        pixels = from_images(images[a:b])
-        mask = torch.from_numpy(masks[a:b])[:, None].float()
-        masked_latents = backbone.encode_images(masked_pixels(pixels, mask)).float()
+    height, width = shown.pictures.shape[1:3]
+    total, out = len(shown.pictures), []
+    count = pictures_at_once(backbone.device, height, width, batch_size)
+    for a in range(0, total, count):
+        b = min(a + count, total)
+        pixels, mask = shown.take(slice(a, b)).tensors()
+        cond_latents = backbone.encode_images(pixels, shift=takes_shift(controlnet.config)).float()
         rows = range(first + a, first + b)
-        noise = slot_normals(masked_latents.shape[1:], rows, sampler.seed, "initial noise")
+        noise = slot_normals(cond_latents.shape[1:], rows, sampler.seed, "initial noise")
         text, empty = encode(prompts[a:b]), encode([""] * (b - a)) if guided else None
-        latents = complete_latents(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise, rows)
+        cond = control_cond(cond_latents, None if mask is None else mask.to(cond_latents.device))
+        latents = complete_latents(backbone, controlnet, cond, text, empty, sampler, noise, rows)
         out.append(to_images(backbone.decode_latents(latents)))
         if progress:
-            progress(b, len(images), "inpaint")
+            progress(b, total, "paint")
     return np.concatenate(out)
 
 
@@ -194,8 +195,7 @@ def _encoder(backbone: Backbone) -> Encode:
 def complete_latents(
     backbone: Backbone,
     controlnet: SD3ControlNetModel,
-    masked_latents: torch.Tensor,
-    mask: torch.Tensor,
+    cond: torch.Tensor,
     text: tuple[torch.Tensor, torch.Tensor],
     empty: tuple[torch.Tensor, torch.Tensor] | None,
     sampler: SamplerConfig,
@@ -203,7 +203,7 @@ def complete_latents(
     rows: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The end of `sampling_path`: what a ControlNet paints, in latents (B,16,h,w)."""
-    path = sampling_path(backbone, controlnet, masked_latents, mask, text, empty, sampler, noise, rows)
+    path = sampling_path(backbone, controlnet, cond, text, empty, sampler, noise, rows)
     return deque(path, maxlen=1)[0]
 
 
@@ -230,8 +230,7 @@ def warn_wasted_steps(backbone: Backbone, sampler: SamplerConfig) -> None:
 def sampling_path(
     backbone: Backbone,
     controlnet: SD3ControlNetModel,
-    masked_latents: torch.Tensor,
-    mask: torch.Tensor,
+    cond: torch.Tensor,
     text: tuple[torch.Tensor, torch.Tensor],
     empty: tuple[torch.Tensor, torch.Tensor] | None,
     sampler: SamplerConfig,
@@ -241,11 +240,11 @@ def sampling_path(
     """Yields the latents after each step on `sampling_sigmas`, the clean ones last, on the backbone's device.
 
     A step is Euler's, or x_s = (1 - s) x0_hat + s noise for a stochastic sampler (LCM), its noise a function of
-    (sampler.seed, step, row); `rows` are the samples' numbers, 0 to B - 1 by default. masked_latents and noise
-    (B,16,h,w), mask (B,1,h,w) 1 = inpaint -> latents (B,16,h,w). `text` and `empty` are
+    (sampler.seed, step, row); `rows` are the samples' numbers, 0 to B - 1 by default. `cond` is what
+    `control_cond` gives, noise (B,16,h,w) -> latents (B,16,h,w). `text` and `empty` are
     (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance."""
     device = backbone.device
-    cond = control_cond(masked_latents.to(device), mask.to(device))
+    cond = cond.to(device)
     latents, guided = noise.to(device), sampler.guidance_scale > 1
     assert empty is not None or not guided
     injection = injection_of(controlnet, sampler.injection)

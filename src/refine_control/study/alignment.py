@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from refine_control import flow
-from refine_control.conditions.condition import control_cond, masked_pixels
+from refine_control.conditions.condition import control_cond, show
 from refine_control.injection import groups, layer_of_site
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals
@@ -116,15 +116,16 @@ class _Points(NamedTuple):
 def _points(backbone: Backbone, photos: Sequence[Photo], seed: int, first: int) -> _Points:
     device = backbone.device
     pixels = from_images(np.stack([p.image for p in photos]))
-    mask = torch.from_numpy(np.stack([p.mask for p in photos]))[:, None].float()
+    pictures, mask = show(photos).tensors()
     latents = backbone.encode_images(pixels).to(device).float()
-    masked = backbone.encode_images(masked_pixels(pixels, mask)).to(device).float()
+    shown = backbone.encode_images(pictures, shift=mask is not None).to(device).float()
+    cond = control_cond(shown, None if mask is None else mask.to(device))
     slots = range(first, first + len(photos))
     noise = slot_normals(latents.shape[1:], slots, seed, "alignment noise").to(device)
     levels = slot_normals((), slots, seed, "alignment sigmas")
     sigmas = flow.logit_normal_sigmas(levels, shift=backbone.shift).to(device)
     prompts, pooled = backbone.encode_prompts([p.prompt for p in photos])
-    noisy, cond = flow.interpolate(latents, noise, sigmas), control_cond(masked, mask.to(device))
+    noisy = flow.interpolate(latents, noise, sigmas)
     return _Points(noisy, sigmas, prompts, pooled, cond)
 
 

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refine_control.conditions.condition import Shown
 from refine_control.metrics.statistics import BOOTSTRAP_SEED, paired_difference
 from refine_control.miniature.obedience import Reading, load_classifier, read_regions
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import BUNDLE
 from refine_control.picture_grid import PictureGrid, repaint_grid
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.randomness import derive_seed
 from refine_control.records import Photo
 from refine_control.study.materials import Bar, Comparison
@@ -72,7 +73,9 @@ def run_alike(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -
     for kind in PROMPTS:
         prompts = [p.prompt if kind == "local" else p.global_prompt for p in photos]
         progress = bar(f"{kind} prompts {key}")
-        painted = inpaint(backbone, controlnet, images, masks, prompts, make_sampler(budget, row), progress=progress)
+        painted = paint(
+            backbone, controlnet, Shown(images, masks), prompts, make_sampler(budget, row), progress=progress
+        )
         read = alike_scores(read_regions(classifier, painted, masks), photos)
         scores |= {f"{kind} {name}": values for name, values in read.items()}
         save_pictures(_folder(comparison, key, seed, kind), painted[shown], mark)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refine_control.conditions.condition import show
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics import image_pairs as metrics
@@ -21,7 +22,8 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.photos.buckets import grouped
 from refine_control.photos.shards import Shards, open_manifest
-from refine_control.pipeline.painting import inpaint, warn_wasted_steps
+from refine_control.pipeline.painting import paint as paint_pictures
+from refine_control.pipeline.painting import warn_wasted_steps
 from refine_control.progress import Progress
 from refine_control.records import UNLABELED, Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
@@ -161,8 +163,8 @@ def compare(
     for number, (name, controlnet) in enumerate(controlnets.items()):
 
         def paint(group: Group, report: Progress, name: str = name, controlnet: Any = controlnet) -> np.ndarray:
-            given = (group.images, group.masks, group.prompts)
-            return inpaint(backbones[name], controlnet, *given, samplers[name], first=group.first, progress=report)
+            given = (show(group.photos), group.prompts, samplers[name])
+            return paint_pictures(backbones[name], controlnet, *given, first=group.first, progress=report)
 
         samples.add(result, name, paint, progress, (number, len(controlnets)))
     return result

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refine_control.conditions.condition import show
 from refine_control.config import SamplerConfig
 from refine_control.metrics.diversity import feature_spread, pixel_spread
 from refine_control.metrics.image_pairs import PerImage
@@ -19,7 +20,7 @@ from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_features import scene_features
 from refine_control.models.backbone import Backbone
 from refine_control.picture_grid import PictureGrid
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.tables import Table
@@ -48,11 +49,10 @@ def paint_seeds(
     progress: Progress | None = None,
 ) -> NDArray[np.uint8]:
     """Repaints N photos of one size with the noise of each seed, whatever `sampler.seed` says: (K,N,H,W,3) uint8."""
-    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
-    painted = []
+    shown, prompts, painted = show(photos), [p.prompt for p in photos], []
     for done, seed in enumerate(seeds, 1):
         seeded = sampler.model_copy(update={"seed": seed})
-        painted.append(inpaint(backbone, controlnet, images, masks, [p.prompt for p in photos], seeded))
+        painted.append(paint(backbone, controlnet, shown, prompts, seeded))
         if progress:
             progress(done, len(seeds), "noise seeds")
     return np.stack(painted)

@@ -25,7 +25,7 @@ from refine_control.models.loading import load_backbone, load_controlnet, weight
 from refine_control.photos.shards import open_manifest
 from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
-from refine_control.records import LABELED, ROLES, TEST, UNLABELED, Photo
+from refine_control.records import INPAINT, LABELED, ROLES, TEST, UNLABELED, Photo
 from refine_control.storage import MANIFEST, sha256_file
 from refine_control.study.compare import read_test
 from refine_control.study.plan import Budget, Row, Scale, row_recipes
@@ -58,6 +58,8 @@ class Comparison:
     """Folder of `data build` in place of rendered scenes: shards of all three roles."""
     weights: Path | None = None
     """Folder with the networks of FID, LPIPS and CMMD."""
+    condition: str = INPAINT
+    """Of the rendered scenes and the teacher."""
 
     def check(self) -> None:
         """Raises InvalidInputError for parts that do not belong together."""
@@ -189,8 +191,14 @@ def _build_shards(comparison: Comparison, bar: Bar) -> None:
     if comparison.photos:
         build_small_photos(comparison.photos, out, **known, progress=bar("photographs"))
     else:
-        seeds = {"seed": budget.data_seed or 0, "test_seed": budget.test_seed or 0}
-        build_scenes(out, **known, **seeds, progress=bar("scenes"))
+        build_scenes(
+            out,
+            **known,
+            seed=budget.data_seed or 0,
+            test_seed=budget.test_seed or 0,
+            condition=comparison.condition,
+            progress=bar("scenes"),
+        )
 
 
 def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ class CacheBatches(Batches):
         batch_size: of one update over all processes.
         device: where batches go.
         encode: makes the prompt embeddings that a cache without them lacks.
-        x0: the array of clean latents: `latents`, the ground truth of D_sl; `masked_latents` or the teacher's
-            `completions` for D_ssl.
+        x0: the array of clean latents: `latents`, the ground truth of D_sl; `cond_latents` (the masked image's) or the
+            teacher's `completions` for D_ssl.
         adds: fields of `Batch` that objectives for few steps read: the `empty` prompt; of completions `noise`, `path`.
     """
 
@@ -49,9 +50,10 @@ class CacheBatches(Batches):
     def batch(self, draw: Draw, turn: Turn | None = None) -> Batch:
         """The samples of `draw.slots` at `draw.step`, or of another `turn`."""
         rows = self.rows(draw, turn)
-        masked_latents, mask = (self._take(name, rows) for name in ("masked_latents", "masks"))
+        cond_latents = self._take("cond_latents", rows)
+        mask = self._take("masks", rows) if self.cache.has("masks") else None
         clean, num_labeled = self._clean(rows, draw), len(rows) if self.x0 == "latents" else 0
-        batch = Batch(clean, masked_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
+        batch = Batch(clean, cond_latents, mask, *self._text(rows, draw), draw.slots, num_labeled)
         if "empty" in self.adds:
             batch = batch._replace(empty=self._embedded(np.zeros(1, int)))
         if "noise" in self.adds:
@@ -62,7 +64,7 @@ class CacheBatches(Batches):
     def not_finite(self, draw: Draw, turn: Turn | None = None) -> list[str]:
         """Keys of the samples of `draw.slots` whose latents, mask or prompt embeddings are not all finite."""
         batch = self.batch(draw, turn)
-        tensors = [*batch[:5], *([] if batch.path is None else [batch.path])]
+        tensors = [tensor for tensor in (*batch[:5], batch.path) if tensor is not None]
         return [
             f"sample {self.cache.keys[row]} of {self.cache.folder}"
             for number, row in enumerate(self.rows(draw, turn))
@@ -138,7 +140,8 @@ class MixedBatches(Batches):
         """The samples of `draw.slots` at `draw.step`, the labelled ones first."""
         labeled, unlabeled = self._halves(draw)
         halves = self.labeled.batch(labeled), self.unlabeled.batch(unlabeled, self.labeled.turn(labeled))
-        tensors = (torch.cat(parts) for parts in zip(*(half[:5] for half in halves), strict=True))
+        pairs = zip(*(half[:5] for half in halves), strict=True)
+        tensors: list[Any] = [None if first is None else torch.cat([first, second]) for first, second in pairs]
         slots = sorted(draw.slots, key=lambda slot: slot % 2)
         return Batch(*tensors, slots=slots, num_labeled=halves[0].num_labeled)
 

@@ -26,10 +26,9 @@ from refine_control.consistency import (
     pseudo_huber,
     velocity_consistency,
 )
-from refine_control.losses import mask_weight
 from refine_control.models.backbone import decode_latents, encode_images, encoder_features
 from refine_control.training.loop import Draw, Objective
-from refine_control.training.objectives import Batch, Networks, Point
+from refine_control.training.objectives import Batch, Networks, Point, region_weight
 from refine_control.training.optimizer import Trainable
 
 
@@ -108,9 +107,8 @@ class FewStep(Objective):
 
     def weighted(self, squares: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The mean of squared errors (B,C,h,w), with the weight of Eq. 2 inside the square where there is one."""
-        if self.alpha is not None:
-            squares = squares * mask_weight(batch.mask, self.alpha).square()
-        return squares.mean()
+        weight = region_weight(batch, self.alpha)
+        return (squares if weight is None else squares * weight.square()).mean()
 
     def next_point(self, at: Point, v: torch.Tensor, s: torch.Tensor, batch: Batch) -> Point:
         """The second point of a consistency term, at sigmas `s`, by the recipe's `ode`."""

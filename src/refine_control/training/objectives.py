@@ -45,13 +45,14 @@ from refine_control.training.optimizer import Trainable, compute_in
 
 
 class Batch(NamedTuple):
-    """Samples in latents, those with ground truth first. latents, masked_latents (B,16,h,w), mask (B,1,h,w)."""
+    """Samples in latents, those with ground truth first. latents, cond_latents (B,16,h,w), mask (B,1,h,w)."""
 
     latents: torch.Tensor
     """x0: the image's own in D_sl; in D_ssl the masked image's, or the teacher's completion."""
-    masked_latents: torch.Tensor
-    mask: torch.Tensor
-    """1 = inpaint."""
+    cond_latents: torch.Tensor
+    """Of the condition picture; in inpainting, of the masked image."""
+    mask: torch.Tensor | None
+    """1 = inpaint; None where the condition has no region."""
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     slots: Sequence[int]
@@ -171,7 +172,7 @@ class Networks:
             at.noisy_latents,
             at.sigmas,
             batch.prompt_embeds,
-            control_cond(batch.masked_latents, batch.mask),
+            control_cond(batch.cond_latents, batch.mask),
             self.backbone.pooled_width,
             self.conditioning_scale,
         )
@@ -238,12 +239,18 @@ class Forward:
         return self.networks.student_answer(self.at, self.batch)
 
 
+def region_weight(batch: Batch, alpha: float | None) -> torch.Tensor | None:
+    """w of Eq. 2, (B,1,h,w); None is J: for a condition without a region, and where `alpha` is None."""
+    return None if batch.mask is None or alpha is None else mask_weight(batch.mask, alpha)
+
+
 def masked_task(forward: Forward, weights: LossWeights) -> torch.Tensor:
     """Eq. 3 on the rows that have a ground truth, as their part of the mean over all rows."""
     count = forward.batch.num_labeled
-    weight = mask_weight(forward.batch.mask[:count], weights.alpha)
-    loss = task_loss(forward.at.target[:count], forward.student.velocity[:count], weight)
-    return loss * (count / len(forward.batch.mask))
+    weight = region_weight(forward.batch, weights.alpha)
+    target, velocity = forward.at.target, forward.student.velocity
+    loss = task_loss(target[:count], velocity[:count], None if weight is None else weight[:count])
+    return loss * (count / len(target))
 
 
 def plain_task(forward: Forward, weights: LossWeights) -> torch.Tensor:
@@ -254,8 +261,7 @@ def plain_task(forward: Forward, weights: LossWeights) -> torch.Tensor:
 
 def teacher_output(forward: Forward, weights: LossWeights) -> torch.Tensor:
     """Eq. 4; with `output_alpha` the weight of Eq. 2 stands inside it, as in Eq. 3."""
-    alpha = weights.output_alpha
-    weight = None if alpha is None else mask_weight(forward.batch.mask, alpha)
+    weight = region_weight(forward.batch, weights.output_alpha)
     return output_loss(forward.teacher.velocity, forward.student.velocity, weight)
 
 

@@ -45,12 +45,12 @@ class Sites(NamedTuple):
 @torch.no_grad()
 def measure_sites(backbone: Backbone, teacher: ControlNet, batch: Batch, draw: Draw, sigmas: SigmaConfig) -> Sites:
     """Measures a teacher on a batch at its noise levels, in the networks' types and on their device."""
-    shift, count, blocks = sigmas.shift, len(batch.mask), backbone.num_blocks
+    shift, count, blocks = sigmas.shift, len(batch.latents), backbone.num_blocks
     relevance, products = np.zeros(blocks - 1), np.zeros((blocks - 1, blocks - 1))
     for rows in torch.arange(count).split(_AT_ONCE):
         part = batch.take(rows)
         at = noised(part.latents, draw._replace(slots=part.slots), sigmas, backbone.shift if shift is None else shift)
-        point, cond = (at.noisy_latents, at.sigmas, part.prompt_embeds), control_cond(part.masked_latents, part.mask)
+        point, cond = (at.noisy_latents, at.sigmas, part.prompt_embeds), control_cond(part.cond_latents, part.mask)
         residuals = control_residuals(teacher, *point, cond, backbone.pooled_width)
         at_sites = expand_residuals(residuals, blocks, injection_of(teacher))[:-1]
         velocity = partial(predict_velocity, backbone.transformer, *point, part.pooled_prompt_embeds)
@@ -68,7 +68,7 @@ def relevant_placement(recipe: Recipe, backbone: Backbone, cache: Cache, device:
 
     The networks are measured on `device` and are on the CPU afterwards."""
     teacher, draw = backbone.pipeline.controlnet, Draw(recipe.student.seed, "placement", 0, range(SAMPLES))
-    clean = next(name for name in ("latents", "completions", "masked_latents") if cache.has(name))
+    clean = next(name for name in ("latents", "completions", "cond_latents") if cache.has(name))
     encode = PromptMemory(backbone.encode_prompts) if recipe.data.prompts == "encode" else None
     batch = CacheBatches(cache, SAMPLES, 0.0, device, encode, x0=clean).batch(draw)
     networks = backbone.transformer, teacher

@@ -160,7 +160,7 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
     Raises MissingError for a cache without the completions that the recipe reads, and what `Cache` raises."""
     objective, training = recipe.objective, recipe.training
     encode = PromptMemory(networks.backbone.encode_prompts) if recipe.data.prompts == "encode" else None
-    x0 = {LABELED: "latents", UNLABELED: "masked_latents" if objective.x0_source == "masked" else "completions"}
+    x0 = {LABELED: "latents", UNLABELED: "cond_latents" if objective.x0_source == "masked" else "completions"}
     if objective.is_few_step and objective.x0_source == "teacher":
         x0[LABELED] = "completions"
 

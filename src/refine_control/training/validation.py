@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from refine_control.cache.building import photos_as_tensors
-from refine_control.conditions.condition import mask_at_latents, masked_pixels
+from refine_control.conditions.condition import control_cond, show
 from refine_control.config import Recipe
+from refine_control.models.families.sd3 import takes_shift
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, picture_grid
@@ -39,12 +39,12 @@ class Validation:
         self.networks, self.sampler, self.folder = networks, recipe.sampler, run_dir / "validation"
         backbone = networks.backbone
         warn_wasted_steps(backbone, self.sampler)
-        pixels, mask = photos_as_tensors(self.photos)
-        self.masked_latents = backbone.encode_images(masked_pixels(pixels, mask))
-        self.mask = mask_at_latents(mask, self.masked_latents)
+        pixels, mask = show(self.photos).tensors()
+        cond_latents = backbone.encode_images(pixels, shift=takes_shift(networks.student.config))
+        self.cond = control_cond(cond_latents, None if mask is None else mask.to(cond_latents.device))
         self.text = backbone.encode_prompts([p.prompt for p in self.photos])
         self.empty = backbone.encode_prompts([""] * count)
-        self.noise = slot_normals(self.masked_latents.shape[1:], range(count), self.sampler.seed, "initial noise")
+        self.noise = slot_normals(cond_latents.shape[1:], range(count), self.sampler.seed, "initial noise")
 
     @torch.no_grad()
     def __call__(self, step: int, weights: dict[str, torch.Tensor]) -> np.ndarray:
@@ -61,8 +61,7 @@ class Validation:
             latents = complete_latents(
                 self.networks.student_backbone,
                 self.networks.student,
-                self.masked_latents.to(device),
-                self.mask.to(device),
+                self.cond.to(device),
                 text,  # type: ignore[arg-type]
                 empty,  # type: ignore[arg-type]
                 self.sampler,

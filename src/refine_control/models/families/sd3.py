@@ -1,4 +1,4 @@
-"""SD3-medium: 24 blocks, neither dual attention nor query norms. ControlNets of 23 (alimama), 12 and 6 (InstantX) layers.
+"""SD3-medium: 24 blocks, no dual attention, no query norms. ControlNets of 23 (alimama), 12 and 6 layers (InstantX).
 
 Also what all backbones of diffusers' SD3 classes have in common."""
 
@@ -28,39 +28,44 @@ def _stock(num_blocks: int, num_layers: int) -> list[int]:
     return diffusers_layer_of_block(num_layers, num_blocks)[: num_blocks - 1]
 
 
-def two_streams(name: str, transformer: Config, controlnet: Config) -> Family:
-    """The family of a ControlNet whose layers are the transformer's own blocks.
+def reads_pooled(controlnet: Config) -> bool:
+    """Whether a ControlNet reads the prompt's pooled projection. Stock's inpainting pipeline feeds zeros; the other,
+    for ControlNets that are shown no mask, does where the config has `force_zeros_for_pooled_projection`."""
+    forced = controlnet.get("force_zeros_for_pooled_projection", True)
+    return not forced and not controlnet.get("extra_conditioning_channels")
 
-    Stock's inpainting pipeline feeds zeros for the pooled projection and takes the VAE's shift off; the other reads
-    `force_zeros_for_pooled_projection`, which means zeros and no shift. A config may state `condition_shift`."""
-    num_blocks, zero = transformer["num_layers"], controlnet.get("force_zeros_for_pooled_projection", True)
-    inpaints = bool(controlnet.get("extra_conditioning_channels"))
+
+def takes_shift(controlnet: Config) -> bool:
+    """Whether the VAE's shift is taken off the condition's latents: stock's inpainting pipeline does, the other where
+    the pooled projection is read. A `condition_shift` in the config says it of a ControlNet that stock knows not."""
+    stock = reads_pooled(controlnet) or bool(controlnet.get("extra_conditioning_channels"))
+    return bool(controlnet.get("condition_shift", stock))
+
+
+def two_streams(name: str, transformer: Config, controlnet: Config) -> Family:
+    """The family of a ControlNet whose layers are the transformer's own blocks."""
+    num_blocks = transformer["num_layers"]
     return Family(
         name,
         (Sites("transformer_blocks", num_blocks - 1, partial(_stock, num_blocks)),),
-        pooled=not zero and not inpaints,
-        shift=controlnet.get("condition_shift", inpaints or not zero),
+        pooled=reads_pooled(controlnet),
+        shift=takes_shift(controlnet),
         dual_attention_layers=tuple(transformer.get("dual_attention_layers") or ()),
         qk_norm=transformer.get("qk_norm"),
     )
 
 
 def differences(family: Family, controlnet: Config) -> list[str]:
-    """How a ControlNet differs from all that are known of SD3's classes and `family`, as parts of a sentence."""
-    layers, dual = controlnet["num_layers"], controlnet.get("dual_attention_layers") or ()
+    """What a ControlNet does that none known of `family`, one of SD3's classes, does, as parts of a sentence."""
+    dual, norm = controlnet.get("dual_attention_layers") or (), controlnet.get("qk_norm") or None
+    table, extra = controlnet.get("use_pos_embed", True), controlnet.get("extra_conditioning_channels", 0)
+    outside = any(layer not in range(controlnet["num_layers"]) for layer in dual)
     facts = {
-        "reads no prompt": (controlnet["joint_attention_dim"] is not None) != family.text and family.text,
-        "reads the prompt": (controlnet["joint_attention_dim"] is not None) != family.text and not family.text,
-        "has no table of positions": not controlnet.get("use_pos_embed", True) and family.own_positions,
-        "has a table of positions": controlnet.get("use_pos_embed", True) and not family.own_positions,
-        f"normalises queries by {controlnet.get('qk_norm')}": family.text
-        and (controlnet.get("qk_norm") or None) != family.qk_norm,
-        f"has dual attention in layers {list(dual)}": any(layer not in range(layers) for layer in dual)
-        or bool(dual and not family.dual_attention_layers),
-        f"reads {controlnet.get('extra_conditioning_channels')} channels beside the latents": controlnet.get(
-            "extra_conditioning_channels", 0
-        )
-        not in ((0, 1) if family.text else (0,)),
+        "reads no prompt": family.text and controlnet["joint_attention_dim"] is None,
+        f"has {'a' if table else 'no'} table of positions": table != family.own_positions,
+        f"normalises queries by {norm}": family.text and norm != family.qk_norm,
+        f"has dual attention in layers {list(dual)}": outside or (dual and not family.dual_attention_layers),
+        f"reads {extra} channels beside the latents": extra not in ((0, 1) if family.text else (0,)),
     }
     return [text for text, differs in facts.items() if differs]
 
