@@ -46,9 +46,25 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def edges(number: int, role: str = "labeled") -> Photo:
+    """A sample of a condition without a region, as it is in memory."""
+    photo = sample(number)
+    image = np.full_like(photo.image, HOLE_FILL) if role == "unlabeled" else photo.image
+    return replace(photo, image=image, mask=np.ones((S, S), bool), cond=photo.image[::-1, ::-1].copy())
+
+
+def write_edges(folder: Path, count: int = 7, role="labeled", image_format="webp") -> dict:
+    writer = ShardWriter(folder, role, 3, image_format, condition="canny")
+    for number in range(count):
+        writer.add(edges(number))
+    return writer.finish()
+
+
 def assert_same(photo: Photo, other: Photo) -> None:
     assert np.array_equal(photo.image, other.image)
     assert np.array_equal(photo.mask, other.mask)
+    assert (photo.cond is None) == (other.cond is None)
+    assert photo.cond is None or np.array_equal(photo.cond, other.cond)
     texts = (photo.key, photo.prompt, photo.global_prompt, photo.meta)
     assert texts == (other.key, other.prompt, other.global_prompt, other.meta)
 
@@ -99,6 +115,31 @@ def test_random_access_equals_what_a_tar_reader_streams(tmp_path):
     for index in (7, -8):
         with pytest.raises(IndexError):
             shards[index]
+
+
+@pytest.mark.parametrize("image_format", ["webp", "png"])
+@pytest.mark.parametrize("role", ["labeled", "unlabeled", "test"])
+def test_a_condition_picture_takes_the_place_of_the_mask(tmp_path, role, image_format):
+    manifest = write_edges(tmp_path, role=role, image_format=image_format)
+    shards = Shards(tmp_path)
+    assert manifest["condition"] == shards.condition == "canny"
+    assert manifest["hole_fill"] is None
+    for number, photo in enumerate(shards):
+        assert_same(photo, edges(number, role))
+    picture = set() if role == "unlabeled" else {image_format}
+    assert {frozenset(record["members"]) for record in shards.records} == {frozenset({"json", "cond.png"} | picture)}
+    path = tmp_path / shards.records[4]["shard"]
+    content = bytearray(path.read_bytes())
+    content[shards.records[4]["members"]["cond.png"][0] + 60] ^= 1
+    path.write_bytes(content)
+    assert "k4" in verify(tmp_path)[0]
+    with pytest.raises(DamagedError, match=r"k4\.cond\.png"):
+        shards[4]
+
+
+def test_inpainting_is_not_named_in_a_manifest(tmp_path):
+    assert "condition" not in write(tmp_path)
+    assert Shards(tmp_path).condition == "inpaint"
 
 
 @pytest.mark.parametrize("image_format", ["webp", "png", "jpg"])
@@ -192,7 +233,16 @@ def test_what_the_writer_refuses(tmp_path):
         ShardWriter(tmp_path, "test", image_format="bmp")
     with pytest.raises(InvalidInputError, match="samples_per_shard"):
         ShardWriter(tmp_path, "test", 0)
+    with pytest.raises(InvalidInputError, match="no condition 'edges'"):
+        ShardWriter(tmp_path, "test", condition="edges")
+    writer = ShardWriter(tmp_path, "test", condition="canny")
+    given = edges(0)
+    for cond in (None, given.cond.astype(float), given.cond[..., 0], given.cond[:-1]):
+        with pytest.raises(InvalidInputError, match="k0: the condition canny wants"):
+            writer.add(replace(given, cond=cond))
     writer = ShardWriter(tmp_path, "test")
+    with pytest.raises(InvalidInputError, match="inpaint takes no condition picture"):
+        writer.add(given)
     good = sample(0)
     writer.add(good)
     wide = np.zeros((S, 2 * S, 3), np.uint8)

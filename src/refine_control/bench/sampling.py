@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from refine_control.conditions.condition import Shown
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import Spread, Timing, interleaved, ratio
@@ -108,12 +109,12 @@ def _sampler(steps: int, guided: bool, guidance: float, precision: Precision) ->
     return SamplerConfig(num_inference_steps=steps, guidance_scale=scale, precision=precision, sigmas="even")
 
 
-def _pictures(batch: int, side: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _pictures(batch: int, side: int) -> tuple[Shown, list[str]]:
     """Random images, masks of a quarter of them, prompts."""
     images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     masks = np.zeros((batch, side, side), bool)
     masks[:, side // 4 : -side // 4, side // 4 : -side // 4] = True
-    return images, masks, [("a red circle", "a blue ring")[number % 2] for number in range(batch)]
+    return Shown(images, masks), [("a red circle", "a blue ring")[number % 2] for number in range(batch)]
 
 
 def _pairs() -> list[tuple[str, str]]:

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import nn
 
 from refine_control import conditions
 from refine_control.errors import InvalidInputError
 from refine_control.models.controlnet_options import own_condition
-from refine_control.pixels import from_images
 from refine_control.records import INPAINT, Photo
+
+if TYPE_CHECKING:  # imported where it is used: workers that prepare pictures need none
+    import torch
 
 _NO_KINDS = {"condition"}
 
@@ -95,6 +95,10 @@ class Shown(NamedTuple):
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Condition pictures (N,3,H,W) in [-1, 1], the region hidden, and masks (N,1,H,W), 1 = paint."""
+        import torch
+
+        from refine_control.pixels import from_images
+
         pixels = from_images(self.pictures)
         if self.masks is None:
             return pixels, None
@@ -116,6 +120,8 @@ def show(photos: Sequence[Photo]) -> Shown:
 
 def masked_pixels(pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Pixels (B,3,H,W) in [-1, 1] with the hole set to -1; mask (B,1,H,W), 1 = inpaint."""
+    import torch
+
     return torch.where(mask > 0.5, -1.0, pixel_values)
 
 
@@ -124,6 +130,8 @@ def control_cond(cond_latents: torch.Tensor, mask: torch.Tensor | None) -> torch
 
     mask (B,1,H,W) or (B,1,h,w), 1 = inpaint. The one place where it is inverted: the 17th channel is 1 where the
     picture is kept. It is resized to the latents by nearest neighbour, as the pipeline does."""
+    import torch
+
     if mask is None:
         return cond_latents
     return torch.cat([cond_latents, 1 - mask_at_latents(mask, cond_latents)], dim=1)
@@ -131,4 +139,6 @@ def control_cond(cond_latents: torch.Tensor, mask: torch.Tensor | None) -> torch
 
 def mask_at_latents(mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Mask (B,1,H,W) -> (B,1,h,w) in the type of `latents`, nearest neighbour, 1 = inpaint."""
+    from torch import nn
+
     return nn.functional.interpolate(mask.to(latents.dtype), size=latents.shape[-2:])

@@ -46,7 +46,7 @@ def build_scenes(
         for role, count in counts.items():
             described = {"scenes": count, "seed": derive_seed(test_seed if role == TEST else seed, "shards", role)}
             photos = find_task(condition).photos(described["seed"], 0, count)
-            write_role(out / role, photos, count, described, progress)
+            write_role(out / role, photos, count, described, progress, condition)
     return counts
 
 
@@ -56,8 +56,9 @@ def write_role(
     count: int,
     described: Mapping[str, int | str],
     progress: Progress | None = None,
+    condition: str = INPAINT,
 ) -> None:
-    """Writes `count` photos as shards of the role after which `folder` is named; finished ones stay.
+    """Writes `count` photos of a condition as shards of the role after which `folder` is named; finished ones stay.
 
     Raises InvalidInputError when the manifest of `folder` describes others."""
     if (folder / MANIFEST).is_file():
@@ -65,7 +66,7 @@ def write_role(
         if {name: previous.get(name) for name in described} != described:
             raise InvalidInputError(f"{folder} holds other photographs or scenes; choose another folder")
     elif count:
-        writer = ShardWriter(folder, folder.name, image_format="webp")
+        writer = ShardWriter(folder, folder.name, image_format="webp", condition=condition)
         for done, photo in enumerate(photos, 1):
             writer.add(photo)
             if progress and done % 64 == 0:

@@ -3,12 +3,13 @@
 A folder holds one role: `shard-00000.tar`..., `index.jsonl` (a line for each sample: where each member lies and
 its sha256) and `manifest.json`, written last (what the samples are, and the sha256 of index and shards).
 Members of sample KEY: `KEY.json` (prompt, global_prompt, meta), `KEY.mask.png` (0 keep, 255 inpaint) and
-`KEY.webp` (lossless), `KEY.png` or `KEY.jpg` (quality 95, 4:4:4). The same samples give the same bytes.
+`KEY.webp` (lossless), `KEY.png` or `KEY.jpg` (quality 95, 4:4:4). For a condition without a region, `condition` in the
+manifest, the condition picture `KEY.cond.png` takes the place of the mask. The same samples give the same bytes.
 
 Neither writer nor reader holds the samples: of each some 60 bytes are kept while writing, less than one while reading.
 
 In the role `unlabeled` the pixels of the hole do not exist: the hole is mid-grey (HOLE_FILL) before the
-image is encoded, and is filled again after decoding, because JPEG rings.
+image is encoded, and is filled again after decoding, because JPEG rings. Without a region there is no picture at all.
 """
 
 # H W pixels
@@ -32,6 +33,7 @@ import PIL
 from PIL import Image
 
 from refine_control import __version__
+from refine_control.conditions.condition import INPAINT, find_condition
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import ONE_ROLE, SHARDS_OR_BUILD, refuse_other_kind
 from refine_control.photos.seen import Seen
@@ -63,6 +65,8 @@ class Manifest(TypedDict):
     kind: str
     """shards or build."""
     role: str
+    condition: NotRequired[str]
+    """Of the samples, where it is not inpainting."""
     samples: int
     photos: int
     image_size: list[int] | None
@@ -92,15 +96,22 @@ def _encode(array: np.ndarray, options: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def _decode(data: bytes | None) -> np.ndarray | None:
+    """(H, W, 3) uint8; None of nothing."""
+    return None if data is None else np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
 def encode(photo: Photo, role: str, image_format: str) -> dict[str, bytes]:
     """The files of one sample by extension, sorted: nearly all the work of writing it, and any process may do it."""
     words = {"prompt": photo.prompt, "global_prompt": photo.global_prompt, "meta": photo.meta}
-    image = fill_hole(photo.image, photo.mask) if role == UNLABELED else photo.image
-    members = {
-        "json": json.dumps(words, sort_keys=True, allow_nan=False).encode(),
-        "mask.png": _encode(photo.mask.astype(np.uint8) * 255, IMAGE_FORMATS["png"]),
-        image_format: _encode(image, IMAGE_FORMATS[image_format]),
-    }
+    members = {"json": json.dumps(words, sort_keys=True, allow_nan=False).encode()}
+    if photo.cond is None:
+        members["mask.png"] = _encode(photo.mask.astype(np.uint8) * 255, IMAGE_FORMATS["png"])
+    else:
+        members["cond.png"] = _encode(photo.cond, IMAGE_FORMATS["png"])
+    if photo.cond is None or role != UNLABELED:
+        image = fill_hole(photo.image, photo.mask) if role == UNLABELED else photo.image
+        members[image_format] = _encode(image, IMAGE_FORMATS[image_format])
     return dict(sorted(members.items()))
 
 
@@ -151,7 +162,9 @@ class ShardWriter:
         samples_per_shard: int = 1000,
         image_format: str = "webp",
         several_sizes: bool = False,
+        condition: str = INPAINT,
     ) -> None:
+        region = find_condition(condition).region
         if role not in ROLES:
             raise InvalidInputError(f"there is no role {role!r}; the roles are {', '.join(ROLES)}")
         if image_format not in IMAGE_FORMATS:
@@ -160,6 +173,7 @@ class ShardWriter:
             raise InvalidInputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         self.folder, self.role, self.image_format = folder, role, image_format
         self.samples_per_shard, self.several_sizes = samples_per_shard, several_sizes
+        self.condition, self._region = condition, region
         self._open: tarfile.TarFile | None = None
         self._pending: list[SampleRecord] = []
         self._shards: list[str] = []
@@ -177,6 +191,7 @@ class ShardWriter:
         height, width = photo.mask.shape if photo.mask.ndim == 2 else (0, 0)
         if photo.mask.dtype != bool or photo.image.dtype != np.uint8 or photo.image.shape != (height, width, 3):
             raise InvalidInputError(f"{photo.key}: want image (H, W, 3) uint8 and mask (H, W) bool of one size")
+        self._check_condition(photo)
         if not _KEY.fullmatch(photo.key) or photo.key in self._keys:
             raise InvalidInputError(
                 f"key {photo.key!r} is taken or holds characters other than letters, digits, _ and -"
@@ -189,6 +204,15 @@ class ShardWriter:
         self._keys.add(photo.key)
         with storage_errors(self.folder):
             self._write(photo, members or encode(photo, self.role, self.image_format))
+
+    def _check_condition(self, photo: Photo) -> None:
+        if self._region:
+            fault = "" if photo.cond is None else "takes no condition picture"
+        else:
+            fits = photo.cond is not None and photo.cond.dtype == np.uint8 and photo.cond.shape == photo.image.shape
+            fault = "" if fits else "wants a condition picture (H, W, 3) uint8 of the size of the image"
+        if fault:
+            raise InvalidInputError(f"{photo.key}: the condition {self.condition} {fault}")
 
     def _write(self, photo: Photo, encoded: dict[str, bytes]) -> None:
         name = f"shard-{len(self._shards):05d}.tar"
@@ -254,10 +278,12 @@ class ShardWriter:
             "photos": len(self._photos),
             "image_size": list(next(iter(self._sizes))) if len(self._sizes) == 1 else None,
             "image_format": self.image_format,
-            "hole_fill": HOLE_FILL if self.role == UNLABELED else None,
+            "hole_fill": HOLE_FILL if self.role == UNLABELED and self._region else None,
             "sources": dict(self._sources),
             "licenses": dict(self._licenses),
         }
+        if self.condition != INPAINT:
+            facts["condition"] = self.condition
         if self.several_sizes:
             facts["image_sizes"] = [[*size, count] for size, count in sorted(self._sizes.items())]
         return write_manifest(self.folder, {**described, **facts}, [INDEX, *self._shards])
@@ -279,6 +305,11 @@ class Shards(Sequence[Photo]):
                 raise DamagedError(f"{path} is missing or cut; delete {folder} and build it again")
         self.records = Index(self.folder, self.manifest["files"][INDEX]["sha256"])
 
+    @property
+    def condition(self) -> str:
+        """The name of the condition of all samples."""
+        return self.manifest.get("condition", INPAINT)
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -291,12 +322,16 @@ class Shards(Sequence[Photo]):
     def _photo(self, record: SampleRecord) -> Photo:
         data = self._read(record)
         words = json.loads(data["json"])
-        mask = np.asarray(Image.open(io.BytesIO(data["mask.png"]))) > 0
-        picture = Image.open(io.BytesIO(data[self.manifest["image_format"]]))
-        image = np.array(picture.convert("RGB"))
-        if self.manifest["role"] == UNLABELED:
+        cond, image = (_decode(data.get(name)) for name in ("cond.png", self.manifest["image_format"]))
+        if cond is None:
+            mask = np.asarray(Image.open(io.BytesIO(data["mask.png"]))) > 0
+        else:
+            mask = np.ones(cond.shape[:2], bool)
+        if image is None:
+            image = np.full((*mask.shape, 3), HOLE_FILL, np.uint8)
+        elif self.manifest["role"] == UNLABELED:
             image = fill_hole(image, mask)
-        return Photo(record["key"], image, mask, words["prompt"], words["global_prompt"], words["meta"])
+        return Photo(record["key"], image, mask, words["prompt"], words["global_prompt"], words["meta"], cond)
 
     def _read(self, record: SampleRecord) -> dict[str, bytes]:
         """The checked bytes of each member."""

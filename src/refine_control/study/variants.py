@@ -62,7 +62,7 @@ def build_variant(
         words = reworded(
             [_worded(shards[n]) for n in range(count)], variant.prompts, derive_seed("variants", variant.prompts)
         )
-        writer = ShardWriter(out, role)
+        writer = ShardWriter(out, role, condition=shards.condition)
         for number in range(count):
             photo = shards[number]
             image = _blurred(photo.image) if variant.blurred else photo.image
