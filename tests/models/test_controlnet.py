@@ -27,11 +27,18 @@ MASK = torch.zeros(2, 1, 64, 64)
 MASK[0, :, 8:30, 10:40], MASK[1, :, 40:, :9] = 1, 1
 LATENTS = torch.randn(2, 16, 8, 8, generator=GENERATOR)
 EMBEDS = torch.randn(2, 18, 64, generator=GENERATOR)
+POOLED = torch.randn(2, 64, generator=GENERATOR)
 SIGMAS = torch.tensor([0.3, 0.8])
 
 
 def residuals_of(controlnet, **changed):
-    given = {"noisy_latents": LATENTS, "sigmas": SIGMAS, "prompt_embeds": EMBEDS, "pooled_width": 64, **changed}
+    given = {
+        "noisy_latents": LATENTS,
+        "sigmas": SIGMAS,
+        "prompt_embeds": EMBEDS,
+        "pooled_prompt_embeds": POOLED,
+        **changed,
+    }
     return control_residuals(controlnet, cond=control_cond(LATENTS, MASK), **given)
 
 

@@ -57,7 +57,7 @@ def network_results(backbone, student, dtype):
     generator = torch.Generator().manual_seed(3)
     noisy, cond = (torch.randn(3, n, 8, 8, generator=generator) for n in (16, 17))
     sigmas, (embeds, pooled) = torch.tensor([0.1, 0.5, 0.9]), backbone.encode_prompts(["a red circle"] * 3)
-    residuals = control_residuals(controlnet, noisy, sigmas, embeds, cond, backbone.pooled_width)
+    residuals = control_residuals(controlnet, noisy, sigmas, embeds, cond, pooled)
     velocity = predict_velocity(transformer, noisy, sigmas, embeds, pooled, residuals)
     sum(out.float().square().mean() for out in (*residuals, velocity)).backward()
     grads = [p.grad.flatten().float() for p in controlnet.parameters() if p.grad is not None]

@@ -48,7 +48,7 @@ def test_sizes_that_are_not(size, word):
         {"num_attention_heads": 38},
         {"joint_attention_dim": None},
         {"pooled_projection_dim": 768},
-        {"extra_conditioning_channels": 0},
+        {"extra_conditioning_channels": 2},
         {"num_layers": 24},
         {"pos_embed_max_size": 96},
     ],

@@ -35,7 +35,7 @@ def answers(transformer, controlnet, count=2, scale=0.9, injection="exact"):
     noisy, cond = (torch.randn(count, c, size, size, generator=generator) for c in (channels, channels + 1))
     embeds = torch.randn(count, 5, width, generator=generator)
     pooled, sigmas = torch.randn(count, pooled_width, generator=generator), torch.rand(count, generator=generator)
-    residuals = control_residuals(controlnet, noisy, sigmas, embeds, cond, pooled_width, scale)
+    residuals = control_residuals(controlnet, noisy, sigmas, embeds, cond, pooled, scale)
     velocity = predict_velocity(transformer, noisy, sigmas, embeds, pooled, residuals, injection)
     alone = predict_velocity(transformer, noisy, sigmas, embeds, pooled)
     return [part.float() for part in (*residuals, velocity, alone)]

@@ -23,7 +23,7 @@ from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import Spread, Timing, interleaved, ratio
 from refine_control.models.backbone import Backbone
-from refine_control.models.controlnet import build_student
+from refine_control.models.controlnet import build_student, join
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device, device_name
 from refine_control.models.fit import check_controlnet
@@ -96,6 +96,7 @@ def _networks(
     else:
         loaded = load_controlnet(student)
         check_controlnet(loaded.config, backbone.transformer.config, student)
+        join(loaded, backbone.transformer)
     networks = {TEACHER: teacher, STUDENT: loaded.requires_grad_(False).eval()}
     in_precision(precision, backbone, *networks.values())
     fast, of_fast = copy.copy(backbone), copy.deepcopy(networks)

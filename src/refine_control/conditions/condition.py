@@ -20,7 +20,6 @@ import numpy as np
 
 from refine_control import conditions
 from refine_control.errors import InvalidInputError
-from refine_control.models.controlnet_options import own_condition
 from refine_control.records import INPAINT, Photo
 
 if TYPE_CHECKING:  # imported where it is used: workers that prepare pictures need none
@@ -62,6 +61,11 @@ def find_condition(name: str) -> Condition:
     if name not in condition_names():
         raise InvalidInputError(f"there is no condition {name!r}; choose one of {', '.join(condition_names())}")
     return import_module(f"{__package__}.{name}").CONDITION
+
+
+def own_condition(controlnet: Mapping[str, Any]) -> str | None:
+    """The kind of condition that a ControlNet of this config takes; None where it does not say."""
+    return controlnet.get("condition") or (INPAINT if controlnet["extra_conditioning_channels"] == 1 else None)
 
 
 def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | Path) -> None:

@@ -212,7 +212,7 @@ class TeacherObjective(StageObjective):
         with torch.no_grad():
             embeds, pooled = encode_prompts(self.pipeline, draw_prompts(batch, draw), 0)
         cond = control_cond(batch.cond_latents, batch.mask)
-        residuals = control_residuals(self.controlnet, at.noisy_latents, at.sigmas, embeds, cond, pooled.shape[-1])
+        residuals = control_residuals(self.controlnet, at.noisy_latents, at.sigmas, embeds, cond, pooled)
         residuals = self.controlled(residuals, draw)
         predicted = predict_velocity(self.pipeline.transformer, at.noisy_latents, at.sigmas, embeds, pooled, residuals)
         return weighted_losses(predicted.float() - at.target, batch.mask, INSIDE_WEIGHT)

@@ -99,10 +99,6 @@ class Backbone:
         return len(self.transformer.transformer_blocks)
 
     @property
-    def pooled_width(self) -> int:
-        return self.transformer.config["pooled_projection_dim"]
-
-    @property
     def shift(self) -> float:
         """The scheduler's sigma shift."""
         return self.pipeline.scheduler.config["shift"]

@@ -37,8 +37,8 @@ _UNSEEN = {
     "FlowMatchEulerDiscreteScheduler": ("shift",),
 }
 """Options that a config must state: their defaults may be another model's, and no shape would show it."""
-_DEFAULTS = {"SD3ControlNetModel": {"extra_conditioning_channels": 1}}
-"""Of options that published configs leave out (docs/paper.md, trap 6)."""
+_CONDITION = "pos_embed_input.proj.weight"
+"""What an SD3 ControlNet reads its condition with: (D, channels, patch, patch)."""
 
 
 class Header(NamedTuple):
@@ -229,12 +229,15 @@ def load_network(component: Any, folder: Path, dtype: torch.dtype = torch.float3
     disagree."""
     from accelerate import init_empty_weights
 
-    path, config = folder / "config.json", {**_DEFAULTS.get(component.__name__, {}), **read_config(component, folder)}
+    path, config = folder / "config.json", dict(read_config(component, folder))
     of_transformers = hasattr(component, "config_class")
     stem = "model" if of_transformers else "diffusion_pytorch_model"
     headers = read_headers(find_weights(folder, stem))
     if deep := [n for n, v in config.items() if "layers" in n and isinstance(v, int) and v > max(1, len(headers))]:
         raise InvalidInputError(f"{path}: {deep[0]} is {config[deep[0]]}, more layers than {folder} holds tensors")
+    if component.__name__ == "SD3ControlNetModel" and _CONDITION in headers:  # published configs may leave it out
+        extra = headers[_CONDITION].shape[1] - config.get("in_channels", 16)
+        config.setdefault("extra_conditioning_channels", max(0, extra))
     advice = "use the config that belongs to these weights"
     with _refused(f"{path} does not describe a {component.__name__}", advice), torch.device("meta"):
         network = _build(component, config)

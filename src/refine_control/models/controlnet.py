@@ -17,6 +17,8 @@ from torch import nn
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, layer_of_site, sites_of_layer
 from refine_control.models.devices import first_weight
+from refine_control.models.families import find_family
+from refine_control.models.families.sd3 import reads_pooled
 from refine_control.models.packed import packed
 from refine_control.records import INPAINT
 
@@ -24,6 +26,12 @@ ControlNet = SD3ControlNetModel
 """Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
 StudentInit = Literal["transformer", "teacher", "random"]
 _forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long timesteps and promise one tensor
+ADDED_OPTIONS = ("layer_of_site", "condition_shift", "condition")
+"""Of a config, which stock does not know and leaves alone: the layer of each site, what `takes_shift` says, and the
+kind of condition (`conditions.condition.own_condition`)."""
+_EMBEDDERS = ("pos_embed", "time_text_embed", "context_embedder")
+_KIND = ("joint_attention_dim", "use_pos_embed", "pos_embed_type", "qk_norm", "force_zeros_for_pooled_projection")
+"""Options of a teacher that its students have."""
 _NO_GRADIENT = ("attn.to_add_out.", "ff_context.")
 """Of the last block: its text stream is read by nobody, so these never get a gradient."""
 
@@ -39,6 +47,21 @@ def place(controlnet: SD3ControlNetModel, layers: Sequence[int] | None) -> None:
     """Gives a ControlNet a map of its own, the layer of each injection site; None leaves it as it is."""
     if layers is not None:
         controlnet.register_to_config(layer_of_site=layers)
+
+
+def equal_layer_of_site(num_layers: int, transformer: SD3Transformer2DModel) -> list[int]:
+    """The layer of each injection site for a ControlNet of the transformer's family without a map by relevance."""
+    return find_family(transformer.config).sites[0].layer_of_site(num_layers)
+
+
+def join(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> None:
+    """Gives a ControlNet what its family takes from the transformer: a map where the family's groups are not the even
+    ones, and positions where it has no table (they stay the transformer's: neither saved nor trained with it)."""
+    layers = equal_layer_of_site(len(controlnet.controlnet_blocks), transformer)
+    if own_layer_of_site(controlnet) is None and layers != layer_of_site(max(layers) + 1, len(layers)):
+        place(controlnet, layers)
+    if not controlnet.config["use_pos_embed"]:
+        controlnet.__dict__["pos_embed"] = transformer.pos_embed  # no submodule, as stock's copy would be
 
 
 def injection_of(controlnet: SD3ControlNetModel, injection: Injection = "exact") -> Injection | list[int]:
@@ -57,19 +80,21 @@ def control_residuals(
     sigmas: torch.Tensor,
     prompt_embeds: torch.Tensor,
     cond: torch.Tensor,
-    pooled_width: int,
+    pooled_prompt_embeds: torch.Tensor,
     conditioning_scale: float = 1.0,
 ) -> list[torch.Tensor]:
     """The L residuals (B,N,D) after the zero-linears, before injection.
 
-    The pooled projection is zeros, as the inpainting pipeline feeds it (docs/paper.md, trap 1)."""
-    dtype = first_weight(controlnet).dtype
+    As stock feeds it, a ControlNet reads the pooled projection (B,D_pooled) or zeros of its shape (docs/paper.md,
+    trap 1), and the prompt's embeddings or, with a single stream, none."""
+    dtype, config = first_weight(controlnet).dtype, controlnet.config
+    zeros = torch.zeros(len(cond), pooled_prompt_embeds.shape[-1], dtype=dtype, device=cond.device)
     return (packed(controlnet) or partial(_forward, controlnet))(
         hidden_states=noisy_latents.to(dtype),
         controlnet_cond=cond.to(dtype),
         conditioning_scale=conditioning_scale,
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        pooled_projections=torch.zeros(len(cond), pooled_width, dtype=dtype, device=cond.device),
+        encoder_hidden_states=None if config["joint_attention_dim"] is None else prompt_embeds.to(dtype),
+        pooled_projections=pooled_prompt_embeds.to(dtype) if reads_pooled(config) else zeros,
         timestep=sigmas * 1000,
         return_dict=False,
     )[0]
@@ -94,6 +119,7 @@ def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injecti
     """The same module (same parameters) as an InjectedControlNet for a transformer of `num_blocks`."""
     shallow = cast(Any, copy.copy(controlnet))
     shallow.__class__ = InjectedControlNet
+    shallow._modules = dict(controlnet._modules)  # stock pipelines add positions
     shallow.injection, shallow.num_blocks = injection_of(controlnet, injection), num_blocks
     return shallow
 
@@ -114,26 +140,56 @@ def refuse_num_layers(num_layers: int, transformer: SD3Transformer2DModel) -> No
         raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")
 
 
-def from_transformer(
-    transformer: SD3Transformer2DModel, num_layers: int, extra_channels: int = 1
+def _new(
+    transformer: SD3Transformer2DModel,
+    num_layers: int,
+    extra_channels: int,
+    dual_attention_layers: Sequence[int],
+    teacher: SD3ControlNetModel | None,
 ) -> SD3ControlNetModel:
-    """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero.
+    """A ControlNet of the transformer's sizes and of the teacher's kind, untrained.
 
     Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (docs/paper.md,
     trap 4). Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
     refuse_num_layers(num_layers, transformer)
     known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
     config = {k: v for k, v in dict(transformer.config).items() if k in known}
-    config |= {
-        "num_layers": num_layers,
-        "extra_conditioning_channels": extra_channels,
-        "dual_attention_layers": tuple(i for i in config.get("dual_attention_layers") or () if i < num_layers),
-    }
-    controlnet = SD3ControlNetModel(**config)
-    for part in ("pos_embed", "time_text_embed", "context_embedder"):
-        getattr(controlnet, part).load_state_dict(getattr(transformer, part).state_dict())
-    for copied, block in zip(controlnet.transformer_blocks, transformer.transformer_blocks, strict=False):
-        copied.load_state_dict(block.state_dict())
+    config |= {} if teacher is None else {key: teacher.config[key] for key in _KIND}
+    config |= {"num_layers": num_layers, "extra_conditioning_channels": extra_channels}
+    controlnet = SD3ControlNetModel(**{**config, "dual_attention_layers": tuple(dual_attention_layers)})
+    if teacher is not None and (shift := teacher.config.get("condition_shift")) is not None:
+        controlnet.register_to_config(condition_shift=shift)
+    return controlnet
+
+
+def _copy(network: Any, controlnet: SD3ControlNetModel, parts: Sequence[str], layers: Sequence[int]) -> None:
+    """Copies `parts` of a transformer or ControlNet, and blocks: the one of each of the ControlNet's layers.
+
+    A single stream takes the image's stream of a block with two."""
+    for part in parts:
+        if (copied := getattr(controlnet, part)) is not None:
+            copied.load_state_dict(getattr(network, part).state_dict())
+    for copied, layer in zip(controlnet.transformer_blocks, layers, strict=True):
+        block = network.transformer_blocks[layer]
+        single = type(copied) is not type(block)
+        weights, names = block.state_dict(), copied.state_dict().keys()
+        copied.load_state_dict({name: weights[name] for name in names} if single else weights)
+
+
+def from_transformer(
+    transformer: SD3Transformer2DModel,
+    num_layers: int,
+    extra_channels: int = 1,
+    teacher: SD3ControlNetModel | None = None,
+) -> SD3ControlNetModel:
+    """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero; of the teacher's kind.
+
+    Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
+    first = range(num_layers)
+    dual = [layer for layer in transformer.config["dual_attention_layers"] or () if layer in first]
+    controlnet = _new(transformer, num_layers, extra_channels, dual, teacher)
+    _copy(transformer, controlnet, _EMBEDDERS, first)
+    join(controlnet, transformer)
     return controlnet
 
 
@@ -150,25 +206,37 @@ def build_student(
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
     each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears. `layers` is
-    the map of its own (`place`)."""
+    the map of its own (`place`). Raises InvalidInputError as `from_transformer`."""
     extra = int(condition == INPAINT) if teacher is None else teacher.config["extra_conditioning_channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = from_transformer(transformer.float(), num_layers, extra)
+        if init == "teacher":
+            assert teacher is not None
+            student = _from_teacher(transformer, teacher, num_layers, layers)
+        else:
+            student = from_transformer(transformer.float(), num_layers, extra, teacher)
         if init == "random":
             student = cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
     place(student, layers)
     if condition != INPAINT:
         student.register_to_config(condition=condition)
-    if init == "teacher":
-        assert teacher is not None
-        for part in ("pos_embed", "time_text_embed", "context_embedder", "pos_embed_input"):
-            getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
-        sites = len(transformer.transformer_blocks) - 1
-        for layer, group in enumerate(site_groups(student, sites)):
-            source = group[-1] * len(teacher.transformer_blocks) // sites
-            student.transformer_blocks[layer].load_state_dict(teacher.transformer_blocks[source].state_dict())
-            student.controlnet_blocks[layer].load_state_dict(teacher.controlnet_blocks[source].state_dict())
+    join(student, transformer)
+    return student
+
+
+def _from_teacher(
+    transformer: SD3Transformer2DModel, teacher: SD3ControlNetModel, num_layers: int, layers: Sequence[int] | None
+) -> SD3ControlNetModel:
+    """The teacher's embedders and the last layer of each group; dual attention is where those layers have it."""
+    refuse_num_layers(num_layers, transformer)
+    groups = sites_of_layer(layers or equal_layer_of_site(num_layers, transformer))
+    of_site = own_layer_of_site(teacher) or equal_layer_of_site(len(teacher.controlnet_blocks), transformer)
+    sources = [of_site[group[-1]] for group in groups]
+    dual = [layer for layer, source in enumerate(sources) if source in teacher.config["dual_attention_layers"]]
+    student = _new(transformer, num_layers, teacher.config["extra_conditioning_channels"], dual, teacher)
+    _copy(teacher, student, (*_EMBEDDERS, "pos_embed_input"), sources)
+    for copied, source in zip(student.controlnet_blocks, sources, strict=True):
+        copied.load_state_dict(teacher.controlnet_blocks[source].state_dict())
     return student
 
 

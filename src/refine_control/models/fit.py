@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from refine_control.errors import InvalidInputError
 from refine_control.injection import is_layer_of_site
+from refine_control.models.families import find_family
 
 _LEGACY_END = 2
 """`eos_token_id` of CLIP configs that were written wrongly once; transformers then takes the largest token."""
@@ -50,15 +51,12 @@ def geometry(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Geometry
 def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:
     """Raises InvalidInputError where a ControlNet of this config does not fit the transformer; both are configs."""
     part, other = f"the ControlNet of {name}", "the transformer"
-    for key in ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"):
+    family = find_family(transformer, controlnet, name)
+    text = ("joint_attention_dim",) if family.text else ()
+    for key in ("in_channels", "patch_size", *text, "pooled_projection_dim"):
         _check(part, key, controlnet[key], other, transformer[key])
     inner, outer = (each["attention_head_dim"] * each["num_attention_heads"] for each in (controlnet, transformer))
     _check(part, "width", inner, other, outer)
-    if controlnet["extra_conditioning_channels"] not in (0, 1):
-        raise InvalidInputError(
-            f"{part} reads {controlnet['extra_conditioning_channels']} channels beside the latents; one that inpaints "
-            "reads 1, the mask, and others none"
-        )
     if controlnet["num_layers"] >= transformer["num_layers"]:
         raise InvalidInputError(
             f"{part} has {controlnet['num_layers']} layers for a transformer of {transformer['num_layers']}, which "
@@ -71,7 +69,8 @@ def check_controlnet(controlnet: Mapping[str, Any], transformer: Mapping[str, An
             "copy its folder again"
         )
     sizes = [each.get("pos_embed_max_size") for each in (controlnet, transformer)]
-    _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=(sizes[0] or 0) >= (sizes[1] or 0))
+    fits = not family.own_positions or (sizes[0] or 0) >= (sizes[1] or 0)
+    _check(part, "pos_embed_max_size", sizes[0], other, sizes[1], fits=fits)
 
 
 def check_transformer(student: Mapping[str, Any], transformer: Mapping[str, Any], name: str | Path) -> None:

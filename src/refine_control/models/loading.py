@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -28,8 +28,7 @@ from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
-from refine_control.models.controlnet import own_layer_of_site, place
-from refine_control.models.controlnet_options import CONDITION
+from refine_control.models.controlnet import ADDED_OPTIONS, join, own_layer_of_site
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
@@ -82,7 +81,7 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
 
     One that was trained with a transformer is refused unless the caller loads the `own_transformer` too.
 
-    A config without `extra_conditioning_channels` (the published teacher's; docs/paper.md, trap 6) gets 1.
+    A config without `extra_conditioning_channels` (docs/paper.md, trap 6) gets those of its weights.
     Raises MissingError for files that are not there, InvalidInputError when config and weights disagree or a weight is
     not finite, DamagedError where a file is not the one that was saved."""
     path = resolve(folder)
@@ -99,12 +98,10 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
 
 
 def _load_placed(folder: Path) -> SD3ControlNetModel:
-    """The ControlNet in a folder with its own map of sites, where it has one."""
+    """The ControlNet in a folder, its config with the options that stock does not know."""
     controlnet = load_network(SD3ControlNetModel, folder)
-    config = read_config(SD3ControlNetModel, folder)
-    place(controlnet, config.get("layer_of_site"))
-    if CONDITION in config:
-        controlnet.register_to_config(condition=config[CONDITION])
+    stated = read_config(SD3ControlNetModel, folder)
+    controlnet.register_to_config(**{name: stated[name] for name in ADDED_OPTIONS if stated.get(name) is not None})
     return controlnet
 
 
@@ -116,7 +113,9 @@ def load_student(backbone: Backbone, folder: str | Path, name: str | Path = "") 
     InvalidInputError for a student of another model."""
     controlnet = load_controlnet(folder, own_transformer=True)
     check_controlnet(controlnet.config, backbone.transformer.config, name or folder)
-    return _around_own(backbone, folder), controlnet
+    around = _around_own(backbone, folder)
+    join(controlnet, around.transformer)
+    return around, controlnet
 
 
 def load_painter(
@@ -125,7 +124,9 @@ def load_painter(
     """A model that need not have a ControlNet, with one from a folder as `load_student` gives it; None: the model's."""
     loaded = load_controlnet(controlnet, own_transformer=True) if controlnet else None
     backbone = load_backbone(model, loaded, device=device)
-    return _around_own(backbone, controlnet) if controlnet else backbone, backbone.pipeline.controlnet
+    around = _around_own(backbone, controlnet) if controlnet else backbone
+    join(backbone.pipeline.controlnet, around.transformer)
+    return around, backbone.pipeline.controlnet
 
 
 def _around_own(backbone: Backbone, folder: str | Path) -> Backbone:
@@ -265,6 +266,8 @@ def load_pipeline(
         controlnet = _load_placed(path / "controlnet")
     components["controlnet"] = controlnet
     check_neighbours(components, path)
+    if controlled:
+        join(cast(SD3ControlNetModel, controlnet), components["transformer"])
     return StableDiffusion3ControlNetInpaintingPipeline(**components)
 
 

@@ -256,7 +256,7 @@ def sampling_path(
         times, scale = len(embeds) // len(at), sampler.conditioning_scale
         at, around = at.repeat(times, 1, 1, 1), cond.repeat(times, 1, 1, 1)
         sigmas = sigma.expand(len(at))
-        residuals = control_residuals(controlnet, at, sigmas, embeds, around, backbone.pooled_width, scale)
+        residuals = control_residuals(controlnet, at, sigmas, embeds, around, pooled, scale)
         return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, injection).float()
 
     for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler))):

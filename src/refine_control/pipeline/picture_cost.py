@@ -44,7 +44,7 @@ def painting_parts(backbone: Backbone, controlnet: Any, batch: int = 1) -> dict[
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
-        residuals = control_residuals(controlnet, latents, sigmas, embeds, cond, backbone.pooled_width)
+        residuals = control_residuals(controlnet, latents, sigmas, embeds, cond, pooled)
         return predict_velocity(backbone.transformer, latents, sigmas, embeds, pooled, residuals)
 
     return {

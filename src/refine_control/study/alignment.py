@@ -131,8 +131,8 @@ def _points(backbone: Backbone, photos: Sequence[Photo], seed: int, first: int) 
 
 def _residuals(backbone: Backbone, controlnet: Any, points: _Points) -> list[torch.Tensor]:
     """(n, P, D) of each layer, on the CPU."""
-    noisy, sigmas, prompts, _, cond = points
-    residuals = control_residuals(controlnet, noisy, sigmas, prompts, cond, backbone.pooled_width)
+    noisy, sigmas, prompts, pooled, cond = points
+    residuals = control_residuals(controlnet, noisy, sigmas, prompts, cond, pooled)
     return [residual.cpu() for residual in residuals]
 
 

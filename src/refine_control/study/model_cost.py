@@ -41,7 +41,7 @@ def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
 
     @torch.no_grad()
     def controlled() -> list[torch.Tensor]:
-        return control_residuals(controlnet, noisy, sigmas, embeds, cond, backbone.pooled_width)
+        return control_residuals(controlnet, noisy, sigmas, embeds, cond, pooled)
 
     @torch.no_grad()
     def whole() -> torch.Tensor:

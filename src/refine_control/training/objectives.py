@@ -173,7 +173,7 @@ class Networks:
             at.sigmas,
             batch.prompt_embeds,
             control_cond(batch.cond_latents, batch.mask),
-            self.backbone.pooled_width,
+            batch.pooled_prompt_embeds,
             self.conditioning_scale,
         )
 

@@ -51,7 +51,7 @@ def measure_sites(backbone: Backbone, teacher: ControlNet, batch: Batch, draw: D
         part = batch.take(rows)
         at = noised(part.latents, draw._replace(slots=part.slots), sigmas, backbone.shift if shift is None else shift)
         point, cond = (at.noisy_latents, at.sigmas, part.prompt_embeds), control_cond(part.cond_latents, part.mask)
-        residuals = control_residuals(teacher, *point, cond, backbone.pooled_width)
+        residuals = control_residuals(teacher, *point, cond, part.pooled_prompt_embeds)
         at_sites = expand_residuals(residuals, blocks, injection_of(teacher))[:-1]
         velocity = partial(predict_velocity, backbone.transformer, *point, part.pooled_prompt_embeds)
         exact, share = velocity(at_sites).float(), len(rows) / count

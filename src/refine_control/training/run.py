@@ -29,7 +29,13 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CACHE, A_CONTROLNET, refuse_other_kind
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import packaged
-from refine_control.models.controlnet import ControlNet, build_student, own_layer_of_site, refuse_num_layers
+from refine_control.models.controlnet import (
+    ControlNet,
+    build_student,
+    equal_layer_of_site,
+    own_layer_of_site,
+    refuse_num_layers,
+)
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
@@ -106,7 +112,8 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
             f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
             f"{recipe.student.num_layers}; make them agree"
         )
-    if (placement := "equal" if own_layer_of_site(student) is None else "relevance") != config.placement:
+    equal = own_layer_of_site(student) in (None, equal_layer_of_site(config.num_layers, backbone.transformer))
+    if (placement := "equal" if equal else "relevance") != config.placement:
         raise InvalidInputError(
             f"init_from {recipe.init_from} has the placement {placement} and student.placement is {config.placement}; "
             "make them agree"
