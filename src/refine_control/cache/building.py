@@ -22,12 +22,21 @@ from refine_control.cache.compact import Layout, Packed, find_layout, pack, rela
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.stored import SAMPLES, Posterior, PromptStorage, Stored, numbered_prompts, row_groups
 from refine_control.cache.writer import CacheWriter, to_numpy
-from refine_control.conditions.condition import INPAINT, control_cond, find_condition, mask_at_latents, show
+from refine_control.conditions.condition import (
+    INPAINT,
+    check_condition,
+    control_cond,
+    find_condition,
+    has_region,
+    mask_at_latents,
+    show,
+)
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind
 from refine_control.models.backbone import Backbone, by_parts
 from refine_control.models.devices import best_device, pictures_at_once
+from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.fit import geometry
 from refine_control.models.loading import load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
@@ -64,6 +73,14 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
             geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
+def condition_shift(backbone: Backbone, condition: str) -> bool:
+    """Whether the VAE's shift is taken off the latents of a condition: as the model's ControlNet has it, where that
+    takes the condition, else as stock has it for one that reads no pooled projection."""
+    controlnet, region = backbone.pipeline.controlnet, find_condition(condition).region
+    fits = controlnet is not None and has_region(controlnet.config) == region
+    return takes_shift(controlnet.config) if controlnet is not None and fits else region
+
+
 def write_cache(
     photos: Sequence[Photo],
     out: Path,
@@ -90,7 +107,10 @@ def write_cache(
     refuse_sizes(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
     described = {"kind": "cache", "role": role, "count": len(photos), "source": source, **options.described()}
-    described["condition"] = condition
+    described["condition"], teacher = condition, backbone.pipeline.controlnet
+    if teacher is not None and options.completions is not None:
+        check_condition(teacher.config, condition, "the model, which paints the completions,")
+    described["shift"] = condition_shift(backbone, condition)
     described["model"] = model_mark(backbone)
     if options.completions is not None:
         described["teacher"] = teacher_mark(backbone)
@@ -226,7 +246,7 @@ def build_cache(source: Path, out: Path, backbone: Backbone, progress: Progress 
 
 
 @torch.no_grad()
-def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_posterior(vae: Any, pixel_values: torch.Tensor, shift: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,3,H,W) in [-1, 1] -> mean and standard deviation of the latents (B,16,h,w), shifted and scaled.
 
     The mean is that of `Backbone.encode_images`, bit for bit."""
@@ -234,7 +254,8 @@ def encode_posterior(vae: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor
     def both(pixels: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         factor = vae.config["scaling_factor"]
-        return torch.cat([(posterior.mean - vae.config["shift_factor"]) * factor, posterior.std * factor], 1)
+        mean = posterior.mean - vae.config["shift_factor"] * shift
+        return torch.cat([mean * factor, posterior.std * factor], 1)
 
     mean, std = by_parts(vae, both, pixel_values).chunk(2, 1)
     return mean, std
@@ -248,11 +269,11 @@ def write_pictures(
 
     With the posterior mean_std `cond_latents_std` and `latents_std` as well."""
 
-    def put_latents(name: str, rows: range, pixels: torch.Tensor) -> torch.Tensor:
+    def put_latents(name: str, rows: range, pixels: torch.Tensor, shift: bool = True) -> torch.Tensor:
         if stored.posterior == "mean":
-            latents = backbone.encode_images(pixels)
+            latents = backbone.encode_images(pixels, shift)
         else:
-            latents, std = encode_posterior(backbone.vae, pixels)
+            latents, std = encode_posterior(backbone.vae, pixels, shift)
             writer.put_sized(f"{name}_std", rows, to_numpy(std, stored.dtype))
         writer.put_sized(name, rows, to_numpy(latents, stored.dtype))
         return latents
@@ -260,7 +281,7 @@ def write_pictures(
     def batch(rows: range) -> None:
         chunk = [photo(row) for row in rows]
         pixels, mask = show(chunk).tensors()
-        latents = put_latents("cond_latents", rows, pixels)
+        latents = put_latents("cond_latents", rows, pixels, bool(writer.described["shift"]))
         if mask is not None:
             writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
         if role != UNLABELED:

@@ -48,6 +48,8 @@ class Cache:
                 "earlier version; make it again"
             )
         self.folder, self.role = folder, self.manifest["role"]
+        self.shift = bool(self.manifest.get("shift", True))
+        """Whether the VAE's shift is taken off the condition's latents."""
         self.condition = str(self.manifest.get("condition", INPAINT))
         self.bfloat16 = self.manifest["dtype"] == "bfloat16"
         self.arrays = {Path(n).stem: _open_array(folder / n) for n in self.manifest["files"] if n.endswith(".npy")}

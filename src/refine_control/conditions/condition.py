@@ -68,6 +68,11 @@ def own_condition(controlnet: Mapping[str, Any]) -> str | None:
     return controlnet.get("condition") or (INPAINT if controlnet["extra_conditioning_channels"] == 1 else None)
 
 
+def has_region(controlnet: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet of this config reads a mask."""
+    return bool(controlnet["extra_conditioning_channels"])
+
+
 def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | Path) -> None:
     """Raises InvalidInputError where a ControlNet of this config, called `name`, does not take a condition."""
     own, channels = own_condition(controlnet), controlnet["extra_conditioning_channels"]

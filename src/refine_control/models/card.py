@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.hub import folder_of
+from refine_control.records import INPAINT
 from refine_control.storage import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -110,35 +111,42 @@ def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str
     loading = [] if backbone.pipeline.text_encoder_3 is not None else ["text_encoder_3=None", "tokenizer_3=None"]
     calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if even and sampler.stochastic else []
     calling += [f"max_sequence_length={backbone.max_sequence_length}"]
+    if card.condition == INPAINT:
+        words = {"pipe": "StableDiffusion3ControlNetInpaintingPipeline", "purpose": "inpainting"}
+        shown = "control_image=IMAGE,\n    control_mask=MASK,  # white = inpaint"
+    else:
+        words = {"pipe": "StableDiffusion3ControlNetPipeline", "purpose": f"the condition {card.condition}"}
+        shown = "control_image=CONDITION_PICTURE,"
     lines = {"loading": loading, "calling": calling}
     more = {name: "".join(f"    {line},\n" for line in each) for name, each in lines.items()}
     more["warning"] = f"\nWarning: {warning}.\n" * bool(warning)
-    write_atomic(folder / "README.md", _README.format(card=card, sampler=sampler, kind=kind, **more))
+    write_atomic(
+        folder / "README.md", _README.format(card=card, sampler=sampler, kind=kind, **more, **words, shown=shown)
+    )
 
 
 _README = """---
 library_name: diffusers
 ---
-A ControlNet for inpainting with Stable Diffusion 3 in few steps, trained by refine-control.
+A ControlNet for {purpose} with Stable Diffusion 3, trained by refine-control.
 
 - sampling steps: {sampler.num_inference_steps}, at most {card.most_steps}
 - guidance scale: {sampler.guidance_scale:g}; distilled in: {card.distilled_guidance:g} (1 is none)
 
-`refine-control inpaint --controlnet FOLDER` reads this from `refine_control.json`. In diffusers, with this folder as
+`refine-control` reads this from `refine_control.json`. In diffusers, with this folder as
 FOLDER and the model that it was trained for as MODEL:
 {warning}
 ```python
-from diffusers import {kind}, SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
+from diffusers import {kind}, SD3ControlNetModel, {pipe}
 
-pipeline = StableDiffusion3ControlNetInpaintingPipeline.from_pretrained(
+pipeline = {pipe}.from_pretrained(
     MODEL,
     controlnet=SD3ControlNetModel.from_pretrained(FOLDER),
     scheduler={kind}.from_pretrained(FOLDER, subfolder="scheduler"),
 {loading})
 picture = pipeline(
     prompt=PROMPT,
-    control_image=IMAGE,
-    control_mask=MASK,  # white = inpaint
+    {shown}
     num_inference_steps={sampler.num_inference_steps},
     guidance_scale={sampler.guidance_scale:g},
     controlnet_conditioning_scale={sampler.conditioning_scale:g},

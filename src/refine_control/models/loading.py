@@ -33,6 +33,7 @@ from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
 from refine_control.models.own_transformer import load_own_transformer, own_folder, save_own_transformer
+from refine_control.records import INPAINT
 from refine_control.storage import MANIFEST, publish_folder, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ def save_controlnet(
         if own_transformer is not None:
             save_own_transformer(own_transformer, temporary)
         if card is not None and backbone is not None:
+            card = card.model_copy(update={"condition": controlnet.config.get("condition", INPAINT)})
             write_card(temporary, card, backbone, warning)
 
 

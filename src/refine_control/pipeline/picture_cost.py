@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from refine_control.conditions.condition import control_cond
+from refine_control.conditions.condition import control_cond, has_region
 from refine_control.config import SamplerConfig
 from refine_control.metrics.cost import count_flops
 from refine_control.models.backbone import Backbone, predict_velocity
@@ -39,7 +39,8 @@ def painting_parts(backbone: Backbone, controlnet: Any, batch: int = 1) -> dict[
     with torch.no_grad():
         latents, (embeds, pooled) = backbone.encode_images(pixels).float(), backbone.encode_prompts(prompts)
     latents, sigmas = latents.to(device), torch.ones(1, device=device).expand(batch)
-    cond = control_cond(latents, torch.zeros(batch, 1, side, side, device=device))
+    mask = torch.zeros(batch, 1, side, side, device=device) if has_region(controlnet.config) else None
+    cond = control_cond(latents, mask)
     controlnet.to(device)
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from refine_control.conditions.condition import Shown, has_region
 from refine_control.config import Precision, SamplerConfig
 from refine_control.metrics.cost import (
     CountedCost,
@@ -23,7 +24,7 @@ from refine_control.models.controlnet import ControlNet, control_residuals
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, load_painter, load_student
-from refine_control.pipeline.painting import make_pipeline, run_pipeline
+from refine_control.pipeline.painting import paint
 from refine_control.study.plan import TEACHER
 
 
@@ -68,10 +69,10 @@ def _sample_once(model: str, folder: str | Path | None, precision: Precision) ->
     backbone, controlnet = load_painter(model, folder, best_device())
     in_precision(precision, backbone, controlnet)
     side = backbone.geometry.side
-    image, mask = np.full((side, side, 3), 128, np.uint8), np.zeros((side, side), bool)
-    mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    pipeline = make_pipeline(backbone, controlnet)
-    run_pipeline(pipeline, backbone, image, mask, "a red circle", SamplerConfig(num_inference_steps=2))
+    image, mask = np.full((1, side, side, 3), 128, np.uint8), np.zeros((1, side, side), bool)
+    mask[:, side // 4 : side // 2, side // 4 : side // 2] = True
+    shown = Shown(image, mask if has_region(controlnet.config) else None)
+    paint(backbone, controlnet, shown, ["a red circle"], SamplerConfig(num_inference_steps=2))
 
 
 class Models(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from refine_control.cache.building import refuse_sizes
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.reader import Cache
+from refine_control.conditions.condition import INPAINT, check_condition, find_condition, own_condition
 from refine_control.config import (
     DataConfig,
     ObjectiveConfig,
@@ -38,6 +39,7 @@ from refine_control.models.controlnet import (
 )
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.devices import best_device
+from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
 from refine_control.models.own_transformer import LORA, own_folder, set_lora, trainable_copy
 from refine_control.models.prompt_memory import PromptMemory
@@ -103,7 +105,8 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
     config = recipe.student
     if recipe.init_from is None:
         start = config.num_layers, config.init, config.seed, _placement(recipe, backbone, device)
-        student = build_student(backbone.transformer, backbone.pipeline.controlnet, *start)
+        named = _condition(recipe, backbone)
+        student = build_student(backbone.transformer, backbone.pipeline.controlnet, *start, condition=named)
         return _trainable(recipe, backbone, backbone, None), student
     folder = student_folder(recipe.init_from)
     start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
@@ -119,6 +122,19 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
             "make them agree"
         )
     return _trainable(recipe, backbone, start, own_folder(folder)), student
+
+
+def _condition(recipe: Recipe, backbone: Backbone) -> str:
+    """The condition of the caches; where none is named, of the teacher.
+
+    Raises InvalidInputError where the teacher takes another one."""
+    teacher = backbone.pipeline.controlnet
+    known = None if teacher is None else own_condition(teacher.config)
+    paths = [path for role in recipe.objective.roles if (path := getattr(recipe.data, role))]
+    named = [Cache(Path(path)).condition for path in paths] or [known or INPAINT]
+    if teacher is not None:
+        check_condition(teacher.config, named[0], "the teacher")
+    return named[0]
 
 
 def _placement(recipe: Recipe, backbone: Backbone, device: torch.device | str) -> list[int] | None:
@@ -155,6 +171,13 @@ def _cache(recipe: Recipe, role: str, backbone: Backbone, model: str, *controlne
     if path is None:
         raise InvalidInputError(f"the recipe has no data.{role}; give one with --set data.{role}=CACHE_FOLDER")
     cache = Cache(Path(path), model).require(role)
+    for controlnet in controlnets:
+        check_condition(controlnet.config, cache.condition, "the recipe")
+        if takes_shift(controlnet.config) != cache.shift:
+            raise InvalidInputError(
+                f"{path} has latents of its condition {'with' if cache.shift else 'without'} the VAE's shift, and the "
+                "teacher takes the others; make it again with `refine-control cache --teacher`"
+            )
     if recipe.data.prompts == "cached" and cache.manifest["prompts"] == "none":
         raise InvalidInputError(f"{path} holds no prompt embeddings; encode them with --set data.prompts=encode")
     refuse_sizes(cache.groups, backbone, *controlnets)
@@ -177,6 +200,10 @@ def make_batches(recipe: Recipe, networks: Networks, mark: str, device: torch.de
             raise MissingError(f"{cache.folder} has no teacher completions; make them with {_completing(objective)}")
         if objective.is_few_step and x0[role] == "completions":
             refuse_other_paths(cache, objective, networks)
+        if x0[role] == "cond_latents" and not find_condition(cache.condition).region:
+            raise InvalidInputError(
+                f"objective.x0_source masked noises the masked image, and {cache.condition} has none; set it to teacher"
+            )
         count, adds = training.batch_size // len(objective.roles), fields_read(objective)
         return CacheBatches(cache, count, training.prompt_dropout, device, encode, x0=x0[role], adds=adds)
 
