@@ -10,6 +10,7 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.output import named_folders, named_sources, progress_bar, show
 from refine_control.errors import InvalidInputError
+from refine_control.records import INPAINT
 from refine_control.signals import interruptible
 
 bench_app = opt.make_app(help="Benchmarks of this machine.")
@@ -118,6 +119,7 @@ def reproduce(
     ] = None,
     workers: Annotated[int, opt.number("Rows computed in parallel, which share the cores.")] = 1,
     weights: opt.MetricWeights = None,
+    condition: opt.Condition = "inpaint",
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -128,9 +130,11 @@ def reproduce(
 
     usual = "photos" if photos else "folder" if data else TARGETS[target].budget
     name = budget or ("paper" if scale == "sd3" else usual)
-    kept = Path(results_name(scale, photos, data)) / name
-    out, folder = out or "runs/reproduce" / kept, results / name if results else "results" / kept
-    comparison = Comparison(read_budget(name, scale=scale), out, scale, model, teacher, photos, data, weights)
+    kind = () if condition == INPAINT else (condition,)
+    kept = Path(results_name(scale, photos, data), name, *kind)
+    out, folder = out or "runs/reproduce" / kept, Path(results, name, *kind) if results else "results" / kept
+    named = (model, teacher, photos, data, weights, condition)
+    comparison = Comparison(read_budget(name, scale=scale), out, scale, *named)
     comparison.check()
     rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
     if dry_run:

@@ -17,7 +17,6 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics import image_pairs as metrics
 from refine_control.metrics.distances import SetScore
-from refine_control.miniature.obedience import obedience
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.photos.buckets import grouped
@@ -29,8 +28,6 @@ from refine_control.records import UNLABELED, Photo
 from refine_control.study.feature_metrics import FeatureNetworks, Seen, pair_scores, see, set_scores
 
 Scores = dict[str, np.ndarray]
-OBEYED = ("colour", "shape", "both")
-"""What the oracle reads in the hole; percentages."""
 
 
 class Result(NamedTuple):
@@ -47,7 +44,7 @@ class Result(NamedTuple):
 
 
 def score(photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetworks, seen: tuple[Seen, Seen]) -> Scores:
-    """All metrics of one model's pictures, painted (N,H,W,3) uint8, against the photos; with an oracle also obedience.
+    """All metrics of one model's pictures, painted (N,H,W,3) uint8, against the photos; with an oracle also its scores.
 
     `seen` are the networks' features of photos and painted pictures."""
     reference, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
@@ -66,11 +63,7 @@ def score(photos: Sequence[Photo], painted: np.ndarray, networks: FeatureNetwork
     if inner.any((1, 2)).all():
         out["ssim_region"] = metrics.ssim(reference, painted, masks)
     out |= pair_scores(networks, photos, painted, seen)
-    if networks.classifier is not None:
-        colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
-        obeyed = obedience(networks.classifier, painted, masks, colour, shape)
-        out |= {name: 100.0 * getattr(obeyed, name) for name in OBEYED}
-    return out
+    return out if networks.oracle is None else out | networks.oracle(photos, painted)
 
 
 class Group:

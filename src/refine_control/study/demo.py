@@ -16,11 +16,13 @@ from typing import Any
 from refine_control.metrics.cost import ModelCost
 from refine_control.miniature.obedience import load_classifier
 from refine_control.miniature.scene_shards import scene_photos
+from refine_control.miniature.tasks.task import find_oracle
 from refine_control.models.card import BUNDLE, EDGE, choose_sampler
 from refine_control.models.devices import best_device
 from refine_control.models.packed import pack
 from refine_control.picture_grid import picture_grid, repaint_grid
 from refine_control.randomness import derive_seed
+from refine_control.records import INPAINT
 from refine_control.storage import only_writer, write_output
 from refine_control.study.compare import compare
 from refine_control.study.curves import layer_curves, term_curves
@@ -113,7 +115,7 @@ def run_demo(
         students = {name: folder for name in ("ours", "fc") if (folder := trained[name].student)}
         backbone, controlnets, own_backbones = load_models("mini", None, students)
         costs = model_costs(backbone, controlnets, "mini", students, sampler.precision, own_backbones=own_backbones)
-        networks = FeatureNetworks(load_classifier(BUNDLE))
+        networks = FeatureNetworks(load_classifier(BUNDLE), oracle=find_oracle(INPAINT, photos))
         result = compare(backbone, controlnets, photos, sampler, networks, progress("evaluate"), own_backbones)
         summary = summarise_models(result)
         facts = {

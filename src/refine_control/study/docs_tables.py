@@ -34,9 +34,9 @@ from refine_control.study.plan import (
     select_rows,
 )
 from refine_control.study.row_results import RowFacts, RowResult, read_row
-from refine_control.study.row_tables import NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
+from refine_control.study.row_tables import HEADINGS, NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
 from refine_control.study.step_tables import STEP_METRICS, step_table
-from refine_control.study.summary import GAP_METRICS, common_seeds, summarise
+from refine_control.study.summary import GAP_METRICS, HEADLINES, common_seeds, summarise
 from refine_control.study.tables import Table, markdown_rows
 
 RESULTS = Path("results")
@@ -73,7 +73,9 @@ DIFFERENCES = (
     Column("scene_frechet", "scene Fréchet (less)", places=1),
 )
 COST = ("layers", "ControlNet parameters", "GFLOP a step")
-SHARES = {"psnr_region": "gap closed, region %", "both": "gap closed, obeyed %"}
+SHARES = {"psnr_region": "gap closed, region %", "both": "gap closed, obeyed %"} | {
+    m: f"gap closed, {HEADINGS[m]}" for m in HEADLINES
+}
 
 
 class Study(NamedTuple):

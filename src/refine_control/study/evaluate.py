@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from refine_control.conditions.condition import check_condition
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.metrics.cost import ModelCost
-from refine_control.miniature.obedience import load_classifier
 from refine_control.models.backbone import Backbone
-from refine_control.models.card import BUNDLE, own_sampling
+from refine_control.models.card import own_sampling
 from refine_control.models.devices import device_name
 from refine_control.models.loading import read_geometry, weights_mark
+from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
@@ -27,7 +28,7 @@ from refine_control.storage import MANIFEST, only_writer, sha256_file, write_jso
 from refine_control.study.compare import Result, compare, read_test, samplers_by_name
 from refine_control.study.curves import Curve
 from refine_control.study.diversity import compare_seeds
-from refine_control.study.feature_metrics import load_networks, metric_notes
+from refine_control.study.feature_metrics import metric_notes, scene_networks
 from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import BASELINE, TEACHER
 from refine_control.study.report import ReportData, command_line, publish
@@ -244,14 +245,15 @@ def evaluate(
         raise InvalidInputError("a student cannot be called teacher, the name of the teacher's row; rename it")
     for folder in students.values():
         refuse_other_kind(folder, A_CONTROLNET)
-    photos, sizes = read_test(test), read_geometry(model)
+    photos, sizes, condition = read_test(test), read_geometry(model), Shards(test).condition
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)
     with only_writer(out):
         backbone, controlnets, own_backbones = load_models(model, teacher, students)
+        for name, controlnet in controlnets.items():
+            check_condition(controlnet.config, condition, name)
         backbone.warn_unread([p.prompt for p in photos])
-        known = all("colour" in p.meta and "shape" in p.meta for p in photos)
-        networks = load_networks(weights, load_classifier(BUNDLE) if known else None)
+        networks = scene_networks(condition, photos, weights)
         samplers = samplers_by_name(sampler, controlnets)
         shared = samplers[TEACHER]
         costs = model_costs(

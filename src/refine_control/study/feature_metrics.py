@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from refine_control.conditions.condition import find_condition
 from refine_control.errors import MissingError
 from refine_control.metrics import features
 from refine_control.metrics.distances import (
@@ -38,7 +39,9 @@ from refine_control.metrics.image_pairs import Images, Mask, PerImage, composite
 from refine_control.metrics.region_clip import clip_scores, prompts_asked
 from refine_control.metrics.statistics import BOOTSTRAP_SEED
 from refine_control.miniature import scene_features
-from refine_control.miniature.obedience import Classifier
+from refine_control.miniature.obedience import Classifier, load_classifier
+from refine_control.miniature.tasks.task import Oracle, find_oracle
+from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device
 from refine_control.records import Photo
 
@@ -59,6 +62,7 @@ class FeatureNetworks:
     """The networks that are here; None where one is not."""
 
     classifier: Classifier | None = None
+    """Of the distances between scenes' regions."""
     lpips: features.Lpips | None = None
     inception: features.Inception | None = None
     clip: Any = None
@@ -66,6 +70,8 @@ class FeatureNetworks:
     clip_text: features.ClipText | None = None
     missing: dict[str, str] = field(default_factory=dict)
     """By metric: `FID and KID not computed: needs FILE, ...`."""
+    oracle: Oracle | None = None
+    """What says whether the pictures do as they were asked."""
 
 
 class SetMetric(NamedTuple):
@@ -94,7 +100,10 @@ SET_METRICS: Mapping[str, SetMetric] = {
 
 
 def load_networks(
-    weights: Path | None = None, classifier: Classifier | None = None, device: torch.device | str | None = None
+    weights: Path | None = None,
+    classifier: Classifier | None = None,
+    device: torch.device | str | None = None,
+    oracle: Oracle | None = None,
 ) -> FeatureNetworks:
     """Every network whose weights are in the folder `weights` or else where `features.weights` looks.
 
@@ -118,7 +127,14 @@ def load_networks(
             loaded[name] = load()
         except MissingError as error:
             missing[metric] = f"{metric} not computed: {str(error).partition('not computed: ')[2]}"
-    return FeatureNetworks(classifier, missing=missing, **loaded)
+    return FeatureNetworks(classifier, missing=missing, oracle=oracle, **loaded)
+
+
+def scene_networks(condition: str, photos: Sequence[Photo], weights: Path | None = None) -> FeatureNetworks:
+    """The networks of `load_networks` and the oracle of a condition; the classifier where photos are scenes with a
+    region, which it reads."""
+    oracle, region = find_oracle(condition, photos), find_condition(condition).region
+    return load_networks(weights, load_classifier(BUNDLE) if oracle and region else None, oracle=oracle)
 
 
 def not_computed(weights: Path | None = None) -> dict[str, str]:

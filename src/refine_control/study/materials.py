@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_control.cache.building import build_cache, completion_sampler
+from refine_control.conditions.condition import find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ALL_ROLES, refuse_other_kind
 from refine_control.miniature.scene_shards import build_scenes
@@ -74,6 +75,9 @@ class Comparison:
                 raise InvalidInputError(f"{self.data} {why}")
         if self.rendered and self.scale == "sd3":
             raise InvalidInputError("the scale sd3 needs --data, a folder of `data build` with all three roles")
+        find_condition(self.condition)
+        if self.condition != INPAINT and not self.rendered:
+            raise InvalidInputError("--condition chooses rendered scenes; with --data the samples name their own")
         if self.rendered and self.model:
             raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
 
@@ -86,6 +90,7 @@ class Comparison:
     def world(self) -> str:
         """Its name in reports: `the mini model, rendered scenes`."""
         data = "rendered scenes" if self.rendered else "small photographs" if self.photos else str(self.data)
+        data += "" if self.condition == INPAINT else f" as {self.condition}"
         return f"{'SD3' if self.scale == 'sd3' else 'the mini model'}, {data}"
 
     @property
@@ -97,7 +102,8 @@ class Comparison:
     def names(self) -> tuple[str, str | None]:
         """Model and teacher as recipes name them."""
         recipe = load_recipe(f"{self.scale}/ours_stage1")
-        return self.model or recipe.model, self.teacher or (None if self.model else recipe.teacher)
+        usual = recipe.teacher if self.condition == INPAINT else self.condition  # a packaged one has its name
+        return self.model or recipe.model, self.teacher or (None if self.model else usual)
 
     def backbone(self, cpu_kernels: bool = False, painting: bool = True) -> Backbone:
         """The model with its teacher on the best device; without `painting` its VAE and encoders alone."""
@@ -110,6 +116,7 @@ class Comparison:
         model, teacher = self.names
         marks = [weights_mark(str(BUNDLE) if model == "mini" else model), *([weights_mark(teacher)] if teacher else [])]
         photos = [small_photos_mark(self.photos)] if self.photos else []
+        photos += [self.condition] if self.condition != INPAINT else []
         return [" ".join(marks), *photos, *(sha256_file(self.data / r / MANIFEST) for r in ROLES if self.data)]
 
     def test_photos(self) -> list[Photo]:

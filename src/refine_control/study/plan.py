@@ -242,6 +242,7 @@ TARGETS = {
     "placement": Target(
         "Which layers feed which sites", studies=("placement",), against="edge@4", budget="steps", baseline=False
     ),
+    "conditions": Target("Other conditions", studies=("conditions",), against="balanced", budget="conditions"),
     "all": Target("Tables 1 and 3, Figure 2", tables=(1, 3), figure=FIGURE2),
 }
 """By the word of the command line."""

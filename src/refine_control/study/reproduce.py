@@ -20,7 +20,7 @@ from refine_control.metrics.image_pairs import Images
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.randomness import derive_seed
-from refine_control.records import TEST
+from refine_control.records import INPAINT, TEST
 from refine_control.storage import only_writer, write_json
 from refine_control.study.alignment import alignment_curves, alignment_table, teacher_alignment
 from refine_control.study.alike import alike_grid, alike_table, run_alike, summarise_alike
@@ -248,6 +248,9 @@ def _command(target: str, request: _Request, rows: Sequence[str], against: str |
     options: dict[str, object] = {"scale": comparison.scale, "budget": results.name, "seeds": len(request.seeds)}
     options |= {"row": list(rows), "against": against}
     options |= {name: getattr(comparison, name) for name in ("model", "teacher", "photos", "data", "weights", "out")}
+    if comparison.condition != INPAINT:
+        options |= {"condition": comparison.condition, "budget": results.parent.name}
+        results = results.parent
     return command_line(["reproduce", target], {**options, "results": results.parent})
 
 

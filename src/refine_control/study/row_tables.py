@@ -10,7 +10,6 @@ from refine_control.config import SamplerConfig
 from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.image_pairs import CONVENTIONS
 from refine_control.metrics.statistics import Interval
-from refine_control.study.compare import OBEYED
 from refine_control.study.curves import Curve
 from refine_control.study.feature_metrics import NETWORK_METRICS, metric_notes, not_computed
 from refine_control.study.materials import Comparison
@@ -33,6 +32,13 @@ HEADINGS = {
     "shape": "shape obeyed %",
     "both": "both obeyed %",
     "interference": "another object's %",
+    "edge_f1": "edges' F1 %",
+    "psnr_shrunk": "PSNR shrunk dB",
+    "depth_order": "depth order %",
+    "keypoints": "key points within 2 px %",
+    "keypoint_distance": "key points off px (less)",
+    "edited": "edited %",
+    "psnr_unedited": "PSNR unedited dB",
     "clip_local": "CLIP local",
     "clip_global": "CLIP global",
     "clip_other": "CLIP other (less)",
@@ -60,7 +66,7 @@ COST_COLUMNS = ("layers", "ControlNet parameters", "GFLOP a step", "s a picture"
 
 def digits(metric: str) -> int:
     """Decimal places that a metric is shown with."""
-    percent = metric in (*OBEYED, "interference")
+    percent = HEADINGS.get(metric, "").endswith("%")
     return 4 if metric.startswith(("ssim", "lpips", "scene_perceptual")) else 1 if percent else 2
 
 

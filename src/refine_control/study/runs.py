@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_control.config import Recipe, SamplerConfig, fingerprint
-from refine_control.miniature.obedience import load_classifier
 from refine_control.models.backbone import Backbone
-from refine_control.models.card import BUNDLE
 from refine_control.models.controlnet import ControlNet
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import device_name
@@ -30,7 +28,7 @@ from refine_control.pipeline.picture_cost import picture_cost
 from refine_control.progress import Progress
 from refine_control.records import Photo
 from refine_control.study.compare import Result, compare
-from refine_control.study.feature_metrics import NETWORK_METRICS, FeatureNetworks, load_networks, not_computed
+from refine_control.study.feature_metrics import NETWORK_METRICS, FeatureNetworks, not_computed, scene_networks
 from refine_control.study.materials import Bar, Comparison, cache_path, prepare_data, row_caches
 from refine_control.study.model_cost import counted_cost
 from refine_control.study.plan import TABLES, Budget, Row, row_recipes, row_seeds, trained_key
@@ -156,7 +154,7 @@ def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> 
     """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
     photos, mark = comparison.test_photos(), row_mark(row, comparison, seed)
     sampler, folder = make_sampler(comparison.budget, row), comparison.out / f"{key}-{seed}"
-    networks = load_networks(comparison.weights, load_classifier(BUNDLE) if comparison.rendered else None)
+    networks = scene_networks(comparison.condition, photos, comparison.weights)
     if row.baseline:
         return run_baseline(key, row.baseline, mark, seed, photos, sampler, networks, folder, bar(f"evaluate {key}"))
     trained = train_row(key, row, comparison, seed, bar)

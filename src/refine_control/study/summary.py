@@ -22,17 +22,21 @@ from refine_control.metrics.statistics import (
     paired_difference,
     two_level,
 )
-from refine_control.study.compare import OBEYED
 from refine_control.study.feature_metrics import SET_METRICS
 from refine_control.study.plan import BASELINE, TEACHER
 from refine_control.study.row_results import RowResult
 
+OBEYED = ("colour", "shape", "both")
+"""What the oracle of inpainting reads in the hole; percentages."""
+HEADLINES = ("edge_f1", "psnr_shrunk", "depth_order", "keypoints", "edited")
+"""By which the oracles of other conditions are named; more is better."""
 ROW_METRICS = (
     *("psnr_region", "psnr", "psnr_kept", "ssim", "sharpness", "lpips", "lpips_kept"),
-    *(*OBEYED, "clip_local", "clip_global", "clip_other", "scene_perceptual"),
+    *(*OBEYED, *HEADLINES, "keypoint_distance", "psnr_unedited"),
+    *("clip_local", "clip_global", "clip_other", "scene_perceptual"),
 )
 """Metrics per sample of the tables of rows, in the order of their columns."""
-GAP_METRICS = ("psnr_region", "both")
+GAP_METRICS = ("psnr_region", "both", *HEADLINES)
 """Metrics that a share of the gap is given for."""
 Intervals = dict[str, Interval]
 """By metric."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from refine_control.conditions.condition import INPAINT, Condition, Shown, find_condition
 from refine_control.miniature import scenes
-from refine_control.miniature.obedience import Classifier
+from refine_control.miniature.obedience import Classifier, load_classifier
 from refine_control.miniature.scenes import Objects, Scenes
+from refine_control.models.card import BUNDLE
 from refine_control.records import Photo
 
 Scores = dict[str, np.ndarray]
@@ -74,6 +75,8 @@ class Task:
     """Photos and what was painted for them, (N,64,64,3) uint8 -> by metric (N,), the headline first."""
     headline: str
     """The score that its oracle is named by, higher is better."""
+    reads_scenes: bool = True
+    """Whether the oracle reads what `Rendered.photos` notes in `meta`; else it judges any photograph."""
 
     def photos(self, seed: int, start: int, count: int) -> Iterator[Photo]:
         """Scenes as samples."""
@@ -86,6 +89,18 @@ def find_task(condition: str = INPAINT) -> Task:
     """The task of a condition by name. Raises InvalidInputError for a name of no condition."""
     find_condition(condition)
     return import_module(f"{__package__}.{condition}").TASK
+
+
+Oracle = Callable[[Sequence[Photo], np.ndarray], Scores]
+"""`Task.score` with its classifier."""
+
+
+def find_oracle(condition: str, photos: Sequence[Photo]) -> Oracle | None:
+    """The oracle of a condition; None where it reads scenes and the photos are none."""
+    task, known = find_task(condition), all({"colour", "shape"} <= photo.meta.keys() for photo in photos)
+    if task.reads_scenes and not known:
+        return None
+    return partial(task.score, classifier=load_classifier(BUNDLE))
 
 
 def prepared(condition: Condition, kind: str = "any") -> Callable[[int, int, int], Rendered]:
