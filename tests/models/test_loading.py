@@ -361,7 +361,7 @@ def test_half_precision_weights_arrive_in_full(foreign, tiny_student):
     assert torch.equal(loaded[LAST], tiny_student(3).state_dict()[LAST].half().float())
 
 
-def test_a_config_without_the_extra_channel_gets_one(foreign):
+def test_a_config_without_the_extra_channel_gets_that_of_the_weights(foreign):
     config = json.loads((foreign / "config.json").read_text())
     del config["extra_conditioning_channels"]
     put(foreign / "config.json", json.dumps(config))

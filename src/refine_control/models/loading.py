@@ -168,9 +168,10 @@ def _stock_warning(controlnet: SD3ControlNetModel, num_blocks: int) -> str:
     layers, placed = len(controlnet.transformer_blocks), own_layer_of_site(controlnet)
     if stock_injects_exactly(layers, num_blocks, placed):
         return ""
+    fitting = "1, 2, 3, 4, 6, 8 or 12" if num_blocks == 24 else f"1 to {num_blocks // 2}"
     return (
         f"stock diffusers injects a ControlNet of {layers} layers into {num_blocks} blocks shifted; run it by "
-        f"refine-control, or choose 1, 2, 3, 4, 6, 8 or 12 layers{' of equal placement' if placed else ''}"
+        f"refine-control, or choose {fitting} layers{' of equal placement' if placed else ''}"
     )
 
 

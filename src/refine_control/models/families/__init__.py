@@ -22,13 +22,13 @@ def find_family(transformer: Config, controlnet: Config | None = None, name: str
     known = ", ".join(module.NAME for module in FAMILIES)
     for module in FAMILIES:
         if module.matches(transformer):
-            found = module.family(transformer, controlnet or {})
-            if controlnet is not None and (unknown := module.differences(found, controlnet)):
+            family = module.family(transformer, controlnet or {})
+            if controlnet is not None and (unknown := module.differences(family, controlnet)):
                 raise InvalidInputError(
-                    f"the ControlNet of {name} {' and '.join(unknown)}, as none that is known of {found.name} does; "
+                    f"the ControlNet of {name} {' and '.join(unknown)}, as none that is known of {family.name} does; "
                     "name another ControlNet"
                 )
-            return found
+            return family
     raise InvalidInputError(
         f"the transformer normalises queries by {transformer.get('qk_norm')} and has dual attention in blocks "
         f"{list(transformer.get('dual_attention_layers') or ())}, as none of {known} does; name another model"

@@ -72,5 +72,5 @@ def differences(family: Family, controlnet: Config) -> list[str]:
 
 def family(transformer: Config, controlnet: Config) -> Family:
     """The family of a ControlNet on this backbone. Finished students have even groups, so they stay so."""
-    found = two_streams(NAME, transformer, controlnet)
-    return replace(found, sites=tuple(replace(sites, even=True) for sites in found.sites))
+    common = two_streams(NAME, transformer, controlnet)
+    return replace(common, sites=tuple(replace(sites, even=True) for sites in common.sites))

@@ -20,6 +20,6 @@ def matches(transformer: Config) -> bool:
 
 def family(transformer: Config, controlnet: Config) -> Family:
     """The family of a ControlNet on this backbone: a single stream reads no prompt and the transformer's positions."""
-    found = two_streams(NAME, transformer, controlnet)
+    common = two_streams(NAME, transformer, controlnet)
     single = "joint_attention_dim" in controlnet and controlnet["joint_attention_dim"] is None
-    return replace(found, text=False, own_positions=False, qk_norm=None) if single else found
+    return replace(common, text=False, own_positions=False, qk_norm=None) if single else common
