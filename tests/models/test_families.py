@@ -177,6 +177,14 @@ def test_a_student_of_the_teacher_has_its_last_layer_of_each_group(world):
         assert student.config["dual_attention_layers"] == (0, 1)
 
 
+def test_a_teacher_with_a_map_of_its_own_is_followed(world):
+    sites = world.backbone.num_blocks - 1
+    teacher = world.student(3, layers=[0] * (sites - 2) + [1, 2])
+    student = build_student(world.transformer, teacher, 2, "teacher", 0)
+    for layer, source in ((0, 0), (1, 2)):
+        assert torch.equal(student.controlnet_blocks[layer].weight, teacher.controlnet_blocks[source].weight)
+
+
 @pytest.mark.parametrize("init", ["transformer", "random"])
 def test_a_student_of_the_transformer_or_of_nothing_is_of_the_teacher_s_kind(world, init):
     student = build_student(world.transformer, world.teacher, 14, init, 0)
