@@ -1,7 +1,6 @@
 """Families of SD3's classes: the options of published ControlNets on tiny networks, against the installed diffusers."""
 
 import json
-from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 
 from refine_control import flow
-from refine_control.config import LossWeights
+from refine_control.config import LossWeights, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import layer_of_site, stock_injects_exactly
 from refine_control.miniature import networks as mini
@@ -28,6 +27,7 @@ from refine_control.models.families import find_family
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_controlnet, load_student, save_controlnet
+from refine_control.pipeline.painting import complete_latents
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import KINDS, Batch, Distillation, Networks
 
@@ -259,24 +259,17 @@ def stock_pipeline(world, controlnet):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_is_the_one_of_the_stock_pipeline(world, tmp_path, guidance):
-    """A student's folder by stock alone, and Euler steps of our functions on the condition without a draw."""
+    """A student's folder by stock alone, and our sampling of the condition's mean."""
     if world.teacher.config["extra_conditioning_channels"]:
         return  # tests/pipeline/test_painting.py compares pictures of the inpainting pipeline
     student, backbone, vae = world.student(4), world.backbone, world.backbone.vae
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    texts = [backbone.encode_prompts([words]) for words in ("a red circle", "")]
+    text, empty = (backbone.encode_prompts([words]) for words in ("a red circle", ""))
+    sampler = SamplerConfig(num_inference_steps=2, guidance_scale=guidance, conditioning_scale=0.8, sigmas="even")
     save_controlnet(student, tmp_path / "s", backbone.num_blocks)
     with torch.no_grad():
         cond = backbone.encode_images(pixels, takes_shift(student.config))
-        latents = LATENTS[:1]
-        for sigma, following in pairwise(flow.even_sigmas(2, backbone.shift)):
-            answers, sigmas = [], sigma.expand(1)
-            for embeds, pooled in texts:
-                residuals = control_residuals(student, latents, sigmas, embeds, cond, pooled, 0.8)
-                at = latents, sigmas, embeds, pooled, residuals, injection_of(student)
-                answers.append(predict_velocity(world.transformer, *at))
-            velocity = flow.guided(answers[0], answers[1], guidance)
-            latents = flow.euler_step(latents, velocity, sigma[None], following[None])
+        latents = complete_latents(backbone, student, cond, text, empty, sampler, LATENTS[:1])
         ours = (decode_latents(vae, latents) / 2 + 0.5).clamp(0, 1)
         given = {"num_inference_steps": 2, "sigmas": flow.even_sigmas(2)[:-1].tolist(), "guidance_scale": guidance}
         given |= {"controlnet_conditioning_scale": 0.8, "latents": LATENTS[:1].clone(), "max_sequence_length": 0}
