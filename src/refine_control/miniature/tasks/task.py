@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -100,7 +100,8 @@ def find_oracle(condition: str, photos: Sequence[Photo]) -> Oracle | None:
     task, known = find_task(condition), all({"colour", "shape"} <= photo.meta.keys() for photo in photos)
     if task.reads_scenes and not known:
         return None
-    return partial(task.score, classifier=load_classifier(BUNDLE))
+    classifier = load_classifier(BUNDLE)
+    return lambda photos, painted: task.score(photos, painted, classifier)
 
 
 def prepared(condition: Condition, kind: str = "any") -> Callable[[int, int, int], Rendered]:
