@@ -5,12 +5,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_control.injection import (
     diffusers_layer_of_block,
     expand_residuals,
+    flux_layer_of_block,
     groups,
     is_layer_of_site,
     layer_of_site,
@@ -191,3 +193,40 @@ def test_the_gradient_reaches_every_layer_of_the_teacher_and_misses_the_last_in_
         reached[name] = [r.grad is not None and bool(r.grad.any()) for r in residuals]
     assert reached["exact"] == [True] * 23
     assert reached["stock"] == [True] * 22 + [False]
+
+
+@pytest.mark.parametrize(("blocks", "single_blocks"), [(19, 38), (5, 7)])
+def test_the_installed_flux_transformer_takes_what_the_rules_say(blocks, single_blocks):
+    size = {"in_channels": 4, "attention_head_dim": 8, "num_attention_heads": 1, "joint_attention_dim": 8}
+    transformer = FluxTransformer2DModel(
+        num_layers=blocks, num_single_layers=single_blocks, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), **size
+    )
+    text = {"encoder_hidden_states": torch.zeros(1, 1, 8), "pooled_projections": torch.zeros(1, 8)}
+    ids = {"txt_ids": torch.zeros(1, 3), "img_ids": torch.zeros(1, 3), "timestep": torch.tensor([0.5])}
+    for count in (1, 2, 4, 5, 6, 8, 12, 19, 38):
+        for repeat in (False, True):
+            double, single = (Watched([torch.zeros(1, 1, 8)] * count) for _ in range(2))
+            with torch.no_grad():
+                transformer(
+                    torch.zeros(1, 1, 4),
+                    controlnet_block_samples=double,
+                    controlnet_single_block_samples=single,
+                    controlnet_blocks_repeat=repeat,
+                    **text,
+                    **ids,
+                )
+            assert double.asked == flux_layer_of_block(count, blocks, repeat)
+            assert single.asked == flux_layer_of_block(count, single_blocks)
+
+
+@given(st.integers(1, 120), st.integers(1, 60))
+def test_a_flux_controlnet_of_the_layers_that_are_read_feeds_the_same_blocks(layers, blocks):
+    read = flux_layer_of_block(layers, blocks)
+    assert flux_layer_of_block(max(read) + 1, blocks) == read
+
+
+@given(st.integers(3, 60))
+def test_stock_sd3_misses_the_last_layer_alone_of_more_than_half_as_many_as_blocks(blocks):
+    for layers in range(1, blocks):
+        read = {*diffusers_layer_of_block(layers, blocks)[: blocks - 1]}
+        assert {*range(layers)} - read == ({layers - 1} if 2 * layers > blocks else set())

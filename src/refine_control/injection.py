@@ -79,6 +79,14 @@ def diffusers_layer_of_block(num_layers: int, num_blocks: int = 24) -> list[int]
     return [int(block / (num_blocks / num_layers)) for block in range(num_blocks)]
 
 
+def flux_layer_of_block(num_layers: int, num_blocks: int, repeat: bool = False) -> list[int]:
+    """What diffusers injects after double or single block i of FLUX: layer i // ceil(N / L), whatever L is.
+
+    `repeat` is its rule for double blocks where the ControlNet embeds the picture itself (XLabs): layer i % L."""
+    interval = -(-num_blocks // num_layers)
+    return [block % num_layers if repeat else block // interval for block in range(num_blocks)]
+
+
 def stock_injects_exactly(num_layers: int, num_blocks: int = 24, layers: Sequence[int] | None = None) -> bool:
     """Does diffusers' own rule equal ours? True for 1, 2, 3, 4, 6, 8 and 12 layers of 24 blocks.
 

@@ -121,6 +121,7 @@ VERBS = {
         *("--workers", "target"),
     ],
     "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
+    "trim": [JSON, "--model", "--out", "controlnet"],
 }
 
 

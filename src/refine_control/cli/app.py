@@ -11,7 +11,7 @@ import typer
 
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
-from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce
+from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
 from refine_control.cli.output import note, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.records import INPAINT
@@ -191,7 +191,7 @@ def doctor(as_json: opt.Json = False) -> None:
         )
 
 
-for verb in (cache, evaluate, reproduce, cost):
+for verb in (cache, evaluate, reproduce, cost, trim):
     app.command()(verb)
 
 

@@ -1,4 +1,4 @@
-"""The verbs `evaluate`, `reproduce`, `cost` and `bench`."""
+"""The verbs `evaluate`, `reproduce`, `cost`, `trim` and `bench`."""
 
 from __future__ import annotations
 
@@ -156,6 +156,22 @@ def cost(
     from refine_control.study.model_cost import compare
 
     show(compare(model, named_folders(controlnet or [], "--controlnet"), teacher), as_json)
+
+
+@interruptible("nothing is written")
+def trim(
+    controlnet: Annotated[str, typer.Argument(help="Folder or hub id of an SD3 or FLUX ControlNet.")],
+    out: Annotated[Path | None, opt.output_option("Folder of the ControlNet without these layers.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model that it is for, a folder or hub id; default: FLUX.1 or SD3 as published.")
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """List the layers of a ControlNet that stock diffusers never reads, and cut them without loss where it can be."""
+    from refine_control.models.trim import trim as run
+
+    result = run(controlnet, model, out)
+    show(result if as_json else result.text, as_json)
 
 
 @bench_app.command("data")

@@ -196,8 +196,8 @@ def _compare(headers: dict[str, Header], network: Any, folder: Path) -> dict[str
     return {name: headers[name] for name in both if name in expected}
 
 
-def read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors by name, floats in `dtype`. Raises InvalidInputError where one is not finite."""
+def read_tensors(headers: Mapping[str, Header], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors by name, floats in `dtype` (None: as stored). Raises InvalidInputError where one is not finite."""
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
@@ -205,7 +205,7 @@ def read_tensors(headers: Mapping[str, Header], dtype: torch.dtype) -> dict[str,
         files = {file: stack.enter_context(safe_open(file, "pt")) for file in {each.file for each in headers.values()}}
         for name, header in headers.items():
             tensor = files[header.file].get_tensor(header.name)
-            tensors[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            tensors[name] = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=True)
             if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensors[name])):
                 raise InvalidInputError(
                     f"{header.file}: the tensor {name} holds values that are not finite; use another checkpoint"
