@@ -20,12 +20,13 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from refine_control.baselines import flux as flux_inpainting
-from refine_control.baselines.flux import FluxInpaintingControlNet, control_tokens, pack, unpack
+from refine_control.baselines.flux import control_tokens
 from refine_control.baselines.models import KNOWN, cannot_be_had, load_baseline, recommended
 from refine_control.baselines.painting import denoising_step, facts, model_pixels, paint, working_size
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.miniature import networks as mini
+from refine_control.models.flux import FluxInpaintingControlNet, pack, unpack
 from refine_control.randomness import slot_normals
 
 SIDE = 32

@@ -43,6 +43,14 @@ def test_a_controlnet_that_embeds_its_picture_has_each_layer_read_again_and_agai
     assert find(tmp_path, **FLUX, num_layers=8, num_single_layers=0, conditioning_embedding_channels=16)[0] == ([], 8)
 
 
+def test_a_layer_that_a_map_of_its_own_reads_stays(tmp_path):
+    layers = [block * 6 // 19 for block in range(19)]
+    config = {**FLUX, "num_layers": 6, "num_single_layers": 0, "layer_of_transformer_blocks": layers}
+    assert find(tmp_path, **config)[0] == ([5], 6)
+    with pytest.raises(InvalidInputError, match="double layer 5 stays: refine-control reads it"):
+        trim(tmp_path, out=tmp_path / "out")
+
+
 def test_the_last_layer_of_sd3s_teacher_is_unread_and_stays(tmp_path):
     heads = {"attention_head_dim": 64, "patch_size": 2, "sample_size": 128}
     config = {"_class_name": "SD3ControlNetModel", **heads, "num_attention_heads": 24}
@@ -55,8 +63,8 @@ def test_the_last_layer_of_sd3s_teacher_is_unread_and_stays(tmp_path):
         find(tmp_path, **{**config, "num_attention_heads": 2}, num_layers=12)
 
 
-def test_the_model_tells_the_number_of_blocks():
-    assert [(s.num_layers, s.num_blocks, s.unread) for s in trim("edge", "mini").streams] == [(12, 24, [])]
+def test_a_model_states_the_number_of_blocks():
+    assert [(s.num_layers, s.num_sites, s.unread) for s in trim("edge", "mini").streams] == [(12, 23, [])]
 
 
 @pytest.mark.parametrize(

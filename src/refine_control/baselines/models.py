@@ -20,11 +20,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from refine_control.baselines.flux import FluxInpaintingControlNet
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.models.components import load_network, read_json
 from refine_control.models.devices import best_device
+from refine_control.models.flux import FluxInpaintingControlNet
 from refine_control.models.hub import folder_of
 
 Kind = Literal["stable_diffusion", "flux"]

@@ -30,6 +30,7 @@ from refine_control.models.card import CARD, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join, own_layer_of_site
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.families.flux import refuse_flux
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.hub import folder_of
 from refine_control.models.own_transformer import load_own_transformer, own_folder, save_own_transformer
@@ -100,6 +101,7 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
 
 def _load_placed(folder: Path) -> SD3ControlNetModel:
     """The ControlNet in a folder, its config with the options that stock does not know."""
+    refuse_flux(folder, read_json(folder / CONFIG, "give a ControlNet folder in diffusers layout"))
     controlnet = load_network(SD3ControlNetModel, folder)
     stated = read_config(SD3ControlNetModel, folder)
     controlnet.register_to_config(**{name: stated[name] for name in ADDED_OPTIONS if stated.get(name) is not None})
@@ -225,6 +227,7 @@ def _read_index(path: Path) -> dict[str, str | None]:
     if not (path / INDEX).is_file():
         raise InvalidInputError(f"{path} has no {INDEX}; give a pipeline folder in diffusers layout")
     index = read_json(path / INDEX, "give a pipeline folder in diffusers layout")
+    refuse_flux(path, index)
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
         raise InvalidInputError(
             f"{path / INDEX} describes a {index.get('_class_name')}; give a folder of SD3's pipeline"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +17,15 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel, SD3ControlNet
 
 from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, A_MODEL, refuse_other_kind
-from refine_control.injection import diffusers_layer_of_block, flux_layer_of_block
 from refine_control.models.card import packaged
 from refine_control.models.components import find_weights, read_config, read_headers, read_json, read_tensors
+from refine_control.models.families import Sites, flux, sd3
 from refine_control.models.hub import folder_of
 from refine_control.storage import publish_folder, write_json
 
 STEM = "diffusion_pytorch_model"
-_SD3_BLOCKS = {24: 24, 38: 38}
-"""Blocks of the published SD3 transformers by their attention heads: medium and large."""
-_FLUX_BLOCKS = {"num_layers": 19, "num_single_layers": 38}
-_Rule = Callable[[int, int], list[int]]
+_SD3_BLOCKS = (24, 38)
+"""Blocks of the published SD3 transformers, medium and large: each has as many attention heads."""
 
 
 class Stream(NamedTuple):
@@ -37,7 +34,8 @@ class Stream(NamedTuple):
     kind: str
     """`joint` blocks of SD3; `double` or `single` ones of FLUX."""
     num_layers: int
-    num_blocks: int
+    num_sites: int
+    """Blocks that take a residual."""
     unread: list[int]
     """Indices of the layers that no block reads."""
     kept: int
@@ -62,9 +60,7 @@ class Trimmed(NamedTuple):
         lines = []
         for stream in self.streams:
             read = stream.num_layers - len(stream.unread)
-            line = (
-                f"{stream.kind}: diffusers reads {read} of {stream.num_layers} layers, for {stream.num_blocks} blocks"
-            )
+            line = f"{stream.kind}: diffusers reads {read} of {stream.num_layers} layers, for {stream.num_sites} blocks"
             never = f"; never layer {', '.join(map(str, stream.unread))}" if stream.unread else ""
             lines.append(line + never + (f", which stays: {stream.obstacle}" if stream.obstacle else ""))
         if self.out is not None:
@@ -98,62 +94,60 @@ def trim(controlnet: str | Path, model: str | Path | None = None, out: Path | No
     return Trimmed(str(controlnet), streams, before, after, out)
 
 
-def _blocks(model: str | Path | None, transformer: Any, names: tuple[str, ...]) -> list[int] | None:
-    """The numbers of blocks that the config of a model's transformer states under `names`; None without a model."""
-    if model is None:
-        return None
+def _blocks(model: str | Path, transformer: Any, names: Iterable[str]) -> dict[str, int]:
+    """The numbers of blocks that the config of a model's transformer states under `names`."""
     name = "transformer/config.json"
     folder = packaged(model) or folder_of(model, [name], "a pipeline folder in diffusers layout, or a hub id")
     refuse_other_kind(folder, A_MODEL)
-    return _counts(folder / "transformer", transformer, read_config(transformer, folder / "transformer"), names)
+    return _counts(transformer, folder / "transformer", names)
 
 
-def _counts(folder: Path, component: Any, config: Mapping[str, Any], names: tuple[str, ...]) -> list[int]:
+def _counts(component: Any, folder: Path, names: Iterable[str]) -> dict[str, int]:
     """Numbers of layers from a config. Raises InvalidInputError where it does not state one that can be."""
+    config = read_config(component, folder)
     for name in names:
         if not isinstance(config.get(name), int) or not 0 <= config[name] < 1000:
             raise InvalidInputError(
                 f"{folder / 'config.json'}: {name} is {config.get(name)}; a {component.__name__} has a number of "
                 "layers there, use the config that belongs to these weights"
             )
-    return [config[name] for name in names]
+    return {name: config[name] for name in names}
 
 
 def _flux_streams(folder: Path, model: str | Path | None) -> list[Stream]:
-    names, config = tuple(_FLUX_BLOCKS), read_config(FluxControlNetModel, folder)
-    double, single = _counts(folder, FluxControlNetModel, config, names)
-    doubles, singles = _blocks(model, FluxTransformer2DModel, names) or _FLUX_BLOCKS.values()
-    repeat = config.get("conditioning_embedding_channels") is not None
-    obstacle = "the single layers compute from it" if single else ""
+    counts, config = _counts(FluxControlNetModel, folder, flux.BLOCKS), read_config(FluxControlNetModel, folder)
+    blocks = flux.BLOCKS if model is None else _blocks(model, FluxTransformer2DModel, flux.BLOCKS)
+    obstacles = ["the single layers compute from it" if counts["num_single_layers"] else "", ""]
+    rows = zip(("double", "single"), counts.values(), flux.family(blocks, config).sites, obstacles, strict=True)
+    placed = "refine-control reads it by the map in the config"
     return [
-        _stream("double", double, doubles, partial(flux_layer_of_block, repeat=repeat), obstacle),
-        _stream("single", single, singles, flux_layer_of_block),
+        _stream(kind, count, sites, placed if flux.own_map(sites) in config else obstacle)
+        for kind, count, sites, obstacle in rows
     ]
 
 
 def _sd3_streams(folder: Path, model: str | Path | None) -> list[Stream]:
-    config = read_config(SD3ControlNetModel, folder)
-    (layers,) = _counts(folder, SD3ControlNetModel, config, ("num_layers",))
-    blocks = _blocks(model, SD3Transformer2DModel, ("num_layers",)) or [_SD3_BLOCKS.get(config["num_attention_heads"])]
-    if blocks[0] is None:
+    (layers,) = _counts(SD3ControlNetModel, folder, ["num_layers"]).values()
+    heads = read_config(SD3ControlNetModel, folder)["num_attention_heads"]
+    if model is None and heads not in _SD3_BLOCKS:
         raise InvalidInputError(
-            f"{folder} has {config['num_attention_heads']} attention heads, as no published SD3 model has; name the "
-            "model that it is for with --model"
+            f"{folder} has {heads} attention heads, as no published SD3 model has; name the model that it is for with "
+            "--model"
         )
-    # the last block takes no residual
-    return [_stream("joint", layers, blocks[0], lambda layers, n: diffusers_layer_of_block(layers, n)[: n - 1])]
+    blocks = {"num_layers": heads} if model is None else _blocks(model, SD3Transformer2DModel, ["num_layers"])
+    return [_stream("joint", layers, sd3.two_streams("", blocks, {}).sites[0])]
 
 
-def _stream(kind: str, num_layers: int, num_blocks: int, rule: _Rule, obstacle: str = "") -> Stream:
-    """What `rule`, the layer of each block by the numbers of layers and of blocks, reads of `num_layers`."""
-    read = rule(num_layers, num_blocks) if num_layers else []
-    unread, kept = sorted({*range(num_layers)} - {*read}), max(read, default=-1) + 1
-    if unread and not obstacle and rule(kept, num_blocks) != read:
+def _stream(kind: str, num_layers: int, sites: Sites, obstacle: str = "") -> Stream:
+    """What stock reads of `num_layers`, and how many of them can stay alone."""
+    unread = sites.dead_layers(num_layers) if num_layers else []
+    kept = num_layers
+    while kept - 1 in unread:
+        kept -= 1
+    if unread and not obstacle and sites.stock(kept) != sites.stock(num_layers):
         obstacle = "without it diffusers would feed other layers to the blocks"
-    elif unread and not obstacle and unread[0] < kept:
-        obstacle = "later layers compute from it"
     fixed = bool(unread and obstacle)
-    return Stream(kind, num_layers, num_blocks, unread, num_layers if fixed else kept, obstacle if fixed else "")
+    return Stream(kind, num_layers, sites.count, unread, num_layers if fixed else kept, obstacle if fixed else "")
 
 
 def _write(folder: Path, out: Path, streams: list[Stream]) -> tuple[int, int]:

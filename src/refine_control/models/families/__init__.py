@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from refine_control.errors import InvalidInputError
-from refine_control.models.families import sd3, sd35_large, sd35_medium
+from refine_control.models.families import flux, sd3, sd35_large, sd35_medium
 from refine_control.models.families.family import Config, Family, Sites
 
 __all__ = ["FAMILIES", "Family", "Sites", "find_family"]
-FAMILIES = (sd3, sd35_medium, sd35_large)
+FAMILIES = (sd3, sd35_medium, sd35_large, flux)
 
 
 def find_family(transformer: Config, controlnet: Config | None = None, name: str | Path = "") -> Family:

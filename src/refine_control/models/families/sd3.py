@@ -61,6 +61,7 @@ def differences(family: Family, controlnet: Config) -> list[str]:
     table, extra = controlnet.get("use_pos_embed", True), controlnet.get("extra_conditioning_channels", 0)
     outside = any(layer not in range(controlnet["num_layers"]) for layer in dual)
     facts = {
+        "has single layers beside double ones": "num_single_layers" in controlnet,
         "reads no prompt": family.text and controlnet["joint_attention_dim"] is None,
         f"has {'a' if table else 'no'} table of positions": table != family.own_positions,
         f"normalises queries by {norm}": family.text and norm != family.qk_norm,
