@@ -123,6 +123,8 @@ def test_stock_diffusers_gives_the_same_velocity_without_them(tmp_path, double, 
     assert (len(cut.controlnet_blocks), len(cut.controlnet_single_blocks)) == kept
     assert report.kept_params == sum(p.numel() for p in cut.parameters()) < report.num_params
     assert torch.equal(velocity(transformer, cut), velocity(transformer, controlnet))
+    assert "the same pictures" in report.text
+    assert ("single" in report.text) == bool(single)
     with pytest.raises(InvalidInputError, match="diffusers reads all its layers; nothing is written"):
         trim(tmp_path / "cut", tmp_path / "model", tmp_path / "again")
 

@@ -58,7 +58,7 @@ class Trimmed(NamedTuple):
     def text(self) -> str:
         """The report for people."""
         lines = []
-        for stream in self.streams:
+        for stream in filter(lambda stream: stream.num_layers, self.streams):
             read = stream.num_layers - len(stream.unread)
             line = f"{stream.kind}: diffusers reads {read} of {stream.num_layers} layers, for {stream.num_sites} blocks"
             never = f"; never layer {', '.join(map(str, stream.unread))}" if stream.unread else ""
