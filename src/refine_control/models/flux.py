@@ -259,7 +259,7 @@ def build_student(
     sources = [range(count) for count in counts]
     if teacher is not None and init == "teacher":
         taught = zip(site_maps(teacher, family), maps, strict=True)
-        sources = [[of[group[-1]] for group in sites_of_layer(own)] if own else [] for of, own in taught]
+        sources = [[of[group[-1]] for group in sites_of_layer(placed)] if placed else [] for of, placed in taught]
     _copy_layers(student, source, sources)
     return student
 
