@@ -87,6 +87,12 @@ class RejectReason(Enum):
     """No pixel to keep, in the photo or after cropping."""
     MASK_DOES_NOT_FIT = "mask_does_not_fit"
     """Less than half of the hole fits into a square crop."""
+    NO_CONDITION = "no_condition"
+    """No condition picture is named and none can be made, or there is no such file."""
+    CONDITION_UNREADABLE = "condition_unreadable"
+    """The condition picture is there and cannot be decoded."""
+    CONDITION_SIZE_MISMATCH = "condition_size_mismatch"
+    """The condition picture has neither the size of the photo as shown nor that of its stored pixels."""
     NO_PROMPT = "no_prompt"
     """No words, or a prompt that is not UTF-8 text."""
     REVIEW_REJECTED = "review_rejected"
@@ -131,6 +137,8 @@ class Entry:
     """Why the entry cannot be loaded, where this is known before any file is opened."""
     segmentation: Row | list[Any] | None = None
     """The region as COCO's run lengths or polygons (see `photos.regions`), instead of a mask's file."""
+    condition: str | None = None
+    """The file of the condition picture, for conditions without a region."""
 
     @classmethod
     def refused(cls, root: Path, image: str, reason: RejectReason, detail: str, key: str = "") -> Entry:

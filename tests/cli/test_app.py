@@ -69,8 +69,8 @@ VERBS = {
         *("--per-photo", "--retry-failed", SEED, "--shape", "out", "source"),
     ],
     "data build": [
-        *(*ANNOTATING, "--buckets", DRY, "--format", JSON, "--limit", SEED, "--size", "--test-fraction"),
-        *("--unlabeled-fraction", "out", "source"),
+        *(*ANNOTATING, "--buckets", "--condition", DRY, "--format", JSON, "--limit", "--preparer", SEED, "--size"),
+        *("--test-fraction", "--unlabeled-fraction", "out", "source"),
     ],
     "data download": [DRY, JSON, "out", "urls"],
     "data inspect": ["--html", JSON, "--sheet", "folder"],

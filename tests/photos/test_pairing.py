@@ -69,6 +69,7 @@ def listed(source: Path, **options):
 
 STEMS = ["a", "b", "a.b", "22.05", "A", ".a", "é", unicodedata.normalize("NFD", "é"), "a mask", "_"]
 ENDS = [".jpg", ".png", ".JPG", ".mask.png", ".MASK.PNG", ".mask.jpg", ".txt", ".TXT", ".json", ".xmp", "", ".jpg.bak"]
+ENDS += [".cond.png", ".Cond.JPG"]
 FOLDERS = ["", "sub/", "sub/deep.er/", "__MACOSX/", ".git/", "sub/.hidden/"]
 names = st.lists(
     st.builds("".join, st.tuples(st.sampled_from(FOLDERS), st.sampled_from(STEMS), st.sampled_from(ENDS))),
@@ -82,13 +83,13 @@ def test_every_file_is_a_photo_a_part_of_one_or_left_over(files):
     leftovers = []
     photos = list(pair(files, leftovers.append))
     images = [photo.image for photo in photos]
-    parts = {part for photo in photos for part in (photo.mask, photo.text, photo.description) if part}
+    parts = {part for photo in photos for part in (photo.mask, photo.condition, photo.text, photo.description) if part}
     assert sorted([*images, *parts, *(each.file for each in leftovers)]) == sorted(files)
     assert all(each.why for each in leftovers)
-    assert not any(".mask." in image.lower() for image in images)
+    assert not any(end in image.lower() for image in images for end in (".mask.", ".cond."))
     owners = {}
     for photo in photos:
-        for part in filter(None, (photo.mask, photo.text, photo.description)):
+        for part in filter(None, (photo.mask, photo.condition, photo.text, photo.description)):
             owners.setdefault(part, []).append(photo)
     assert all(len(photos) == 1 or all(p.ambiguity for p in photos) for photos in owners.values())
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from refine_control.annotation.masks import keep_best
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.components import read_json
+from refine_control.models.components import load_pretrained, read_json
 from refine_control.models.devices import best_device
 from refine_control.models.hub import folder_of, revision
 from refine_control.records import Proposal
@@ -195,6 +195,8 @@ def load_segmenter(
 
     `dtype` is the precision of the encoder: by default bfloat16 on a GPU, float32 elsewhere. Raises MissingError for
     weights that are not there, InvalidInputError for a model of another kind or with weights that do not fit."""
+    from transformers import AutoModelForMaskGeneration
+
     chosen = Settings(**settings)
     device = device or best_device().type
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -208,44 +210,13 @@ def load_segmenter(
             f"{folder} holds a model of type {kind!r}, which finds no regions from points; name a SAM model, one of "
             f"the types {', '.join(_GENERATIONS)}"
         )
-    model = _load(folder)
+    model = load_pretrained(AutoModelForMaskGeneration, folder)
     half = torch.bfloat16 if device.startswith("cuda") else torch.float32
     preparation = _preparation(folder, model.config, _GENERATIONS[kind])
     model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
     return Segmenter(
         model, f"{Path(name).name}@{revision(folder)}", preparation, chosen, dtype or half, _GENERATIONS[kind]
     )
-
-
-def _load(folder: Path) -> Any:
-    """The network for single pictures, whole: a weight that the file lacks would be random."""
-    from transformers import AutoModelForMaskGeneration
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForMaskGeneration.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except OSError as error:
-        raise MissingError(
-            f"{folder} has a config.json and no model.safetensors; download the model whole, as with `hf download`"
-        ) from error
-    except Exception as error:  # safetensors' and transformers' own, for cut files, other shapes, unknown fields
-        raise InvalidInputError(f"{folder}: {error}; download the model again") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise InvalidInputError(
-            f"the weights in {folder} lack {len(info['missing_keys'])} tensors, first {first}; use the config.json "
-            "that belongs to these weights"
-        )
-    return model
 
 
 def _preparation(folder: Path, config: Any, generation: int) -> Preparation:

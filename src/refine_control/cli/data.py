@@ -33,6 +33,7 @@ Server = Annotated[str, typer.Option(help="Address of an OpenAI-compatible serve
 EngineName = Annotated[Literal["local", "ray"], typer.Option(help="Processes on this machine, or a Ray cluster.")]
 Workers = Annotated[int, opt.number("Number of processes or Ray actors.", 1, 1024)]
 Gpus = Annotated[float, opt.number("GPUs of each Ray actor.", 0)]
+Condition = Annotated[str, typer.Option(help="What the ControlNet is shown: inpaint, or a kind without masks.")]
 Limit = Annotated[int | None, opt.number("Only the first entries, this many.")]
 SAM, QWEN, SERVER = "facebook/sam2.1-hiera-large", "Qwen/Qwen2.5-VL-7B-Instruct", "http://127.0.0.1:8000"
 
@@ -108,6 +109,10 @@ def data_build(
     image_format: Annotated[
         Literal["webp", "png", "jpg"], typer.Option("--format", help="Image format; webp is lossless.")
     ] = "webp",
+    condition: Condition = "inpaint",
+    preparer: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth).")
+    ] = None,
     images: Images = None,
     engine: EngineName = "local",
     workers: Workers = 1,
@@ -118,9 +123,18 @@ def data_build(
 ) -> None:
     """Build shards under OUT from photos, masks and prompts of SOURCE; rejects.jsonl lists what is refused, and why.
 
-    Masks or prompts that are not given are first made by `data annotate` in OUT-annotations."""
+    Masks or prompts that are not given are first made by `data annotate` in OUT-annotations. A --condition other than
+    inpaint needs no masks: its pictures are given by SOURCE, or made of the photos."""
+    from refine_control.conditions.condition import find_condition
+    from refine_control.errors import InvalidInputError
+
+    if not find_condition(condition).region and (masks, prompts) != ("given", "given"):
+        raise InvalidInputError(
+            f"--masks and --prompts are about regions, and the condition {condition} has none; leave both out"
+        )
     shares = {"test_fraction": test_fraction, "unlabeled_fraction": unlabeled_fraction}
     options = {"size": size, **shares, "seed": seed, "image_format": image_format, "limit": limit, "buckets": buckets}
+    options |= {"condition": condition, "preparer": preparer}
     if dry_run:
         plan = {"verb": "data build", "source": source, "out": out, "masks": masks, "prompts": prompts, **options}
         return show(plan, as_json)

@@ -42,11 +42,25 @@ class Condition:
     prepare: Callable[[np.ndarray], np.ndarray] | None = None
     """(H,W,3) uint8 of a photograph -> its condition picture (H,W,3) uint8; None: the picture must be given, or the
     condition is the photograph without its region."""
+    network: Callable[[str], Callable[[np.ndarray], np.ndarray]] | None = None
+    """Hub id or folder of a model -> a `prepare` by it. Raises MissingError where the model is not there."""
+    photographic: bool = False
+    """Whether the picture is a photograph, and resized as one (Lanczos); others are averaged (bilinear)."""
 
     @property
     def extra_channels(self) -> int:
         """Channels beside those of the latents."""
         return int(self.region)
+
+    def preparation(self, model: str | None = None) -> Callable[[np.ndarray], np.ndarray] | None:
+        """How a missing picture is made, by the `model` where one is named; None: it must be given.
+
+        Raises InvalidInputError for a model where the condition takes none."""
+        if model is None:
+            return self.prepare
+        if self.network is None:
+            raise InvalidInputError(f"the condition {self.name} is not prepared by a model; leave {model!r} out")
+        return self.network(model)
 
 
 def condition_names() -> list[str]:

@@ -2,4 +2,4 @@
 
 from refine_control.conditions.condition import Condition
 
-CONDITION = Condition("edit", "the picture to edit; the prompt is the instruction")
+CONDITION = Condition("edit", "the picture to edit; the prompt is the instruction", photographic=True)

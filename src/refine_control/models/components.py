@@ -264,6 +264,39 @@ def _build(component: Any, config: Mapping[str, Any]) -> Any:
     return component(**{name: value for name, value in config.items() if name in known})
 
 
+def load_pretrained(component: Any, folder: Path) -> Any:
+    """A network of the class `component` of transformers, which renames tensors of earlier versions; on the CPU.
+
+    Raises MissingError where there are no weights, InvalidInputError for those that do not fit or are not whole: a
+    weight that the file lacks would be random."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = component.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise MissingError(
+            f"{folder} has a config.json and no model.safetensors; download the model whole, as with `hf download`"
+        ) from error
+    except Exception as error:  # safetensors' and transformers' own, for cut files, other shapes, unknown fields
+        raise InvalidInputError(f"{folder}: {error}; download the model again") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise InvalidInputError(
+            f"the weights in {folder} lack {len(info['missing_keys'])} tensors, first {first}; use the config.json "
+            "that belongs to these weights"
+        )
+    return model
+
+
 def load_scheduler(component: Any, folder: Path) -> Any:
     """A scheduler of the class `component`, every option checked as a network's. Raises as `load_network`."""
     path = folder / "scheduler_config.json"

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from refine_control.conditions.condition import INPAINT, find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import Kind, refuse_output_kind
 from refine_control.photos.buckets import Size, nearest, sizes_for
@@ -58,6 +59,8 @@ REJECTS = "rejects.jsonl"
 FORMAT = 2
 """Raised when the same parameters no longer give the same bytes."""
 _PARTS = ".parts"
+_LATER = {"buckets": False, "condition": INPAINT, "preparer": None}
+"""Parameters that are named only where they differ, so that earlier builds stay what they were."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Parameters:
     """Whether photos smaller than `size` are enlarged rather than refused."""
     buckets: bool = False
     """Whether samples have the sizes of `buckets.sizes_for(size)`, each the nearest to its photo's shape."""
+    condition: str = INPAINT
+    """What a ControlNet is shown, a kind of `conditions`."""
+    preparer: str | None = None
+    """Hub id or folder of the model that makes the condition pictures that are not given."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "unlabeled_fraction"):
@@ -93,6 +100,12 @@ class Parameters:
             raise InvalidInputError("samples_per_shard and limit must be at least 1")
         if self.buckets:
             sizes_for(self.size)  # raises for a size that is no multiple of 16
+        _ = self.prepares  # raises for a condition that is not there, and for a model that it does not take
+
+    @property
+    def prepares(self) -> bool:
+        """Whether condition pictures that are not given are made."""
+        return find_condition(self.condition).preparation(self.preparer) is not None
 
     @property
     def sizes(self) -> int | list[Size]:
@@ -105,8 +118,8 @@ class Parameters:
         return self.enlarge or (width >= w and height >= h)
 
     def as_dict(self) -> Row:
-        """For manifests: `buckets` only where there are some, so that builds of squares stay what they were."""
-        return {name: value for name, value in asdict(self).items() if name != "buckets" or value}
+        """For manifests."""
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,8 @@ def build(
     started = time.monotonic()
     source, out, chosen = Path(source), Path(out), Parameters(**parameters)
     with worker_processes(workers) as in_order:
-        surveyed = survey(source, in_order, images=images, limit=chosen.limit, fits=chosen.fits)
+        taken = {"limit": chosen.limit, "fits": chosen.fits, "condition": chosen.condition}
+        surveyed = survey(source, in_order, images=images, prepared=chosen.prepares, **taken)
         if not surveyed.photos:
             others = f", only others such as {surveyed.left_out[0].image}" if surveyed.left_out else ""
             raise InvalidInputError(
@@ -199,12 +213,15 @@ def _check_folder(out: Path, expected: Row) -> None:
             raise InvalidInputError(f"{out} holds {min(strangers)!r} and is not a build; name a new folder")
         return
     try:
-        there = {"buckets": False, **json.loads(path.read_bytes())}
+        there = {**_LATER, **json.loads(path.read_bytes())}
     except (ValueError, TypeError):
         raise InvalidInputError(f"{path} cannot be read; delete {out} and build it again") from None
+    now = {**_LATER, **expected}
+    if there["condition"] != now["condition"]:  # which parts of the source are read depends on it
+        now = {"condition": now["condition"]}
     differing = [
         f"{key.replace('source_sha256', 'the content of the source')} ({there.get(key)} there, {value} now)"
-        for key, value in {"buckets": False, **expected}.items()
+        for key, value in now.items()
         if there.get(key) != value
     ]
     if differing:
@@ -233,7 +250,12 @@ class _Build:
         rejects: list[Row] = []
         for role in ROLES:
             writer = ShardWriter(
-                self.out / role, role, chosen.samples_per_shard, chosen.image_format, several_sizes=chosen.buckets
+                self.out / role,
+                role,
+                chosen.samples_per_shard,
+                chosen.image_format,
+                several_sizes=chosen.buckets,
+                condition=chosen.condition,
             )
             coming = self._entries(role, roles)
             runs = iter(lambda coming=coming: list(itertools.islice(coming, chosen.samples_per_shard)), [])
@@ -254,7 +276,8 @@ class _Build:
     def _entries(self, role: str, roles: dict[str, str]) -> Iterator[tuple[int, Entry]]:
         """The entries of a role by row; those of photographs that cannot be used are refused with `labeled`."""
         photos = self.surveyed.photos
-        coming = entries(self.source, self.images, lambda left_out: None)  # the survey has them already
+        left_out = lambda entry: None  # noqa: E731 - the survey has them already
+        coming = entries(self.source, self.images, left_out, self.chosen.condition)
         for row, (entry, photo) in enumerate(zip(coming, photos, strict=False)):
             if roles.get(photo, LABELED) == role:
                 yield row, entry
@@ -299,7 +322,8 @@ def _sample(chosen: Parameters, role: str, task: tuple[Entry, str]) -> tuple[Pho
     """Loads and encodes an entry of the photograph that the task names: the sample with its files."""
     entry, photo = task
     try:
-        loaded = load(entry, chosen.sizes, enlarge=chosen.enlarge)
+        how = {"condition": chosen.condition, "preparer": chosen.preparer}
+        loaded = load(entry, chosen.sizes, enlarge=chosen.enlarge, **how)
     except Rejected as error:
         return error
     named = replace(loaded, meta={**loaded.meta, "photo": photo})

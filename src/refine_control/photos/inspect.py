@@ -9,6 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ from PIL import Image
 from refine_control import picture_grid
 from refine_control.errors import InvalidInputError
 from refine_control.photos.shards import Manifest, Shards, open_manifest
-from refine_control.records import ROLES, Photo, Row
+from refine_control.records import ROLES, UNLABELED, Photo, Row
 from refine_control.storage import write_output
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "max": 1.0}
+_SHOWN = {"role", "condition", "samples", "photos", "image_size", "image_sizes", "image_format", "sources", "licenses"}
+"""Of a manifest."""
 _REJECTS = "rejects.jsonl"
 _TILE = 224
 _MARK = (224, 16, 127, 255)
@@ -38,7 +41,7 @@ class _Measured(NamedTuple):
     """What one pass over samples keeps of them."""
 
     areas: list[float]
-    """The masked share of each, 0 to 1."""
+    """The masked share of each, 0 to 1; none where the condition has no region."""
     lengths: list[int]
     """Words in each prompt."""
     words: Counter[str]
@@ -74,9 +77,10 @@ def _spread(roles: dict[str, Shards], count: int, what: str) -> list[tuple[str, 
 def inspect(folder: Path) -> dict[str, Any]:
     """Statistics of one role's folder, or of a build: `{"roles": {role: statistics}, "entries", "rejects"}`.
 
-    Statistics: role, samples, photos, bytes, image_size (with buckets also image_sizes: [H, W, samples] of each),
-    image_format, sources, licenses, and quantiles of the masked share (`mask_fraction`, 0 to 1) and of the words in a
-    prompt (`prompt_words`). Raises InvalidInputError where there are no shards, DamagedError where they are damaged."""
+    Statistics: role, condition where it is not inpainting, samples, photos, bytes, image_size (with buckets also
+    image_sizes: [H, W, samples] of each), image_format, sources, licenses, and quantiles of the masked share
+    (`mask_fraction`, 0 to 1, of inpainting) and of the words in a prompt (`prompt_words`). Raises InvalidInputError
+    where there are no shards, DamagedError where they are damaged."""
     opened = _open(Path(folder))
     roles = {role: _statistics(shards)[0] for role, shards in opened.roles.items()}
     if not opened.built:
@@ -89,12 +93,11 @@ def _statistics(shards: Shards) -> tuple[Row, _Measured]:
     measured, described = _Measured([], [], Counter()), 0
     for photo in shards:
         words = photo.prompt.lower().split()
-        measured.areas.append(float(photo.mask.mean()))
+        measured.areas.extend([float(photo.mask.mean())] if photo.cond is None else [])
         measured.lengths.append(len(words))
         measured.words.update({word.strip(".,;:!?\"'()") for word in words} - _PLAIN_WORDS - {""})
         described += bool(photo.global_prompt)
-    names = ("role", "samples", "photos", "image_size", "image_sizes", "image_format", "sources", "licenses")
-    statistics = {name: value for name, value in shards.manifest.items() if name in names} | {
+    statistics = {name: value for name, value in shards.manifest.items() if name in _SHOWN} | {
         "bytes": sum(file["bytes"] for file in shards.manifest["files"].values()),
         "mask_fraction": _quantiles(measured.areas),
         "prompt_words": _quantiles(measured.lengths),
@@ -123,11 +126,19 @@ def contact_sheet(folder: Path, path: Path, count: int = 64) -> None:
 
     Of a build every role is shown, each in its share. Raises InvalidInputError where there is no sample, StorageError
     when the disk refuses."""
-    shown = [photo for _, photo in _spread(_open(Path(folder)).roles, count, "a sheet")]
+    shown = [_side_by_side(*each) for each in _spread(_open(Path(folder)).roles, count, "a sheet")]
     if not shown:
         raise InvalidInputError(f"{folder} holds no sample to show")
     sheet = picture_grid.contact_sheet([p.image for p in shown], [p.mask for p in shown], [p.prompt for p in shown])
     write_output(Path(path), sheet)
+
+
+def _side_by_side(role: str, photo: Photo) -> Photo:
+    """The photo, where there is one, and its condition picture as one picture without a hole."""
+    if photo.cond is None:
+        return photo
+    both = photo.cond if role == UNLABELED else np.hstack([photo.image, photo.cond])
+    return replace(photo, image=both, mask=np.zeros(both.shape[:2], bool))
 
 
 # The page
@@ -157,10 +168,13 @@ class Tile(NamedTuple):
     role: str
     prompt: str
     note: str
-    """The source and the masked share."""
+    """The source, and the masked share where there is a region."""
     license: str
     image: str
+    """Empty where there is none."""
     outline: str
+    cond: str
+    """Empty where the condition is the photo without its hole."""
 
 
 class Refusals(NamedTuple):
@@ -194,6 +208,8 @@ def write_page(folder: Path, out_html: Path, count: int = 200) -> None:
         "entries": manifest["entries"] if built else None,
         "made_by": ", ".join(f"{name} {version}" for name, version in manifest["made_by"].items()),
         "roles": {role: statistics for role, (statistics, _) in roles.items()},
+        "condition": next(iter(shards.values())).condition,
+        "pairs": any(tile.cond for tile in tiles),
         "charts": [_charts(role, each) for role, each in measured.items()],
         "tiles": tiles,
         "samples": sum(map(len, shards.values())),
@@ -238,17 +254,26 @@ def _bars(counted: Sequence[tuple[str, int]]) -> list[Bar]:
 
 def _tile(role: str, photo: Photo) -> Tile:
     """The sample, at most _TILE pixels long, and the outline of its hole at exactly the size of the tile."""
-    picture = Image.fromarray(photo.image)
-    scale = _TILE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    small = picture.resize(size, Image.Resampling.LANCZOS) if scale < 1 else picture
+    scale = _TILE / max(photo.image.shape)
+    size = (max(1, round(photo.image.shape[1] * scale)), max(1, round(photo.image.shape[0] * scale)))
+    image, cond = (_small(each, size) for each in (photo.image, photo.cond))
     mask = np.asarray(Image.fromarray(photo.mask).resize(size, Image.Resampling.NEAREST))
     edge = outline(mask)
     line = np.where((edge | outline(mask & ~edge))[..., None], np.array(_MARK, np.uint8), np.uint8(0))
     source, license = (str(photo.meta.get(name) or "") for name in ("source", "license"))
+    if photo.cond is not None:
+        return Tile(role, photo.prompt, source, license, "" if role == UNLABELED else image, "", cond)
     note = f"{source}, " * bool(source) + f"{100 * photo.mask.mean():.0f} % masked"
-    pictures = _data_url(small, "JPEG", quality=85), _data_url(Image.fromarray(line), "PNG")
-    return Tile(role, photo.prompt, note, license, *pictures)
+    return Tile(role, photo.prompt, note, license, image, _data_url(Image.fromarray(line), "PNG"), "")
+
+
+def _small(pixels: np.ndarray | None, size: tuple[int, int]) -> str:
+    """The picture at most of (width, height) as a data URL; empty for none."""
+    if pixels is None:
+        return ""
+    picture = Image.fromarray(pixels)
+    small = picture.resize(size, Image.Resampling.LANCZOS) if size < picture.size else picture
+    return _data_url(small, "JPEG", quality=85)
 
 
 def _data_url(picture: Image.Image, file_format: str, **options: Any) -> str:

@@ -1,9 +1,9 @@
 """Photographs found by name, in tars (WebDataset) and folders -> entries: files of one name are one entry.
 
 The names are those of `photos.pairing`. A tar is as img2dataset writes it: `KEY.jpg`, `KEY.txt` with the caption of the
-whole photo, `KEY.json` with `url`, `sha256`, `license` and the like. Optional are `KEY.mask.png`, and in `KEY.json`
-`local_prompt`, `segmentation`, `category` (-> local prompt "a dog"), and `box` [x0, y0, x1, y1], the first and the last
-column and row of the region, in pixels.
+whole photo, `KEY.json` with `url`, `sha256`, `license` and the like. Optional are `KEY.mask.png`, `KEY.cond.png` and in
+`KEY.json` `local_prompt`, `segmentation`, `category` (-> local prompt "a dog"), and `box` [x0, y0, x1, y1], the first
+and the last column and row of the region, in pixels.
 
 A folder holds the same; there a text is a local prompt. Entries come in the order of the sorted names, folder by
 folder; the names of one folder are held at a time, in little more memory than their letters.
@@ -66,7 +66,8 @@ def described_entry(root: Path, folder: str, photo: Photograph, read: Callable[[
     `read` gives the bytes of a file in `folder`, of at most so many."""
     name = folder + photo.image
     mask = folder + photo.mask if photo.mask else None
-    entry = Entry(make_key(name, mask), root, name, mask, None)
+    cond = folder + photo.condition if photo.condition else None
+    entry = Entry(make_key(name, mask), root, name, mask, None, condition=cond)
     if photo.ambiguity:
         return replace(entry, problem=(RejectReason.AMBIGUOUS, photo.ambiguity))
     try:

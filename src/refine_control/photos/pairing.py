@@ -4,6 +4,7 @@
 | --- | --- |
 | `NAME.jpg`, `.png`, `.webp`, `.tif`, ... | the photo NAME; NAME may hold dots |
 | `NAME.mask.png`, or another image format | its mask, never a photo |
+| `NAME.cond.png`, or another image format | its condition picture, never a photo |
 | `NAME.txt`, `NAME.json` | its text and its description |
 
 Extensions may be written in capitals, and two Unicode spellings of one NAME are one name. What is none of these, or
@@ -19,7 +20,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
-MASK_SUFFIX = ".mask.png"
+_PARTS = {".mask": "mask", ".cond": "condition"}
+_USUAL = tuple(f"{part}.png" for part in _PARTS)
 _KINDS = {".txt": "text", ".json": "description"}
 
 
@@ -28,6 +30,7 @@ class Photograph(NamedTuple):
 
     image: str
     mask: str | None = None
+    condition: str | None = None
     text: str | None = None
     description: str | None = None
     rival: str = ""
@@ -36,7 +39,7 @@ class Photograph(NamedTuple):
     @property
     def ambiguity(self) -> str:
         """Which file may be of this photo or of its rival; empty where there is none."""
-        part = self.mask or self.text or self.description
+        part = self.mask or self.condition or self.text or self.description
         if not (self.rival and part):
             return ""
         image, rival, part = (PurePosixPath(name).name for name in (self.image, self.rival, part))
@@ -56,7 +59,7 @@ class Name(NamedTuple):
     stem: str
     """Of the photo: without the extension of its kind, in one Unicode spelling."""
     kind: str
-    """image, mask, text, description; or why it is none of these."""
+    """image, mask, condition, text, description; or why it is none of these."""
 
 
 def read_name(file: str) -> Name:
@@ -67,8 +70,9 @@ def read_name(file: str) -> Name:
     if name.startswith("."):
         return Name("", "a hidden file")
     if suffix in IMAGE_SUFFIXES:
-        masked = stem.lower().endswith(".mask")
-        return Name(stem[: -len(".mask")] if masked else stem, "mask" if masked else "image")
+        whose, dot, part = stem.rpartition(".")
+        kind = _PARTS.get(dot + part.lower())
+        return Name(whose, kind) if kind else Name(stem, "image")
     if suffix in _KINDS:
         return Name(stem, _KINDS[suffix])
     return Name("", f"no photo, mask, text or description: known are {', '.join(IMAGE_SUFFIXES)}, .txt and .json")
@@ -100,7 +104,7 @@ def pair(files: Iterable[str], left_over: Callable[[Leftover], None]) -> Iterato
         images = group.pop("image", [])
         parts: dict[str, str] = {}
         for kind, names in group.items():
-            ordered = sorted(names, key=lambda file: (not file.endswith(MASK_SUFFIX), file)) if images else names
+            ordered = sorted(names, key=lambda file: (not file.endswith(_USUAL), file)) if images else names
             why = f"a {kind} without a photo {stem}.jpg, .png, ..."
             if images:
                 parts[kind], why = ordered.pop(0), f"a second {kind} of {PurePosixPath(images[0]).name}"

@@ -2,7 +2,7 @@
 
 | source | what it is |
 | --- | --- |
-| `manifest.jsonl`, or a folder that holds one | rows of `image`, `mask` or `segmentation`, `local_prompt`, ... |
+| `manifest.jsonl`, or a folder that holds one | rows of `image`, `mask`, `condition`, `local_prompt`, ... |
 | a folder with tars at its top, or one tar | WebDataset, as img2dataset writes it: see `photos.named_files` |
 | any other folder | searched for photos, masks and texts by the names of `photos.pairing`; a text is a local prompt |
 | a `.json` file | COCO's instances: see `photos.coco` |
@@ -30,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from refine_control.conditions.condition import INPAINT, find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
@@ -49,15 +50,41 @@ _BESIDE_TARS = frozenset({"request"})
 
 
 def entries(
-    source: Path, images: Path | None = None, left_out: Callable[[Entry], None] | None = None
+    source: Path,
+    images: Path | None = None,
+    left_out: Callable[[Entry], None] | None = None,
+    condition: str = INPAINT,
 ) -> Iterator[Entry]:
     """Streams the entries of a source (see above) in the order of its rows, or of the sorted names.
 
     `images` is the folder of COCO's photos where it is not the JSON's own. `left_out` is called with the entries of
     what never was a sample to be (LEFT_OUT), each before the next that is streamed; without it a warning counts them
-    at the end. Raises InvalidInputError when
-    `source` is nothing of the kind, or a folder that this project writes for another use."""
-    return _checked(source, _reader(Path(source), images), left_out)
+    at the end. Of a `condition` without a region the entries are whole photos: no mask, and the global prompt where
+    there is one. Raises InvalidInputError when `source` is nothing of the kind, or a folder that this project writes
+    for another use."""
+    listed = _reader(Path(source), images)
+    if find_condition(condition).region:
+        listed = (replace(entry, condition=None) if entry.condition else entry for entry in listed)
+    else:
+        listed = _whole_photos(source, listed, condition)
+    return _checked(source, listed, left_out)
+
+
+def _whole_photos(source: Path, listed: Iterator[Entry], condition: str) -> Iterator[Entry]:
+    """The entries without their regions; of several that then are alike all but the first are duplicates."""
+    seen = Seen()
+    for entry in listed:
+        if entry.problem is not None:
+            yield entry
+            continue
+        if entry.mask is not None or entry.segmentation is not None:
+            _warn_once(f"{source} names masks, which the condition {condition} does not use")
+        prompt, problem = entry.global_prompt or entry.prompt, None
+        if not seen.add("\0".join((entry.image, entry.condition or "", prompt or ""))):
+            problem = (RejectReason.DUPLICATE, "an earlier entry has this photo, condition picture and prompt")
+        elif entry.condition and os.path.normpath(entry.condition) == os.path.normpath(entry.image):
+            problem = (RejectReason.BAD_ROW, "the condition picture is the photo itself")
+        yield replace(entry, mask=None, segmentation=None, prompt=prompt, problem=problem)
 
 
 @functools.lru_cache
@@ -196,7 +223,8 @@ def _manifest_entry(root: Path, row: Row) -> Entry:
         raise Rejected(RejectReason.BAD_ROW, f"no `image` is named; the fields are: {fields or 'none'}")
     mask = take_text(row, "mask") or None
     segmentation = take_segmentation(row) if mask is None else None
-    region = mask if segmentation is None else json.dumps(segmentation, sort_keys=True)
+    cond = row["condition"] if isinstance(row.get("condition"), str) and row["condition"] else None
+    region = mask or cond if segmentation is None else json.dumps(segmentation, sort_keys=True)
     captions = _texts(row, "captions")
     take_id(row, "source_image_id")
     return Entry(
@@ -208,6 +236,7 @@ def _manifest_entry(root: Path, row: Row) -> Entry:
         global_prompt=one_line(take_text(row, "global_prompt")) or next(filter(None, map(one_line, captions)), ""),
         meta=flat_meta(row, _NOT_META) | whole_ids(row),
         segmentation=segmentation,
+        condition=cond,
     )
 
 

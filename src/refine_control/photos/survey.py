@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refine_control.conditions.condition import INPAINT
 from refine_control.photos.decode import thumbnail
 from refine_control.photos.files import read_bytes
 from refine_control.photos.near_duplicates import SIDE, fingerprint, near_pairs
@@ -61,11 +62,13 @@ class _Look(NamedTuple):
     fingerprint: int | None
     size: tuple[int, int]
     """(W, H) of the picture as shown; 0 where it cannot be decoded."""
-    masks: list[str | None]
+    parts: list[str | None]
+    """Of the mask or condition picture of each entry."""
 
 
 def _look(group: list[Entry]) -> _Look:
-    """An entry with a problem is not going to be read: its mask is not, nor the image of a group of such entries."""
+    """An entry with a problem is not going to be read: nor are its mask and condition picture, and the image of a
+    group of such entries."""
     readable = next((entry for entry in group if entry.problem is None), None)
     content, mark, size = None, None, (0, 0)
     with contextlib.suppress(Rejected):  # the build will say why
@@ -74,18 +77,29 @@ def _look(group: list[Entry]) -> _Look:
             content = hashlib.sha256(data).hexdigest()
             small, header = thumbnail(data, SIDE)
             mark, size = fingerprint(small), header.size
-    return _Look(content, mark, size, list(map(_mask_content, group)))
+    return _Look(content, mark, size, list(map(_part_content, group)))
 
 
-def _mask_content(entry: Entry) -> str | None:
+def _part_content(entry: Entry) -> str | None:
+    part = entry.mask or entry.condition
     with contextlib.suppress(Rejected):
-        if entry.problem is None and entry.mask is not None:
-            return hashlib.sha256(read_bytes(entry.root, entry.mask)).hexdigest()
+        if entry.problem is None and part is not None:
+            return hashlib.sha256(read_bytes(entry.root, part)).hexdigest()
     return None
 
 
-def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int | None, fits: Fits) -> Survey:
-    """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small."""
+def survey(
+    source: Path,
+    in_order: InOrder,
+    *,
+    images: Path | None,
+    limit: int | None,
+    fits: Fits,
+    condition: str = INPAINT,
+    prepared: bool = False,
+) -> Survey:
+    """Reads and hashes all that a build will read. `fits` says which pictures will not be refused as too small,
+    `prepared` that the pictures of the `condition` need not be given."""
     whole, numbers, serves = hashlib.sha256(), array("q"), bytearray()
     ids: dict[str, int] = {}
     contents: dict[bytes, int] = {}
@@ -93,13 +107,14 @@ def survey(source: Path, in_order: InOrder, *, images: Path | None, limit: int |
     same = array("q")  # pairs of ids that are one photograph
     left_out: list[Entry] = []
     # what the workers look at runs a few groups ahead of what is folded here
-    ahead, behind = itertools.tee(photos_of(itertools.islice(entries(source, images, left_out.append), limit)))
+    listed = itertools.islice(entries(source, images, left_out.append, condition), limit)
+    ahead, behind = itertools.tee(photos_of(listed))
     for group, look in zip(behind, in_order(_look, ahead), strict=True):
-        for entry, mask in zip(group, look.masks, strict=True):
-            whole.update(json.dumps([*_listed_facts(entry), look.content, mask], sort_keys=True).encode() + b"\n")
+        for entry, part in zip(group, look.parts, strict=True):
+            whole.update(json.dumps([*_listed_facts(entry), look.content, part], sort_keys=True).encode() + b"\n")
             number = ids.setdefault(entry.photo, len(ids))
             numbers.append(number)
-            serves.append(_serves(entry, look, mask, fits))
+            serves.append(_serves(entry, look, part, fits, prepared))
             if serves[-1] and entry.mask is not None:
                 masks.append(int.from_bytes(_hash(os.path.normpath(entry.mask)), "little"))
                 masked.append(number)
@@ -159,13 +174,15 @@ def _hash(name: str) -> bytes:
 def _listed_facts(entry: Entry) -> list[object]:
     """What the source says of an entry, as far as it reaches a sample."""
     words = [entry.key, entry.image, entry.mask, entry.prompt, entry.global_prompt, entry.meta]
-    return [*words, entry.problem[0].value if entry.problem else None, entry.segmentation]
+    facts = [*words, entry.problem[0].value if entry.problem else None, entry.segmentation]
+    return [*facts, entry.condition] if entry.condition else facts
 
 
-def _serves(entry: Entry, look: _Look, mask: str | None, fits: Fits) -> bool:
+def _serves(entry: Entry, look: _Look, part: str | None, fits: Fits, prepared: bool) -> bool:
     """Whether nothing is known yet that keeps the entry from being a sample."""
-    region = mask is not None or (entry.mask is None and entry.segmentation is not None)
-    return entry.problem is None and entry.prompt is not None and region and min(look.size) > 0 and fits(*look.size)
+    made = prepared or entry.segmentation is not None
+    shown = part is not None or (entry.mask is None and entry.condition is None and made)
+    return entry.problem is None and entry.prompt is not None and shown and min(look.size) > 0 and fits(*look.size)
 
 
 def split(photographs: Iterable[str], seed: int, test_fraction: float, unlabeled_fraction: float) -> dict[str, str]:
