@@ -49,7 +49,7 @@ DOORS = {
     "fastapi": ["annotation.review"],
     "uvicorn": ["annotation.review"],
     "httpx": ["annotation.vlm_server"],
-    "skimage": ["annotation.offline_masks", "annotation.masks"],
+    "skimage": ["annotation.offline_masks", "annotation.masks", "conditions.canny"],
     "torchvision": [],
     "pickle": [],
 }

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from refine_control.conditions.condition import INPAINT, find_condition
+from refine_control.conditions.condition import find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import Kind, refuse_output_kind
 from refine_control.photos.buckets import Size, nearest, sizes_for
@@ -41,7 +41,7 @@ from refine_control.photos.shards import (
 from refine_control.photos.sources import entries
 from refine_control.photos.survey import Survey, split, survey
 from refine_control.progress import Progress
-from refine_control.records import LABELED, ROLES, Entry, Photo, Rejected, RejectReason, Row
+from refine_control.records import INPAINT, LABELED, ROLES, Entry, Photo, Rejected, RejectReason, Row
 from refine_control.storage import (
     MANIFEST,
     TEMPORARY,

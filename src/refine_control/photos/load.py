@@ -25,13 +25,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from refine_control.conditions.condition import INPAINT, Condition, find_condition
+from refine_control.conditions.condition import Condition, find_condition
 from refine_control.photos.buckets import Size, nearest
 from refine_control.photos.decode import Header, decode, on_ground, read_header, turn
 from refine_control.photos.files import exists, read_bytes
 from refine_control.photos.regions import decode_rle, polygons_to_mask
 from refine_control.photos.values import take_whole
-from refine_control.records import MAX_PIXELS, Entry, Photo, Rejected, RejectReason
+from refine_control.records import INPAINT, MAX_PIXELS, Entry, Photo, Rejected, RejectReason
 
 MIN_HOLE_KEPT = 0.5
 

@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refine_control.conditions.condition import INPAINT, find_condition
+from refine_control.conditions.condition import find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import PHOTOGRAPHS, refuse_other_kind
 from refine_control.photos.decisions import DECISIONS_NAME, REJECT, Decision, id_of, read_decisions
@@ -39,7 +39,7 @@ from refine_control.photos.named_files import folder_entries, is_folder, tar_ent
 from refine_control.photos.pairing import IMAGE_SUFFIXES, Leftover, is_mask_name
 from refine_control.photos.seen import Seen
 from refine_control.photos.values import parse_object, take_id, take_segmentation, take_text, whole_ids
-from refine_control.records import LEFT_OUT, Entry, Rejected, RejectReason, Row, flat_meta, make_key, one_line
+from refine_control.records import INPAINT, LEFT_OUT, Entry, Rejected, RejectReason, Row, flat_meta, make_key, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refine_control.conditions.condition import INPAINT
 from refine_control.photos.decode import thumbnail
 from refine_control.photos.files import read_bytes
 from refine_control.photos.near_duplicates import SIDE, fingerprint, near_pairs
 from refine_control.photos.sources import entries, photos_of
-from refine_control.records import LABELED, TEST, UNLABELED, Entry, Rejected
+from refine_control.records import INPAINT, LABELED, TEST, UNLABELED, Entry, Rejected
 from refine_control.workers import InOrder
 
 logger = logging.getLogger(__name__)
@@ -180,8 +179,8 @@ def _listed_facts(entry: Entry) -> list[object]:
 
 def _serves(entry: Entry, look: _Look, part: str | None, fits: Fits, prepared: bool) -> bool:
     """Whether nothing is known yet that keeps the entry from being a sample."""
-    made = prepared or entry.segmentation is not None
-    shown = part is not None or (entry.mask is None and entry.condition is None and made)
+    needless = prepared or entry.segmentation is not None
+    shown = part is not None or (entry.mask is None and entry.condition is None and needless)
     return entry.problem is None and entry.prompt is not None and shown and min(look.size) > 0 and fits(*look.size)
 
 
