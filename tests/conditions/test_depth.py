@@ -83,3 +83,21 @@ def test_a_model_that_is_not_there_or_of_another_kind_is_said_in_a_sentence(tmp_
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(MissingError, match=r"and no model\.safetensors"):
         depth.depth_network(str(tmp_path / "bare"))
+
+
+def test_data_build_makes_what_is_not_given(tmp_path, image):
+    from refine_control.photos.build import build
+    from refine_control.photos.shards import Shards
+
+    model(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(image if name == "a" else image[::-1]).save(tmp_path / "in" / f"{name}.png")
+        (tmp_path / "in" / f"{name}.txt").write_text("a thing")
+    Image.fromarray(image).convert("L").save(tmp_path / "in" / "b.cond.png")
+    options = {"condition": "depth", "test_fraction": 0, "unlabeled_fraction": 0, "size": 32}
+    assert build(tmp_path / "in", tmp_path / "bare", **options).rejects == {"no_condition": 1}
+    build(tmp_path / "in", tmp_path / "out", preparer=str(tmp_path / "model"), **options)
+    a, b = Shards(tmp_path / "out" / "labeled")
+    assert np.array_equal(a.cond, depth.depth_network(str(tmp_path / "model"))(a.image))
+    assert np.array_equal(b.cond[..., 0], np.asarray(Image.fromarray(image).convert("L"))[:, 8:40])
