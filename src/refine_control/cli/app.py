@@ -14,7 +14,6 @@ from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
 from refine_control.cli.output import note, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.records import INPAINT
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
 
@@ -121,7 +120,7 @@ def mini_train(
     With --condition train the teacher of that condition alone, OUT/controlnet, on a bundle that stays as it is."""
     from refine_control.miniature.stages import condition_stage, named_stages
 
-    if condition != INPAINT:
+    if condition != "inpaint":
         chosen = condition_stage(stage or [])
         if dry_run:
             planned = {"verb": "mini train", "condition": condition, "from": source, "out": out, "seed": seed}

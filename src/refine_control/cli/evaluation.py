@@ -10,7 +10,6 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.output import named_folders, named_sources, progress_bar, show
 from refine_control.errors import InvalidInputError
-from refine_control.records import INPAINT
 from refine_control.signals import interruptible
 
 bench_app = opt.make_app(help="Benchmarks of this machine.")
@@ -29,6 +28,7 @@ Ablation = Literal[
     "pairs",
     "orders",
     "placement",
+    "conditions",
 ]
 
 
@@ -130,7 +130,7 @@ def reproduce(
 
     usual = "photos" if photos else "folder" if data else TARGETS[target].budget
     name = budget or ("paper" if scale == "sd3" else usual)
-    kind = () if condition == INPAINT else (condition,)
+    kind = () if condition == "inpaint" else (condition,)
     kept = Path(results_name(scale, photos, data), name, *kind)
     out, folder = out or "runs/reproduce" / kept, Path(results, name, *kind) if results else "results" / kept
     named = (model, teacher, photos, data, weights, condition)
