@@ -16,8 +16,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from refine_control.conditions.condition import INPAINT, condition_names
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.statistics import Interval
+from refine_control.miniature.tasks.task import find_task
 from refine_control.storage import write_atomic
 from refine_control.study.alike import alike_table, summarise_alike
 from refine_control.study.plan import (
@@ -36,7 +38,7 @@ from refine_control.study.plan import (
 from refine_control.study.row_results import RowFacts, RowResult, read_row
 from refine_control.study.row_tables import HEADINGS, NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
 from refine_control.study.step_tables import STEP_METRICS, step_table
-from refine_control.study.summary import GAP_METRICS, HEADLINES, common_seeds, summarise
+from refine_control.study.summary import GAP_METRICS, HEADLINES, common_seeds, ratio_of_means, summarise
 from refine_control.study.tables import Table, markdown_rows
 
 RESULTS = Path("results")
@@ -106,8 +108,11 @@ def _cost(facts: RowFacts) -> list[str]:
     return [str(facts.num_layers), f"{facts.num_params:,}", f"{facts.gflops_step:.3f}"]
 
 
-def means_table(study: Study, metrics: Sequence[Column] = MEANS, cost: bool = False) -> Table:
-    """A row for each row of a study: seeds, with `cost` layers, parameters and operations, means, shares of the gap."""
+def means_table(
+    study: Study, metrics: Sequence[Column] = MEANS, cost: bool = False, relative: str | None = None
+) -> Table:
+    """A row for each row of a study: seeds, with `cost` layers, parameters and operations, means, shares of the gap;
+    the metric `relative` also in per cent of the teacher's."""
     summary = summarise(study.results, [column.metric for column in metrics], ())
     shown = [column for column in metrics if column.metric in summary.metrics]
     gaps = [m for m in GAP_METRICS if m in summary.metrics]
@@ -115,11 +120,15 @@ def means_table(study: Study, metrics: Sequence[Column] = MEANS, cost: bool = Fa
     for key, model in summary.models.items():
         before = [*(_cost(model.results[0].facts) if cost else ()), str(len(model.seeds)) if model.trained else ""]
         means = [column.cell(model.mean[column.metric]) for column in shown]
+        if relative:
+            ratio = ratio_of_means(model.results, study.results[TEACHER], relative)
+            means.append("" if ratio is None or key == TEACHER else format(ratio.scaled(100), ".1f"))
         end = {TEACHER: "100", BASELINE: "0"}.get(key)
         shares = [end or share_cell(summary.gap_closed.get(key, {}).get(m)) for m in gaps]
         lines.append([study.name(key), *before, *means, *shares])
     notes = numerics_note(summary)
     notes += [NOT_BOUNDED_WHY.format(BASELINE)] if any(NOT_BOUNDED in line for line in lines) else []
+    ends = [f"{HEADINGS[relative]}, % of the teacher's"] if relative else []
     columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
     return Table("", [*columns, *(SHARES[m] for m in gaps)], lines, notes)
 
@@ -194,6 +203,15 @@ def doc_tables() -> dict[str, DocTable]:
         for metric in STEP_METRICS:
             layout = partial(steps_table, budget=budget, metric=metric)
             out[f"{budget}_{metric}"] = DocTable(f"mini/{budget}", chosen, layout)
+    for condition in condition_names():
+        headline = find_task(condition).headline
+        shown = [Column(headline, HEADINGS[headline]), Column("psnr", "PSNR dB"), Column("ssim", "SSIM", places=3)]
+        layout = partial(means_table, metrics=shown, relative=headline)
+        folder = "mini/conditions" if condition == INPAINT else f"mini/conditions/{condition}"
+        out[f"conditions_{condition}"] = DocTable(folder, select_rows(TARGETS["conditions"]), layout)
+    for target in ("codi", "pairs", "orders", "placement"):
+        layout = partial(steps_table, budget="steps", metric="obeyed")
+        out[f"{target}_obeyed"] = DocTable("mini/steps", select_rows(TARGETS[target]), layout)
     for target, suffix, folder in [*places, ("table3", "_photos", "photos/photos")]:
         chosen, anchor = select_rows(TARGETS[target]), anchor_row(TARGETS[target])
         means, minus = partial(means_table, cost=target == "layers"), partial(differences_table, anchor=anchor)
