@@ -128,8 +128,8 @@ def means_table(
         lines.append([study.name(key), *before, *means, *shares])
     notes = numerics_note(summary)
     notes += [NOT_BOUNDED_WHY.format(BASELINE)] if any(NOT_BOUNDED in line for line in lines) else []
-    ends = [f"{HEADINGS[relative]}, % of the teacher's"] if relative else []
     columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
+    columns += [f"{HEADINGS[relative].split()[0]}, % of the teacher's"] if relative else []
     return Table("", [*columns, *(SHARES[m] for m in gaps)], lines, notes)
 
 
