@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from refine_control.cache import building
 from refine_control.cache.building import write_cache
 from refine_control.cache.reader import Cache
+from refine_control.conditions.condition import show
 from refine_control.config import Recipe, SamplerConfig
 from refine_control.metrics.features import Inception, Lpips, inception_features
 from refine_control.miniature import check
@@ -25,7 +26,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.pipeline import files as pipeline_module
 from refine_control.pipeline.files import inpaint_file
-from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
+from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline
 from refine_control.records import LABELED
 from refine_control.study import evaluate as evaluate_module
 from refine_control.study import feature_metrics, model_cost
@@ -107,6 +108,7 @@ def gpu(request, monkeypatch):
 PHOTOS = list(scene_photos(0, 0, 3))
 IMAGES, MASKS = (np.stack([getattr(p, name) for p in PHOTOS]) for name in ("image", "mask"))
 PROMPTS = [p.prompt for p in PHOTOS]
+SHOWN = show(PHOTOS)
 SAMPLER = SamplerConfig(num_inference_steps=2, guidance_scale=2.0)
 
 
@@ -152,11 +154,11 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(gpu):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_pictures_are_painted_there_on_the_same_noise(own, tiny_student, gpu, guidance):
     sampler, student = SAMPLER.model_copy(update={"guidance_scale": guidance}), tiny_student(1)
-    expected = inpaint(own, student, IMAGES, MASKS, PROMPTS, sampler, batch_size=2)
+    expected = paint(own, student, SHOWN, PROMPTS, sampler, batch_size=2)
     one = run_pipeline(make_pipeline(own, student), own, IMAGES[0], MASKS[0], PROMPTS[0], sampler)
     assert own.to(gpu).device == own.vae.device == own.text_encoders[0].device == gpu
     assert own.decode_latents(own.encode_images(torch.zeros(1, 3, 16, 16)).cpu()).device == gpu
-    assert near(inpaint(own, student, IMAGES, MASKS, PROMPTS, sampler, batch_size=2), expected)
+    assert near(paint(own, student, SHOWN, PROMPTS, sampler, batch_size=2), expected)
     assert student.device == gpu
     other = tiny_student(1)
     assert near(run_pipeline(make_pipeline(own, other), own, IMAGES[0], MASKS[0], PROMPTS[0], sampler), one)
@@ -165,7 +167,7 @@ def test_pictures_are_painted_there_on_the_same_noise(own, tiny_student, gpu, gu
 
 def test_text_encoders_without_room_stay_and_encode_on_the_cpu(own, tiny_student, gpu, monkeypatch, caplog):
     student = tiny_student(1)
-    expected = inpaint(own, student, IMAGES, MASKS, PROMPTS, SAMPLER)
+    expected = paint(own, student, SHOWN, PROMPTS, SAMPLER)
     networks, encoders = (
         devices.missing_bytes(gpu, parts)
         for parts in ((own.vae, own.transformer, own.pipeline.controlnet), own.text_encoders)
@@ -178,7 +180,7 @@ def test_text_encoders_without_room_stay_and_encode_on_the_cpu(own, tiny_student
     assert {encoder.device.type for encoder in own.text_encoders} == {"cpu"}
     assert "the text encoders need" in caplog.text
     assert [part.device for part in own.encode_prompts(["a red circle"])] == [gpu, gpu]
-    assert near(inpaint(own, student, IMAGES, MASKS, PROMPTS, SAMPLER), expected)
+    assert near(paint(own, student, SHOWN, PROMPTS, SAMPLER), expected)
     assert run_pipeline(make_pipeline(own, student), own, IMAGES[0], MASKS[0], PROMPTS[0], SAMPLER).shape == (64, 64, 3)
     own.to("cpu")
     monkeypatch.setattr(backbone_module, "free_bytes", lambda device: networks)
@@ -343,21 +345,21 @@ class Counted:
 def test_there_a_prompt_is_encoded_once(own, tiny_student, gpu, monkeypatch):
     monkeypatch.setattr(own, "encode_prompts", Counted(own.to(gpu).encode_prompts))
     again = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
-    inpaint(own, tiny_student(1), IMAGES, MASKS, again, SAMPLER, batch_size=2)
+    paint(own, tiny_student(1), SHOWN, again, SAMPLER, batch_size=2)
     assert own.encode_prompts.asked == [[PROMPTS[0]], [PROMPTS[1]], [""]]
 
 
 def test_on_the_cpu_batches_stay_whole_and_none_is_encoded_twice(own, tiny_student, monkeypatch):
-    expected = inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SAMPLER, batch_size=2)
+    expected = paint(own, tiny_student(1), SHOWN, PROMPTS, SAMPLER, batch_size=2)
     counted = Counted(own.encode_prompts)
     monkeypatch.setattr(own, "encode_prompts", counted)
-    assert (inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SAMPLER, batch_size=2) == expected).all()
+    assert (paint(own, tiny_student(1), SHOWN, PROMPTS, SAMPLER, batch_size=2) == expected).all()
     assert counted.asked == [PROMPTS[:2], ["", ""], PROMPTS[2:], [""]]
     counted.asked.clear()
-    inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SAMPLER, batch_size=1)
+    paint(own, tiny_student(1), SHOWN, PROMPTS, SAMPLER, batch_size=1)
     assert counted.asked == [PROMPTS[:1], [""], PROMPTS[1:2], PROMPTS[2:]]
     counted.asked.clear()
-    inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SamplerConfig(num_inference_steps=1, guidance_scale=1))
+    paint(own, tiny_student(1), SHOWN, PROMPTS, SamplerConfig(num_inference_steps=1, guidance_scale=1))
     assert counted.asked == [PROMPTS]
 
 
@@ -365,11 +367,11 @@ def test_large_pictures_go_through_a_gpu_a_few_at_a_time(own, tiny_student, gpu,
     seen = []
     forward = own.vae.encode
     monkeypatch.setattr(own.vae, "encode", lambda pixels: seen.append(len(pixels)) or forward(pixels))
-    expected = inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SAMPLER)
+    expected = paint(own, tiny_student(1), SHOWN, PROMPTS, SAMPLER)
     assert seen == [3]
     own.to(gpu)
     monkeypatch.setattr(backbone_module, "ENCODED_PIXELS", 2 * 64 * 64)
-    assert near(inpaint(own, tiny_student(1), IMAGES, MASKS, PROMPTS, SAMPLER), expected)
+    assert near(paint(own, tiny_student(1), SHOWN, PROMPTS, SAMPLER), expected)
     assert seen == [3, 2, 1]
     at_once = devices.pictures_at_once
     assert [at_once(gpu, side, side, 64) for side in (64, 512, 1024, 4096)] == [64, 16, 4, 1]

@@ -7,7 +7,7 @@ from refine_control.bench.sampling import bench_sampling
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import count_flops
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.pipeline.picture_cost import picture_cost
 
 GUIDED, ONE = "teacher 20 steps guided", "student 1 step"
@@ -23,10 +23,10 @@ def report(tiny_backbone):
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 3.0), (2, 1.0)])
 def test_the_counted_operations_are_those_of_painting(tiny_backbone, steps, guidance):
-    images, masks, prompts = sampling._pictures(1, tiny_backbone.geometry.side)
+    shown, prompts = sampling._pictures(1, tiny_backbone.geometry.side)
     sampler = SamplerConfig(num_inference_steps=steps, guidance_scale=guidance)
     controlnet = tiny_backbone.pipeline.controlnet
-    counted = count_flops(lambda: inpaint(tiny_backbone, controlnet, images, masks, prompts, sampler))
+    counted = count_flops(lambda: paint(tiny_backbone, controlnet, shown, prompts, sampler))
     cost = picture_cost(tiny_backbone, controlnet, sampler)
     assert cost.gflops_picture * 1e9 == pytest.approx(counted, rel=1e-12)
     assert cost.network_calls == steps * (2 if guidance > 1 else 1)

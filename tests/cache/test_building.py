@@ -15,17 +15,17 @@ from refine_control.cache.building import (
     completion_sampler,
     encode_posterior,
     path_noise,
-    photos_as_tensors,
     write_cache,
 )
 from refine_control.cache.marks import model_mark
 from refine_control.cache.reader import Cache
-from refine_control.conditions.condition import masked_pixels
+from refine_control.conditions.condition import show
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.backbone import Backbone
 from refine_control.photos.shards import ShardWriter
+from refine_control.pixels import from_images
 from refine_control.records import LABELED, TEST, UNLABELED, Photo
 
 PHOTOS = list(scene_photos(0, 0, 40))  # more than one batch of encoding
@@ -51,10 +51,10 @@ def shards(tmp_path):
 @pytest.mark.parametrize("row", [0, 31, 32, 39])
 def test_a_row_is_what_the_model_encodes(cached, tiny_backbone, row):
     cache, photo = Cache(cached / LABELED), PHOTOS[row]
-    pixels, mask = photos_as_tensors([photo])
+    pictures, mask = show([photo]).tensors()
     expected = {
-        "latents": tiny_backbone.encode_images(pixels),
-        "masked_latents": tiny_backbone.encode_images(masked_pixels(pixels, mask)),
+        "latents": tiny_backbone.encode_images(from_images(photo.image[None])),
+        "cond_latents": tiny_backbone.encode_images(pictures),
         "masks": torch.nn.functional.interpolate(mask, size=(8, 8)).to(torch.uint8),
     }
     for name, value in expected.items():
@@ -79,15 +79,15 @@ def test_every_prompt_is_stored_once_and_the_empty_one_first(cached, tiny_backbo
 
 def test_an_unlabeled_cache_has_no_latents(cached):
     cache = Cache(cached / UNLABELED)
-    assert set(cache.arrays) == {"masked_latents", "masks", "prompt_index", "prompt_embeds", "pooled_prompt_embeds"}
+    assert set(cache.arrays) == {"cond_latents", "masks", "prompt_index", "prompt_embeds", "pooled_prompt_embeds"}
     with pytest.raises(InvalidInputError, match="has no latents"):
         cache.take("latents", [0])
-    assert torch.equal(cache.take("masked_latents", [3]), Cache(cached / LABELED).take("masked_latents", [3]))
+    assert torch.equal(cache.take("cond_latents", [3]), Cache(cached / LABELED).take("cond_latents", [3]))
 
 
 def test_half_precision_goes_there_and_back(cached):
     full, half = Cache(cached / LABELED), Cache(cached / TEST)
-    for name in ("latents", "masked_latents", "prompt_embeds"):
+    for name in ("latents", "cond_latents", "prompt_embeds"):
         rows = range(len(full.arrays[name]))
         assert half.take(name, rows).dtype == torch.bfloat16
         assert torch.equal(half.take(name, rows), full.take(name, rows).bfloat16())
@@ -291,9 +291,9 @@ def test_a_cache_of_several_sizes_holds_what_the_model_encodes(tmp_path, tiny_ba
     for (h, w), group in cache.groups.items():
         for row in group:
             photo = named[cache.keys[row]]
-            pixels, mask = photos_as_tensors([photo])
-            expected = tiny_backbone.encode_images(masked_pixels(pixels, mask))
-            torch.testing.assert_close(cache.take("masked_latents", [row]), expected, rtol=1e-5, atol=1e-5)
+            pixels = from_images(photo.image[None])
+            expected = tiny_backbone.encode_images(show([photo]).tensors()[0])
+            torch.testing.assert_close(cache.take("cond_latents", [row]), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 cache.take("latents", [row]), tiny_backbone.encode_images(pixels), rtol=1e-5, atol=1e-5
             )
@@ -345,7 +345,7 @@ def test_sizes_without_positions_and_batches_of_several_sizes_are_refused(tmp_pa
         write_cache([large], tmp_path / "cache", tiny_backbone, LABELED, source={})
     assert not list(tmp_path.iterdir())
     with pytest.raises(InvalidInputError, match=r"several sizes \(80 x 48, 64 x 64\)"):
-        photos_as_tensors(of_sizes(2))
+        show(of_sizes(2))
 
 
 # The posterior's deviation, and caches without prompt embeddings.
@@ -357,11 +357,11 @@ def test_the_deviation_stands_beside_the_same_mean(cached, tmp_path, tiny_backbo
         files, means = (
             json.loads((f / "manifest.json").read_text())["files"] for f in (tmp_path / role, cached / role)
         )
-        stds = {f"{name}_std.npy" for name in ("masked_latents", "latents")[: 2 if role == LABELED else 1]}
+        stds = {f"{name}_std.npy" for name in ("cond_latents", "latents")[: 2 if role == LABELED else 1]}
         assert set(files) - set(means) == stds
         assert all(files[name] == means[name] for name in means)  # the means are those of a cache without, to the bit
     cache, rows = Cache(tmp_path / LABELED), [0, 31, 39]
-    pixels, _ = photos_as_tensors([PHOTOS[row] for row in rows])
+    pixels = from_images(np.stack([PHOTOS[row].image for row in rows]))
     vae = tiny_backbone.vae
     posterior = vae.encode(pixels).latent_dist
     std = cache.take("latents_std", rows)
@@ -379,7 +379,7 @@ def test_another_posterior_or_none_of_the_prompts_is_another_cache(shards, tmp_p
         assert Cache(out).has("prompt_embeds") == ("prompts" not in stored)
     build_cache(shards, out, tiny_backbone, prompts="none")
     cache = Cache(out)
-    assert set(cache.arrays) == {"latents", "masked_latents", "masks", "prompt_index"}
+    assert set(cache.arrays) == {"latents", "cond_latents", "masks", "prompt_index"}
     assert [cache.prompts[n] for n in cache.take("prompt_index", range(6))] == [p.prompt for p in PHOTOS[:6]]
 
 
@@ -406,7 +406,7 @@ def shifted(backbone, shift):
 def by_hand(backbone, cache, rows, levels, guidance):
     """The teacher's guided Euler steps from the noise of `rows` at these noise levels: all points."""
     teacher, transformer = backbone.pipeline.controlnet, backbone.transformer
-    cond = torch.cat([cache.take("masked_latents", rows), 1 - cache.take("masks", rows).float()], 1)
+    cond = torch.cat([cache.take("cond_latents", rows), 1 - cache.take("masks", rows).float()], 1)
     x = path_noise((16, *cond.shape[2:]), rows, 0)
     numbers, points = cache.take("prompt_index", rows).tolist(), [x]
     for now, following in pairwise(levels):

@@ -65,7 +65,7 @@ def test_a_batch_is_what_encoding_its_pictures_gives(folder):
     with torch.no_grad():
         torch.testing.assert_close(batch.latents, encode_images(vae, pictures), atol=1e-4, rtol=1e-4)
         masked = encode_images(vae, masked_pixels(pictures, masks))
-    torch.testing.assert_close(batch.masked_latents, masked, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch.cond_latents, masked, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(batch.mask, torch.nn.functional.interpolate(masks, size=(8, 8)))
     assert batch.local_prompts == [photos.prompts[row] for row in rows]
     assert 0 < flips.sum() < 4

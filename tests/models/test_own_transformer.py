@@ -7,13 +7,14 @@ import torch
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
+from refine_control.conditions.condition import Shown
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.cpu_kernels import in_precision, use_cpu_kernels
 from refine_control.models.loading import load_controlnet, load_painter, load_student, save_controlnet
 from refine_control.models.own_transformer import set_lora, sharing_copy, trainable_copy
-from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
+from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline
 from refine_control.storage import MANIFEST, write_json
 
 FILE = "transformer_lora/pytorch_lora_weights.safetensors"
@@ -45,7 +46,7 @@ def picture(backbone):
 
 
 def painted(backbone, controlnet):
-    return inpaint(backbone, controlnet, *picture(backbone), ["a red circle"], SAMPLER)
+    return paint(backbone, controlnet, Shown(*picture(backbone)), ["a red circle"], SAMPLER)
 
 
 @pytest.fixture(scope="module")

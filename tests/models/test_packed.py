@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from refine_control.conditions.condition import show
 from refine_control.config import SamplerConfig
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models import backbone as backbones
@@ -13,7 +14,7 @@ from refine_control.models import controlnet as controlnets
 from refine_control.models.backbone import predict_velocity
 from refine_control.models.controlnet import control_residuals
 from refine_control.models.packed import pack, packed
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 
 
 @pytest.fixture
@@ -101,16 +102,15 @@ def test_packing_adds_no_parameters_and_skips_what_it_does_not_know(networks):
 
 def test_pictures_are_the_same_and_guidance_takes_one_call(tiny_backbone, monkeypatch):
     photos = list(scene_photos(0, 0, 3))
-    images, masks = np.stack([p.image for p in photos]), np.stack([p.mask for p in photos])
     calls = []
     for module, name in ((backbones, "packed"), (controlnets, "packed")):
         monkeypatch.setattr(module, name, lambda network: calls.append(type(network).__name__) or packed(network))
 
-    def paint(backbone, guidance):
+    def painted(backbone, guidance):
         sampler = SamplerConfig(num_inference_steps=2, guidance_scale=guidance)
         calls.clear()
         prompts = [photo.prompt for photo in photos]
-        return inpaint(backbone, backbone.pipeline.controlnet, images, masks, prompts, sampler).astype(int), len(calls)
+        return paint(backbone, backbone.pipeline.controlnet, show(photos), prompts, sampler).astype(int), len(calls)
 
     fast = copy.copy(tiny_backbone)
     fast.pipeline, fast.vae, fast.transformer = (
@@ -120,6 +120,6 @@ def test_pictures_are_the_same_and_guidance_takes_one_call(tiny_backbone, monkey
     fast.pipeline.controlnet = copy.deepcopy(tiny_backbone.pipeline.controlnet)
     pack(fast.vae, fast.transformer, fast.pipeline.controlnet)
     for guidance, passes in ((1.0, 1), (3.0, 2)):
-        (expected, separate), (got, joint) = paint(tiny_backbone, guidance), paint(fast, guidance)
+        (expected, separate), (got, joint) = painted(tiny_backbone, guidance), painted(fast, guidance)
         assert abs(got - expected).max() <= 1
         assert (separate, joint) == (2 * 2 * passes, 2 * 2)

@@ -13,18 +13,20 @@ from diffusers import (
     StableDiffusion3ControlNetInpaintingPipeline,
 )
 
+from refine_control.conditions.condition import Shown, control_cond
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.injection import layer_of_site
 from refine_control.models.backbone import Backbone
 from refine_control.models.loading import load_controlnet, save_controlnet
 from refine_control.pipeline import painting
 from refine_control.pipeline.files import inpaint_file
-from refine_control.pipeline.painting import complete_latents, inpaint, make_pipeline, run_pipeline, warn_wasted_steps
+from refine_control.pipeline.painting import complete_latents, make_pipeline, paint, run_pipeline, warn_wasted_steps
 
 PROMPTS = ["a red circle", "an orange star on a tan background"]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
 MASKS = np.zeros((4, 64, 64), bool)
 MASKS[:, 10:40, 20:50] = True
+SHOWN = Shown(IMAGES, MASKS)
 STEPS, GUIDANCE, SCALE = 2, 3.0, 0.95
 NOISE = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(4))
 
@@ -47,7 +49,7 @@ def arguments(**changed):
     }
 
 
-def paint(pipeline, **changed):
+def by_pipeline(pipeline, **changed):
     torch.manual_seed(11)
     with torch.no_grad():
         return pipeline(**arguments(**changed)).images
@@ -87,28 +89,28 @@ def by_hand(backbone, controlnet):
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 6, 8, 12])
 def test_ours_is_stock_bit_for_bit_where_stock_is_exact(tiny_backbone, tiny_student, layers):
     student = tiny_student(layers)
-    ours = paint(make_pipeline(tiny_backbone, student, latents_mode="sample"))
-    assert torch.equal(ours, paint(stock_of(tiny_backbone, student)))
+    ours = by_pipeline(make_pipeline(tiny_backbone, student, latents_mode="sample"))
+    assert torch.equal(ours, by_pipeline(stock_of(tiny_backbone, student)))
     assert ours.std() > 0.01
 
 
 @pytest.mark.parametrize("layers", [5, 23])
 def test_ours_is_the_exact_loop_where_stock_is_shifted(tiny_backbone, tiny_student, layers):
     controlnet = tiny_backbone.pipeline.controlnet if layers == 23 else tiny_student(layers)
-    ours, stock = (paint(make_pipeline(tiny_backbone, controlnet, i, "sample")) for i in ("exact", "diffusers"))
+    ours, stock = (by_pipeline(make_pipeline(tiny_backbone, controlnet, i, "sample")) for i in ("exact", "diffusers"))
     torch.testing.assert_close(ours, by_hand(tiny_backbone, controlnet), rtol=0, atol=1e-4)
-    assert torch.equal(stock, paint(stock_of(tiny_backbone, controlnet)))
+    assert torch.equal(stock, by_pipeline(stock_of(tiny_backbone, controlnet)))
     assert (ours - stock).abs().max() > 1e-3
 
 
 def test_the_mean_is_deterministic_and_no_draw(tiny_backbone, tiny_student):
     student = tiny_student(2)
     mean = make_pipeline(tiny_backbone, student)
-    first = paint(mean)
+    first = by_pipeline(mean)
     torch.manual_seed(12)
     with torch.no_grad():
         assert torch.equal(first, mean(**arguments()).images)
-    assert not torch.equal(first, paint(make_pipeline(tiny_backbone, student, latents_mode="sample")))
+    assert not torch.equal(first, by_pipeline(make_pipeline(tiny_backbone, student, latents_mode="sample")))
 
 
 def test_pictures_and_tensors_are_prepared_alike(tiny_backbone, tiny_student):
@@ -118,21 +120,21 @@ def test_pictures_and_tensors_are_prepared_alike(tiny_backbone, tiny_student):
     same = {"control_image": Image.fromarray(IMAGES[0]), "control_mask": Image.fromarray(MASKS[0])}
     one = {"prompt": PROMPTS[0], "latents": NOISE[:1].clone()}
     tensors = {k: arguments()[k][:1] for k in same}
-    torch.testing.assert_close(paint(pipeline, **one, **same), paint(pipeline, **one, **tensors), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        by_pipeline(pipeline, **one, **same), by_pipeline(pipeline, **one, **tensors), rtol=0, atol=1e-5
+    )
 
 
 def test_the_noise_of_a_picture_does_not_know_its_batch(tiny_backbone, tiny_student):
     student, sampler = tiny_student(2), SamplerConfig(num_inference_steps=2)
     prompts = [*PROMPTS, *PROMPTS]
-    alone, together = (
-        inpaint(tiny_backbone, student, IMAGES, MASKS, prompts, sampler, batch_size=size) for size in (1, 4)
-    )
+    alone, together = (paint(tiny_backbone, student, SHOWN, prompts, sampler, batch_size=size) for size in (1, 4))
     assert alone.shape == IMAGES.shape
     assert alone.dtype == np.uint8
     assert np.abs(alone.astype(int) - together).max() <= 1
-    part = inpaint(tiny_backbone, student, IMAGES[2:], MASKS[2:], prompts[2:], sampler, first=2)
+    part = paint(tiny_backbone, student, SHOWN.take(slice(2, 4)), prompts[2:], sampler, first=2)
     assert np.abs(alone[2:].astype(int) - part).max() <= 1
-    other = inpaint(tiny_backbone, student, IMAGES[2:], MASKS[2:], prompts[2:], sampler, first=0)
+    other = paint(tiny_backbone, student, SHOWN.take(slice(2, 4)), prompts[2:], sampler, first=0)
     assert np.abs(alone[2:].astype(int) - other).max() > 1
 
 
@@ -142,10 +144,10 @@ def test_a_batch_is_painted_as_the_pipeline_paints(tiny_backbone, tiny_student, 
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=3.0, injection=injection)
     pipeline = make_pipeline(tiny_backbone, student, injection)
     one = run_pipeline(pipeline, tiny_backbone, IMAGES[0], MASKS[0], PROMPTS[0], sampler)
-    batch = inpaint(tiny_backbone, student, IMAGES[:2], MASKS[:2], PROMPTS, sampler)
+    batch = paint(tiny_backbone, student, SHOWN.take(slice(2)), PROMPTS, sampler)
     assert np.abs(one.astype(int) - batch[0]).max() <= 1
     other = sampler.model_copy(update={"injection": "exact" if injection == "diffusers" else "diffusers"})
-    assert np.abs(inpaint(tiny_backbone, student, IMAGES[:2], MASKS[:2], PROMPTS, other)[0] - batch[0]).max() > 1
+    assert np.abs(paint(tiny_backbone, student, SHOWN.take(slice(2)), PROMPTS, other)[0] - batch[0]).max() > 1
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_stock_with_the_scheduler_of_a_student_folder_is_ours(
     stock.scheduler = kind.from_pretrained(tmp_path / "student", subfolder="scheduler")
     passed = {"sigmas": [1 - i / steps for i in range(steps)]} if stochastic else {}  # as the README says
     more = {"guidance_scale": 1.0, "controlnet_conditioning_scale": 1.0, "output_type": "latent"}
-    expected = paint(stock, num_inference_steps=steps, **passed, **more)
+    expected = by_pipeline(stock, num_inference_steps=steps, **passed, **more)
     # the global generator, from which stock draws
     monkeypatch.setattr(painting, "slot_normals", lambda shape, rows, *_: torch.randn(len(rows), *shape))
     given = arguments()
@@ -179,7 +181,7 @@ def test_stock_with_the_scheduler_of_a_student_folder_is_ours(
     with torch.no_grad():
         masked = (shifted.vae.encode(hidden).latent_dist.sample() - 0.1) * 1.7
     text, student = shifted.encode_prompts(PROMPTS), load_controlnet(tmp_path / "student")
-    ours = complete_latents(shifted, student, masked, small, text, None, sampler, NOISE.clone())
+    ours = complete_latents(shifted, student, control_cond(masked, small), text, None, sampler, NOISE.clone())
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -189,9 +191,9 @@ def test_even_levels_and_fresh_noise_are_the_same_in_batches_and_the_pipeline(sh
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=1.0, sigmas="even", stochastic=stochastic, seed=3)
     pipeline = make_pipeline(shifted, student)
     one = run_pipeline(pipeline, shifted, IMAGES[0], MASKS[0], PROMPTS[0], sampler).astype(int)
-    batch = inpaint(shifted, student, IMAGES[:2], MASKS[:2], PROMPTS, sampler)
+    batch = paint(shifted, student, SHOWN.take(slice(2)), PROMPTS, sampler)
     assert np.abs(one - batch[0]).max() <= 1
-    second = inpaint(shifted, student, IMAGES[1:2], MASKS[1:2], PROMPTS[1:], sampler, first=1)
+    second = paint(shifted, student, SHOWN.take(slice(1, 2)), PROMPTS[1:], sampler, first=1)
     assert np.abs(batch[1].astype(int) - second[0]).max() <= 1
     for changed in ({"sigmas": "scheduler"}, {"stochastic": not stochastic}):  # and nothing of it stays behind
         other = sampler.model_copy(update=changed)
@@ -213,21 +215,22 @@ def test_steps_that_the_scheduler_wastes_are_named(shifted, tiny_backbone, caplo
 
 def test_a_batch_of_draws_is_refused(tiny_backbone, tiny_student):
     with pytest.raises(ValueError, match="mean"):
-        inpaint(tiny_backbone, tiny_student(2), IMAGES, MASKS, PROMPTS * 2, SamplerConfig(latents="sample"))
+        paint(tiny_backbone, tiny_student(2), SHOWN, PROMPTS * 2, SamplerConfig(latents="sample"))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_completions_are_what_the_pipeline_paints(tiny_backbone, guidance):
     teacher = tiny_backbone.pipeline.controlnet
     pipeline = make_pipeline(tiny_backbone, teacher)
-    latents = paint(pipeline, output_type="latent", guidance_scale=guidance)
+    latents = by_pipeline(pipeline, output_type="latent", guidance_scale=guidance)
     given = arguments()
     hidden = torch.where(given["control_mask"] > 0.5, -1.0, given["control_image"])
     small = torch.nn.functional.interpolate(given["control_mask"], size=(8, 8))
     sampler = SamplerConfig(num_inference_steps=STEPS, guidance_scale=guidance, conditioning_scale=SCALE)
     text, empty = tiny_backbone.encode_prompts(PROMPTS), tiny_backbone.encode_prompts(["", ""])
     ours = complete_latents(
-        tiny_backbone, teacher, tiny_backbone.encode_images(hidden), small, text, empty, sampler, NOISE.clone()
+        *(tiny_backbone, teacher, control_cond(tiny_backbone.encode_images(hidden), small)),
+        *(text, empty, sampler, NOISE.clone()),
     )
     torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
 

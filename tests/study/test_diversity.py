@@ -5,12 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 
+from refine_control.conditions.condition import show
 from refine_control.config import SamplerConfig
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_features import scene_features
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.picture_grid import picture_cells
-from refine_control.pipeline.painting import inpaint
+from refine_control.pipeline.painting import paint
 from refine_control.study.diversity import compare_seeds, diversity, paint_seeds, seeds_grid
 
 PHOTOS = list(scene_photos(0, 0, 2))
@@ -25,9 +26,8 @@ def painted(tiny_backbone):
 
 def test_each_seed_has_its_own_noise(tiny_backbone, painted):
     one = SamplerConfig(num_inference_steps=1, guidance_scale=1.0, seed=5)
-    images = np.stack([photo.image for photo in PHOTOS])
     prompts = [photo.prompt for photo in PHOTOS]
-    alone = inpaint(tiny_backbone, tiny_backbone.pipeline.controlnet, images, MASKS, prompts, one)
+    alone = paint(tiny_backbone, tiny_backbone.pipeline.controlnet, show(PHOTOS), prompts, one)
     np.testing.assert_array_equal(painted[1], alone)
     np.testing.assert_array_equal(painted[0], painted[2])
     assert (painted[0] != painted[1]).any((1, 2, 3)).all()

@@ -49,9 +49,9 @@ def distillation(kind, networks, relative=False):
 
 def objective_and_batches(kind, networks, caches):
     batches = {
-        "self_supervised": lambda: CacheBatches(caches["unlabeled"], 2, x0="masked_latents"),
+        "self_supervised": lambda: CacheBatches(caches["unlabeled"], 2, x0="cond_latents"),
         "mixed": lambda: MixedBatches(
-            CacheBatches(caches["labeled"], 1), CacheBatches(caches["unlabeled"], 1, x0="masked_latents")
+            CacheBatches(caches["labeled"], 1), CacheBatches(caches["unlabeled"], 1, x0="cond_latents")
         ),
     }
     return distillation(kind, networks), batches.get(kind, lambda: CacheBatches(caches["labeled"], 2))()
@@ -184,7 +184,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tiny_backbone, cache
     teacher = tiny_backbone.pipeline.controlnet
     copy = build_student(tiny_backbone.transformer, teacher, 23, "teacher", 0)
     objective = distillation("self_supervised", Networks(tiny_backbone, teacher, copy))
-    losses = objective.losses(CacheBatches(caches["unlabeled"], 2, x0="masked_latents").batch(DRAW), DRAW)
+    losses = objective.losses(CacheBatches(caches["unlabeled"], 2, x0="cond_latents").batch(DRAW), DRAW)
     assert losses.output_loss.item() < 1e-12
     assert losses.feature_loss.item() < 1e-12
 
@@ -198,7 +198,7 @@ def test_stage_2_reads_no_ground_truth(networks, caches):
     for step in range(2):
         draw = DRAW._replace(step=step)
         found = {
-            n: objective.losses(CacheBatches(c, 2, x0="masked_latents").batch(draw), draw) for n, c in sources.items()
+            n: objective.losses(CacheBatches(c, 2, x0="cond_latents").batch(draw), draw) for n, c in sources.items()
         }
         wanted = found.pop("labeled")
         assert wanted.loss > 0
@@ -210,11 +210,11 @@ def test_stage_2_starts_from_what_x0_is_named(networks, caches, monkeypatch):
     seen, noised = [], networks.noised
     monkeypatch.setattr(networks, "noised", lambda batch, draw: seen.append(batch.latents) or noised(batch, draw))
     cache, objective = Cache(caches["unlabeled"].folder), distillation("self_supervised", networks)
-    cache.arrays["completions"] = cache.arrays["masked_latents"] + 1
-    for x0 in ("masked_latents", "completions"):
+    cache.arrays["completions"] = cache.arrays["cond_latents"] + 1
+    for x0 in ("cond_latents", "completions"):
         objective.losses(CacheBatches(cache, 2, x0=x0).batch(DRAW), DRAW)
-    rows = CacheBatches(cache, 2, x0="masked_latents").rows(DRAW)
-    assert torch.equal(seen[0], cache.take("masked_latents", rows))
+    rows = CacheBatches(cache, 2, x0="cond_latents").rows(DRAW)
+    assert torch.equal(seen[0], cache.take("cond_latents", rows))
     assert torch.equal(seen[1], cache.take("completions", rows))
 
 
@@ -244,7 +244,7 @@ def test_a_dropped_prompt_is_empty_for_teacher_and_student(networks, caches, mon
 
     residuals = objectives.control_residuals
     monkeypatch.setattr(objectives, "control_residuals", watched)
-    batch = CacheBatches(caches["unlabeled"], 2, share, x0="masked_latents").batch(DRAW)
+    batch = CacheBatches(caches["unlabeled"], 2, share, x0="cond_latents").batch(DRAW)
     distillation("self_supervised", networks).losses(batch, DRAW)
     assert [controlnet for controlnet, _ in seen] == [networks.teacher, networks.student]
     assert torch.equal(seen[0][1], seen[1][1])
@@ -260,7 +260,7 @@ def test_a_tenth_of_the_prompts_is_dropped(caches):
 
 
 def test_relative_features_are_an_option(networks, caches):
-    batch = CacheBatches(caches["unlabeled"], 2, x0="masked_latents").batch(DRAW)
+    batch = CacheBatches(caches["unlabeled"], 2, x0="cond_latents").batch(DRAW)
     plain, relative = (distillation("self_supervised", networks, r).losses(batch, DRAW) for r in (False, True))
     assert torch.equal(plain.output_loss, relative.output_loss)
     assert not torch.allclose(plain.feature_losses, relative.feature_losses)
@@ -268,10 +268,10 @@ def test_relative_features_are_an_option(networks, caches):
 
 def test_a_mixed_batch_names_what_is_not_finite_in_either_half(caches):
     halves = {name: Cache(caches[name].folder) for name in ("labeled", "unlabeled")}
-    mixed = MixedBatches(CacheBatches(halves["labeled"], 1), CacheBatches(halves["unlabeled"], 1, x0="masked_latents"))
+    mixed = MixedBatches(CacheBatches(halves["labeled"], 1), CacheBatches(halves["unlabeled"], 1, x0="cond_latents"))
     draws = [DRAW._replace(step=step) for step in range(5)]
     assert [mixed.not_finite(draw) for draw in draws] == [[]] * 5
-    for cache, name, row in ((halves["labeled"], "latents", 1), (halves["unlabeled"], "masked_latents", 3)):
+    for cache, name, row in ((halves["labeled"], "latents", 1), (halves["unlabeled"], "cond_latents", 3)):
         cache.arrays[name] = np.array(cache.arrays[name])
         cache.arrays[name][row, 0, 0, 0] = np.inf
     names = sorted(name for draw in draws for name in mixed.not_finite(draw))

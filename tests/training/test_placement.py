@@ -9,13 +9,14 @@ import torch
 from diffusers import SD3ControlNetModel
 
 from refine_control.cache.building import write_cache
+from refine_control.conditions.condition import Shown
 from refine_control.config import Recipe, SamplerConfig, SigmaConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import layer_of_site, relevant_layer_of_site
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.controlnet import own_layer_of_site, place
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet
-from refine_control.pipeline.painting import inpaint, make_pipeline, run_pipeline
+from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline
 from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED
 from refine_control.storage import write_json
@@ -40,6 +41,7 @@ UNEVEN = [0] * 12 + [1] * 11
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
 MASKS = np.zeros((2, 64, 64), bool)
 MASKS[:, 10:40, 20:50] = True
+SHOWN = Shown(IMAGES, MASKS)
 SAMPLER = SamplerConfig(num_inference_steps=2, guidance_scale=1.0, conditioning_scale=1.0)
 
 
@@ -52,7 +54,7 @@ def test_relevance_is_what_a_velocity_without_the_residual_differs_by(tiny_backb
     relevance, products = np.zeros(23), np.zeros((23, 23))
     for i in range(3):  # sample by sample, in stock's own calls
         x, prompt, time = at.noisy_latents[i : i + 1], BATCH.prompt_embeds[i : i + 1], 1000 * at.sigmas[i : i + 1]
-        cond = torch.cat([BATCH.masked_latents[i], 1 - BATCH.mask[i]])[None]
+        cond = torch.cat([BATCH.cond_latents[i], 1 - BATCH.mask[i]])[None]
         f = list(teacher(x, cond, 1.0, prompt, torch.zeros(1, 64), time, return_dict=False)[0])
         pooled = BATCH.pooled_prompt_embeds[i : i + 1]
 
@@ -137,14 +139,14 @@ def test_a_trained_student_keeps_its_groups_in_its_folder(recipe, trained, layer
     stock = SD3ControlNetModel.from_pretrained(trained)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), stock.parameters(), strict=True))
     # the pipeline and the batches inject by the groups of the folder, and by stock's rule where that is asked for
-    pictures = inpaint(tiny_backbone, student, IMAGES, MASKS, ["", ""], SAMPLER)
+    pictures = paint(tiny_backbone, student, SHOWN, ["", ""], SAMPLER)
     one = run_pipeline(make_pipeline(tiny_backbone, student), tiny_backbone, IMAGES[0], MASKS[0], "", SAMPLER)
     assert np.abs(one.astype(int) - pictures[0]).max() <= 1
     as_stock = SAMPLER.model_copy(update={"injection": "diffusers"})
-    assert not np.array_equal(inpaint(tiny_backbone, student, IMAGES, MASKS, ["", ""], as_stock), pictures)
+    assert not np.array_equal(paint(tiny_backbone, student, SHOWN, ["", ""], as_stock), pictures)
     bare = load_controlnet(trained)
     bare.register_to_config(layer_of_site=None)
-    assert not np.array_equal(inpaint(tiny_backbone, bare, IMAGES, MASKS, ["", ""], SAMPLER), pictures)
+    assert not np.array_equal(paint(tiny_backbone, bare, SHOWN, ["", ""], SAMPLER), pictures)
 
 
 def test_a_student_of_the_teacher_starts_from_the_last_layer_of_each_of_its_groups(recipe, monkeypatch):

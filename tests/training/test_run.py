@@ -215,7 +215,7 @@ def test_what_a_run_cannot_use_is_refused_in_a_sentence(recipe, caches, tmp_path
         train(Recipe.model_validate(wanted), tmp_path / "run")
     backbone = load_backbone(recipe.model)
     write_cache(of_sizes(2, [(80, 48)]), tmp_path / "tall", backbone, UNLABELED, source={})
-    halves = CacheBatches(Cache(caches / LABELED), 2), CacheBatches(Cache(tmp_path / "tall"), 2, x0="masked_latents")
+    halves = CacheBatches(Cache(caches / LABELED), 2), CacheBatches(Cache(tmp_path / "tall"), 2, x0="cond_latents")
     with pytest.raises(InvalidInputError, match="different sizes"):
         MixedBatches(*halves)
 
@@ -226,7 +226,7 @@ def test_both_halves_of_a_mixed_batch_have_one_size_and_other_sizes_are_left_out
     )
     labeled, unlabeled = (
         CacheBatches(Cache(caches / LABELED), 2),
-        CacheBatches(Cache(tmp_path / "other"), 2, x0="masked_latents"),
+        CacheBatches(Cache(tmp_path / "other"), 2, x0="cond_latents"),
     )
     mixed = MixedBatches(labeled, unlabeled)
     told = [record.getMessage() for record in caplog.records]
@@ -251,14 +251,14 @@ def test_a_batch_has_one_size_and_its_parts_are_those_of_the_whole(caches):
             torch.equal(torch.cat(p), w)
             for p, w in zip(zip(*(p[:5] for p in parts), strict=True), whole[:5], strict=True)
         )
-        assert whole.latents.shape[2:] == whole.masked_latents.shape[2:] == whole.mask.shape[2:]
+        assert whole.latents.shape[2:] == whole.cond_latents.shape[2:] == whole.mask.shape[2:]
         shapes.add(tuple(whole.latents.shape[2:]))
     assert shapes == {(6, 10), (8, 8)}
 
 
 def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean(caches):
     cache = Cache(caches / LABELED)
-    labeled, unlabeled = CacheBatches(cache, 4), CacheBatches(cache, 4, x0="masked_latents")
+    labeled, unlabeled = CacheBatches(cache, 4), CacheBatches(cache, 4, x0="cond_latents")
     for draw in draws(2):
         rows = labeled.rows(draw)
         first, again = labeled.batch(draw), CacheBatches(cache, 4).batch(draw)
@@ -267,10 +267,10 @@ def test_clean_latents_are_drawn_around_their_mean_and_the_condition_is_the_mean
         drawn = draw.normals("posterior", *noise.shape[1:])
         torch.testing.assert_close(noise, drawn, rtol=1e-2, atol=1e-2)
         assert not torch.equal(drawn, draw.normals("noise", *noise.shape[1:]))
-        assert torch.equal(first.masked_latents, cache.take("masked_latents", rows))
+        assert torch.equal(first.cond_latents, cache.take("cond_latents", rows))
         x0 = unlabeled.batch(draw)
-        assert torch.equal(x0.masked_latents, cache.take("masked_latents", rows))
-        expected = x0.masked_latents + cache.take("masked_latents_std", rows) * drawn
+        assert torch.equal(x0.cond_latents, cache.take("cond_latents", rows))
+        expected = x0.cond_latents + cache.take("cond_latents_std", rows) * drawn
         assert torch.equal(x0.latents, expected)
     one, two = (labeled.batch(draw).latents for draw in (draws(1)[0], draws(1)[0]._replace(seed=1)))
     assert one.shape != two.shape or not torch.equal(one, two)

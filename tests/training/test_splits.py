@@ -62,11 +62,11 @@ def test_loss_and_gradient_do_not_depend_on_the_split(tiny_backbone, tiny_studen
     labeled, unlabeled = caches
     if kind == "mixed":
         batches = MixedBatches(
-            CacheBatches(labeled, BATCH // 2), CacheBatches(unlabeled, BATCH // 2, x0="masked_latents")
+            CacheBatches(labeled, BATCH // 2), CacheBatches(unlabeled, BATCH // 2, x0="cond_latents")
         )
     else:
         batches = (
-            CacheBatches(unlabeled, BATCH, x0="masked_latents")
+            CacheBatches(unlabeled, BATCH, x0="cond_latents")
             if kind == "self_supervised"
             else CacheBatches(labeled, BATCH)
         )

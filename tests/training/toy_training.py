@@ -38,7 +38,7 @@ class ToyCache:
 
         self.arrays = {
             "latents": normals(SAMPLES, CHANNELS, 2, 2),
-            "masked_latents": normals(SAMPLES, CHANNELS, 2, 2),
+            "cond_latents": normals(SAMPLES, CHANNELS, 2, 2),
             "masks": (normals(SAMPLES, 1, 2, 2) > 0).astype(np.uint8),
             "prompt_index": np.arange(SAMPLES, dtype=np.int32) + 1,
             "prompt_embeds": normals(SAMPLES + 1, 3, 2),
