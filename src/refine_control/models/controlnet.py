@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
@@ -25,6 +25,7 @@ from refine_control.records import INPAINT
 ControlNet = SD3ControlNetModel
 """Any ControlNet, teacher or student, by the name that rooms without diffusers use."""
 StudentInit = Literal["transformer", "teacher", "random"]
+Seen = TypeVar("Seen")
 _forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long timesteps and promise one tensor
 ADDED_OPTIONS = ("layer_of_site", "condition_shift", "condition")
 """Of a config, which stock does not know and leaves alone: the layer of each site, what `takes_shift` says, and the
@@ -98,6 +99,36 @@ def control_residuals(
         timestep=sigmas * 1000,
         return_dict=False,
     )[0]
+
+
+class Control(NamedTuple, Generic[Seen]):
+    """One of the ControlNets that paint a picture together."""
+
+    controlnet: SD3ControlNetModel
+    seen: Seen
+    """What it reads: tensors (B,C,h,w) as `control_cond` gives them, or a `Shown` before they are encoded."""
+    scale: float = 1.0
+    """Factor on its residuals."""
+
+
+def site_residuals(
+    controls: Sequence[Control[torch.Tensor]],
+    noisy_latents: torch.Tensor,
+    sigmas: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    pooled_prompt_embeds: torch.Tensor,
+    num_blocks: int,
+    injection: Injection = "exact",
+) -> list[torch.Tensor]:
+    """The residual (B,N,D) of each injection site: the sum over ControlNets, each expanded by its map first.
+
+    Stock's `SD3MultiControlNetModel` adds layer by layer and drops the layers that another ControlNet has not."""
+    total: list[torch.Tensor] = []
+    for controlnet, cond, scale in controls:
+        layers = control_residuals(controlnet, noisy_latents, sigmas, prompt_embeds, cond, pooled_prompt_embeds, scale)
+        sites = expand_residuals(layers, num_blocks, injection_of(controlnet, injection))[: num_blocks - 1]
+        total = [a + b.to(a) for a, b in zip(total, sites, strict=True)] if total else sites
+    return total
 
 
 class InjectedControlNet(SD3ControlNetModel):

@@ -22,7 +22,7 @@ from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, predict_velocity
-from refine_control.models.controlnet import SD3ControlNetModel, control_residuals, injected, injection_of
+from refine_control.models.controlnet import Control, SD3ControlNetModel, injected, site_residuals
 from refine_control.models.devices import pictures_at_once
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.packed import packed
@@ -149,36 +149,46 @@ def paint(
     prompts: Sequence[str],
     sampler: SamplerConfig,
     *,
+    others: Sequence[Control[Shown]] = (),
     first: int = 0,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Paints N pictures by what the ControlNet is shown and by prompts -> (N,H,W,3) uint8, uncomposited.
 
+    `others` paint with it: each is shown N pictures of the same size, and its residuals are added.
+
     With a region the pictures of `InpaintingPipeline` but for rounding; the VAE and the steps are in fp32. The noise of
     picture i is a function of (sampler.seed, first + i) alone (fresh noise: of the step, too), so models, batch sizes
-    and subsets are compared on the same noise. Moves the ControlNet to the backbone's device. Raises InvalidInputError
+    and subsets are compared on the same noise. Moves ControlNets to the backbone's device. Raises InvalidInputError
     for `sample`."""
     if sampler.latents != "mean":
         raise InvalidInputError("sampler.latents is sample; batches take the posterior's mean: set it to mean")
-    controlnet.to(backbone.device)  # type: ignore[arg-type]
+    controls = [Control(controlnet, shown, sampler.conditioning_scale), *others]
+    for control in controls:
+        control.controlnet.to(backbone.device)  # type: ignore[arg-type]
     encode, guided = _encoder(backbone), sampler.guidance_scale > 1
     height, width = shown.pictures.shape[1:3]
     total, out = len(shown.pictures), []
     count = pictures_at_once(backbone.device, height, width, batch_size)
     for a in range(0, total, count):
         b = min(a + count, total)
-        pixels, mask = shown.take(slice(a, b)).tensors()
-        cond_latents = backbone.encode_images(pixels, shift=takes_shift(controlnet.config)).float()
-        rows = range(first + a, first + b)
-        noise = slot_normals(cond_latents.shape[1:], rows, sampler.seed, "initial noise")
+        cond, *more = (_encoded(backbone, control, slice(a, b)) for control in controls)
+        rows, shape = range(first + a, first + b), (backbone.transformer.config["in_channels"], *cond.seen.shape[2:])
+        noise = slot_normals(shape, rows, sampler.seed, "initial noise")
         text, empty = encode(prompts[a:b]), encode([""] * (b - a)) if guided else None
-        cond = control_cond(cond_latents, None if mask is None else mask.to(cond_latents.device))
-        latents = complete_latents(backbone, controlnet, cond, text, empty, sampler, noise, rows)
+        latents = complete_latents(backbone, controlnet, cond.seen, text, empty, sampler, noise, rows, others=more)
         out.append(to_images(backbone.decode_latents(latents)))
         if progress:
             progress(b, total, "paint")
     return np.concatenate(out)
+
+
+def _encoded(backbone: Backbone, control: Control[Shown], rows: slice) -> Control[torch.Tensor]:
+    """Some of the samples as the ControlNet reads them."""
+    pixels, mask = control.seen.take(rows).tensors()
+    latents = backbone.encode_images(pixels, shift=takes_shift(control.controlnet.config)).float()
+    return control._replace(seen=control_cond(latents, None if mask is None else mask.to(latents.device)))
 
 
 def _encoder(backbone: Backbone) -> Encode:
@@ -201,9 +211,10 @@ def complete_latents(
     sampler: SamplerConfig,
     noise: torch.Tensor,
     rows: Sequence[int] | None = None,
+    others: Sequence[Control[torch.Tensor]] = (),
 ) -> torch.Tensor:
     """The end of `sampling_path`: what a ControlNet paints, in latents (B,16,h,w)."""
-    path = sampling_path(backbone, controlnet, cond, text, empty, sampler, noise, rows)
+    path = sampling_path(backbone, controlnet, cond, text, empty, sampler, noise, rows, others)
     return deque(path, maxlen=1)[0]
 
 
@@ -236,28 +247,30 @@ def sampling_path(
     sampler: SamplerConfig,
     noise: torch.Tensor,
     rows: Sequence[int] | None = None,
+    others: Sequence[Control[torch.Tensor]] = (),
 ) -> Iterator[torch.Tensor]:
     """Yields the latents after each step on `sampling_sigmas`, the clean ones last, on the backbone's device.
 
     A step is Euler's, or x_s = (1 - s) x0_hat + s noise for a stochastic sampler (LCM), its noise a function of
     (sampler.seed, step, row); `rows` are the samples' numbers, 0 to B - 1 by default. `cond` is what
     `control_cond` gives, noise (B,16,h,w) -> latents (B,16,h,w). `text` and `empty` are
-    (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance."""
+    (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance. The residuals of `others` are
+    added (`site_residuals`)."""
     device = backbone.device
-    cond = cond.to(device)
+    controls = [Control(controlnet, cond, sampler.conditioning_scale), *others]
+    controls = [each._replace(seen=each.seen.to(device)) for each in controls]
     latents, guided = noise.to(device), sampler.guidance_scale > 1
     assert empty is not None or not guided
-    injection = injection_of(controlnet, sampler.injection)
     prompts = [[part.to(device) for part in pair] for pair in (text, empty) if pair is not None][: 1 + guided]
     together = guided and packed(backbone.transformer) is not None  # a call that small costs little more with 2 B rows
     passes = [[torch.cat(parts) for parts in zip(*prompts, strict=True)]] if together else prompts
 
     def velocity(at: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        times, scale = len(embeds) // len(at), sampler.conditioning_scale
-        at, around = at.repeat(times, 1, 1, 1), cond.repeat(times, 1, 1, 1)
-        sigmas = sigma.expand(len(at))
-        residuals = control_residuals(controlnet, at, sigmas, embeds, around, pooled, scale)
-        return predict_velocity(backbone.transformer, at, sigmas, embeds, pooled, residuals, injection).float()
+        times = (len(embeds) // len(at), 1, 1, 1)
+        at, around = at.repeat(times), [each._replace(seen=each.seen.repeat(times)) for each in controls]
+        asked = at, sigma.expand(len(at)), embeds, pooled
+        residuals = site_residuals(around, *asked, backbone.num_blocks, sampler.injection)
+        return predict_velocity(backbone.transformer, *asked, residuals).float()
 
     for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler))):
         v, *v_empty = torch.cat([velocity(latents, sigma, *each) for each in passes]).split(len(latents))
