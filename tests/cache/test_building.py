@@ -357,7 +357,7 @@ def test_the_deviation_stands_beside_the_same_mean(cached, tmp_path, tiny_backbo
         files, means = (
             json.loads((f / "manifest.json").read_text())["files"] for f in (tmp_path / role, cached / role)
         )
-        stds = {f"{name}_std.npy" for name in ("cond_latents", "latents")[: 2 if role == LABELED else 1]}
+        stds = {f"{name}_std.npy" for name in ("masked_latents", "latents")[: 2 if role == LABELED else 1]}
         assert set(files) - set(means) == stds
         assert all(files[name] == means[name] for name in means)  # the means are those of a cache without, to the bit
     cache, rows = Cache(tmp_path / LABELED), [0, 31, 39]

@@ -20,7 +20,15 @@ import torch
 
 from refine_control.cache.compact import Layout, Packed, find_layout, pack, relative_error, unpack
 from refine_control.cache.marks import model_mark, teacher_mark
-from refine_control.cache.stored import SAMPLES, Posterior, PromptStorage, Stored, numbered_prompts, row_groups
+from refine_control.cache.stored import (
+    SAMPLES,
+    Posterior,
+    PromptStorage,
+    Stored,
+    numbered_prompts,
+    row_groups,
+    shown_array,
+)
 from refine_control.cache.writer import CacheWriter, to_numpy
 from refine_control.conditions.condition import (
     INPAINT,
@@ -107,10 +115,12 @@ def write_cache(
     refuse_sizes(by_size, backbone)
     groups = row_groups({size: len(numbers) for size, numbers in by_size.items()})
     described = {"kind": "cache", "role": role, "count": len(photos), "source": source, **options.described()}
-    described["condition"], teacher = condition, backbone.pipeline.controlnet
+    region, teacher = find_condition(condition).region, backbone.pipeline.controlnet
+    described |= {"condition": condition} if condition != INPAINT else {}
     if teacher is not None and options.completions is not None:
         check_condition(teacher.config, condition, "the model, which paints the completions,")
-    described["shift"] = condition_shift(backbone, condition)
+    shift = condition_shift(backbone, condition)
+    described |= {"shift": shift} if shift != region else {}
     described["model"] = model_mark(backbone)
     if options.completions is not None:
         described["teacher"] = teacher_mark(backbone)
@@ -128,10 +138,10 @@ def write_cache(
     writer = CacheWriter(out, described, groups, progress)
     if options.completions is not None:
         note(completions_cost(writer, backbone, options.completions, options))
-    write_pictures(writer, lambda row: photos[order[row]], backbone, role, options)
+    write_pictures(writer, lambda row: photos[order[row]], backbone, role, options, shift)
     prompt_facts = write_prompts(writer, backbone, options)
     if options.completions is not None:
-        write_completions(writer, backbone, options.completions, options)
+        write_completions(writer, backbone, options.completions, options, region)
     writer.finish(**prompt_facts)
     return True
 
@@ -162,20 +172,21 @@ def completions_cost(writer: CacheWriter, backbone: Backbone, sampler: SamplerCo
 
 
 @torch.no_grad()
-def write_completions(writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored) -> None:
+def write_completions(
+    writer: CacheWriter, backbone: Backbone, sampler: SamplerConfig, stored: Stored, region: bool = True
+) -> None:
     """The teacher's completion of every sample and, with `stored.path`, its way there below pure noise, (N,K-1,16,h,w).
 
     The noise of a sample is `path_noise`."""
     memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
     factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
-    region = find_condition(str(writer.described["condition"])).region
 
     def batch(rows: range) -> None:
         height, width = (factor * side for side in writer.latent_size(rows))
         count = pictures_at_once(backbone.device, height, width, len(rows))
         for part in (rows[first : first + count] for first in range(0, len(rows), count)):
-            latents = writer.read_sized("cond_latents", part)
+            latents = writer.read_sized(shown_array(region), part)
             cond = control_cond(latents, writer.read_sized("masks", part) if region else None)
             each = (index[part.start : part.stop], np.zeros(len(part), int))  # the samples' prompts, and the empty one
             if stored.prompts == "none":
@@ -262,12 +273,16 @@ def encode_posterior(vae: Any, pixel_values: torch.Tensor, shift: bool = True) -
 
 
 def write_pictures(
-    writer: CacheWriter, photo: Callable[[int], Photo], backbone: Backbone, role: str, stored: Stored
+    writer: CacheWriter,
+    photo: Callable[[int], Photo],
+    backbone: Backbone,
+    role: str,
+    stored: Stored,
+    shift: bool = True,
 ) -> None:
-    """Writes `cond_latents`, with a region `masks`, and `latents` unless the role is unlabelled; `photo(row)` is a
-    sample.
+    """Writes the condition's latents, with a region `masks`, and `latents` unless the role is unlabelled.
 
-    With the posterior mean_std `cond_latents_std` and `latents_std` as well."""
+    `photo(row)` is a sample, `shift` that of the condition. With mean_std both latents' deviations as well."""
 
     def put_latents(name: str, rows: range, pixels: torch.Tensor, shift: bool = True) -> torch.Tensor:
         if stored.posterior == "mean":
@@ -281,7 +296,7 @@ def write_pictures(
     def batch(rows: range) -> None:
         chunk = [photo(row) for row in rows]
         pixels, mask = show(chunk).tensors()
-        latents = put_latents("cond_latents", rows, pixels, bool(writer.described["shift"]))
+        latents = put_latents(shown_array(mask is not None), rows, pixels, shift)
         if mask is not None:
             writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
         if role != UNLABELED:

@@ -9,7 +9,7 @@ import torch
 
 from refine_control.models.backbone import Backbone
 
-CACHE_VERSION = 3
+CACHE_VERSION = 2
 """Raised when the same model and samples no longer give the same cache."""
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from refine_control.cache.compact import Layout, Packed, unpack
-from refine_control.cache.stored import SAMPLES, numbered_prompts, row_groups, stored_name
+from refine_control.cache.stored import SAMPLES, SHOWN, numbered_prompts, row_groups, shown_array, stored_name
+from refine_control.conditions.condition import find_condition
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import A_CACHE, refuse_other_kind
 from refine_control.records import INPAINT, LABELED, UNLABELED
@@ -44,18 +45,19 @@ class Cache:
             raise InvalidInputError(f"{folder} is no cache; make it with `refine-control cache SHARDS {folder}`")
         if model is not None and self.manifest["model"] != model:
             raise InvalidInputError(
-                f"the cache {folder} was made by another model (other VAE, text encoders or token count) or by an "
-                "earlier version; make it again"
+                f"the cache {folder} was made by another model (other VAE, text encoders or token count); make it again"
             )
         self.folder, self.role = folder, self.manifest["role"]
-        self.shift = bool(self.manifest.get("shift", True))
-        """Whether the VAE's shift is taken off the condition's latents."""
         self.condition = str(self.manifest.get("condition", INPAINT))
+        region = find_condition(self.condition).region
+        self.shift = bool(self.manifest.get("shift", region))
+        """Whether the VAE's shift is taken off the condition's latents."""
         self.bfloat16 = self.manifest["dtype"] == "bfloat16"
-        self.arrays = {Path(n).stem: _open_array(folder / n) for n in self.manifest["files"] if n.endswith(".npy")}
+        opened = {Path(n).stem: _open_array(folder / n) for n in self.manifest["files"] if n.endswith(".npy")}
+        self.arrays = {name.replace(shown_array(region), SHOWN): array for name, array in opened.items()}
         try:
             self.keys, self.prompts, _ = numbered_prompts(folder / SAMPLES)
-            sizes = self.manifest.get("sizes") or [[*self.arrays["cond_latents"].shape[2:], len(self)]]
+            sizes = self.manifest.get("sizes") or [[*self.arrays[SHOWN].shape[2:], len(self)]]
             self.groups = row_groups({(h, w): count for h, w, count in sizes})
             """The rows of each latent size (h, w)."""
         except (OSError, ValueError, KeyError, TypeError):

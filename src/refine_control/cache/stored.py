@@ -29,6 +29,15 @@ _LATER = ("sigmas", "stochastic")
 """Fields of a sampler that older caches do not have."""
 
 
+SHOWN = "cond_latents"
+"""The array of the condition's latents, as readers call it."""
+
+
+def shown_array(region: bool) -> str:
+    """The file name of SHOWN: with a region it holds the latents of the masked image."""
+    return "masked_latents" if region else SHOWN
+
+
 class Stored(NamedTuple):
     """The options of a cache: caches of the same shards and model differ in nothing else."""
 

@@ -125,16 +125,15 @@ def reproduce(
 ) -> None:
     """Train and evaluate the missing rows of a table or figure, and write it with intervals."""
     from refine_control.study import reproduce as study
-    from refine_control.study.materials import Comparison, results_name
+    from refine_control.study.materials import Comparison, budget_folder, results_name
     from refine_control.study.plan import TARGETS, read_budget
 
     usual = "photos" if photos else "folder" if data else TARGETS[target].budget
-    name = budget or ("paper" if scale == "sd3" else usual)
-    kind = () if condition == "inpaint" else (condition,)
-    kept = Path(results_name(scale, photos, data), name, *kind)
-    out, folder = out or "runs/reproduce" / kept, Path(results, name, *kind) if results else "results" / kept
-    named = (model, teacher, photos, data, weights, condition)
-    comparison = Comparison(read_budget(name, scale=scale), out, scale, *named)
+    inside = budget_folder(budget or ("paper" if scale == "sd3" else usual), condition)
+    kept = results_name(scale, photos, data) / inside
+    out, folder = out or "runs/reproduce" / kept, (results / inside) if results else "results" / kept
+    numbers = read_budget(inside.parts[0], scale=scale)
+    comparison = Comparison(numbers, out, scale, model, teacher, photos, data, weights, condition)
     comparison.check()
     rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
     if dry_run:

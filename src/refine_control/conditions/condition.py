@@ -89,9 +89,9 @@ def has_region(controlnet: Mapping[str, Any]) -> bool:
 
 def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | Path) -> None:
     """Raises InvalidInputError where a ControlNet of this config, called `name`, does not take a condition."""
-    own, channels = own_condition(controlnet), controlnet["extra_conditioning_channels"]
-    if own not in (None, condition) or channels != find_condition(condition).extra_channels:
-        kind = own or f"another condition, of {channels} channels beside the latents"
+    stated, channels = own_condition(controlnet), controlnet["extra_conditioning_channels"]
+    if stated not in (None, condition) or channels != find_condition(condition).extra_channels:
+        kind = stated or f"another condition, of {channels} channels beside the latents"
         raise InvalidInputError(
             f"the ControlNet of {name} is for {kind}, and the samples are of the condition {condition}; use those of "
             "one condition"

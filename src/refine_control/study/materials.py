@@ -124,9 +124,14 @@ class Comparison:
         return read_test(self.shards / TEST)[: self.budget.test]
 
 
-def results_name(scale: Scale, photos: Path | None = None, data: Path | None = None) -> str:
+def results_name(scale: Scale, photos: Path | None = None, data: Path | None = None) -> Path:
     """The folder of a comparison's results: mini, photos, sd3, or that with the name of the data."""
-    return f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale
+    return Path(f"{scale}-{data.resolve().name}" if data else "photos" if photos else scale)
+
+
+def budget_folder(budget: str, condition: str = INPAINT) -> Path:
+    """The folder of a budget's results in that: the budget's name, and that of another condition than inpainting."""
+    return Path(budget, *([condition] if condition != INPAINT else []))
 
 
 class RowCache(NamedTuple):
