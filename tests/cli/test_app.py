@@ -95,6 +95,9 @@ VERBS = {
         *(*SAMPLING, "--baseline", DRY, JSON, "--model", "--noise-seeds", "--out", "--precision", "--student"),
         *("--teacher", "--test", "--weights"),
     ],
+    "generate": [
+        *(*SAMPLING, "--control", DRY, "--model", "--out", "--prepared", "--preparer", "--prompt", "--size"),
+    ],
     "inpaint": [
         *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
     ],

@@ -24,6 +24,7 @@ from refine_control.records import LABELED, Photo
 from refine_control.storage import publish_folder
 
 INPAINT = ("inpaint", "--image", "{0}/a.png", "--mask", "{0}/mask.png", "--prompt", "a cup", "--out", "{0}/out.png")
+GENERATE = ("generate", "--prompt", "a cup", "--out", "{0}/out.png", "--control")
 EVALUATE = ("evaluate", "--out", "{2}")
 TRAIN = ("train", "mini/fc", "--run-dir", "{2}", "--set")
 ENTRIES = {
@@ -38,6 +39,7 @@ ENTRIES = {
     "init_from": (A_CONTROLNET, (*TRAIN, "init_from={1}")),
     "--model": (A_MODEL, (*INPAINT, "--model", "{1}")),
     "--controlnet": (A_CONTROLNET, (*INPAINT, "--controlnet", "{1}")),
+    "--control": (A_CONTROLNET, (*GENERATE, "{1}={0}/a.png")),
     "--teacher": (A_CONTROLNET, ("cache", "{0}/out/labeled", "{2}", "--teacher", "{1}")),
     "--student": (A_CONTROLNET, (*EVALUATE, "--test", "{0}/out/labeled", "--student", "s={1}")),
     "--test": (ONE_ROLE, (*EVALUATE, "--test", "{1}", "--student", "{0}")),

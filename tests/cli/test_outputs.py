@@ -11,6 +11,7 @@ from refine_control.signals import STOPPING
 from refine_control.storage import publish_folder
 
 INPAINT = ("inpaint", "--image", "{0}/photo.png", "--mask", "{0}/photo.png", "--prompt", "a cup", "--out")
+GENERATE = ("generate", "--control", "{0}=photo.png", "--prompt", "a cup", "--out")
 EVALUATE = ("evaluate", "--student", "{0}/inputs", "--test", "{0}/inputs", "--out")
 FOLDER_VERBS = {
     "demo": ("demo", "--out"),
@@ -30,6 +31,7 @@ FOLDER_VERBS = {
 }
 FILE_VERBS = {
     "inpaint": INPAINT,
+    "generate": GENERATE,
     "inspect sheet": ("data", "inspect", "{0}/inputs", "--sheet"),
     "inspect html": ("data", "inspect", "{0}/inputs", "--html"),
 }
@@ -96,6 +98,7 @@ LONG = {
     "data scenes": ("refine_control.miniature.scene_shards.build_scenes", ("data", "scenes", "out")),
     "data verify": ("refine_control.photos.shards.verify", ("data", "verify", "{0}/inputs")),
     "inpaint": ("refine_control.pipeline.files.inpaint_file", (*INPAINT, "out.png")),
+    "generate": ("refine_control.pipeline.files.generate_file", (*GENERATE, "out.png")),
     "evaluate": ("refine_control.study.evaluate.evaluate", (*EVALUATE, "out")),
     "train": ("refine_control.training.run.train", ("train", "mini/fc")),
     "demo": ("refine_control.study.demo.run_demo", ("demo",)),

@@ -158,12 +158,16 @@ def test_a_card_that_cannot_be_read_is_refused(tmp_path, text):
         own_sampling("mini", tmp_path)
 
 
-def test_edge_is_the_packaged_student(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(cards, "EDGE", folder)
-    assert resolve("edge") == student_folder("edge") == named_folders(["edge", "a=edge"], "--student")["a"] == folder
-    assert weights_mark("edge") == weights_mark(folder)
-    assert own_sampling("mini", "edge") == own_sampling("mini", folder)
-    monkeypatch.setattr(cards, "EDGE", tmp_path / "nowhere")
+@pytest.mark.parametrize("name", cards.CONTROLNETS)
+def test_a_packaged_controlnet_is_named(folder, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(cards, "MODELS", tmp_path)
+    there = tmp_path / f"mini_{name}"
+    there.symlink_to(folder)
+    pairs = [name, f"a={name}"]
+    assert resolve(name) == student_folder(name) == named_folders(pairs, "--student")["a"] == there
+    assert weights_mark(name) == weights_mark(folder)
+    assert own_sampling("mini", name) == own_sampling("mini", folder)
+    there.unlink()
     for ask in (resolve, student_folder, load_controlnet, lambda name: own_sampling("mini", name)):
-        with pytest.raises(MissingError, match=r"the edge student is not in .*nowhere; make it"):
-            ask("edge")
+        with pytest.raises(MissingError, match=rf"ControlNet {name} is not in .*mini_{name}; make it with `refine-con"):
+            ask(name)

@@ -12,7 +12,7 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
-from refine_control.cli.output import note, progress_bar, show
+from refine_control.cli.output import note, paired, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
@@ -97,6 +97,59 @@ def inpaint(
         image, mask, prompt, out, model=model, controlnet=controlnet, sampler=sampler, size=size, composite=composite
     )
     print(written)
+
+
+@app.command()
+@interruptible("nothing is written")
+def generate(
+    control: Annotated[
+        list[str],
+        typer.Option(
+            help="CONTROLNET=PICTURE: a folder, a hub id, canny or lowres, and a photograph; may be repeated, and the "
+            "ControlNets then paint together."
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(help="Prompt for the whole image.")],
+    out: Annotated[Path, opt.output_file("PNG to write.")],
+    prepared: Annotated[
+        bool, typer.Option("--prepared", help="The pictures are condition pictures: nothing is made of them.")
+    ] = False,
+    preparer: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth).")
+    ] = None,
+    model: opt.Model = "mini",
+    size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--conditioning-scale",
+            min=0,
+            max=2,
+            help="Factor on control residuals; repeated, one for each ControlNet; default: as each one's card says.",
+        ),
+    ] = None,
+    sigmas: opt.Sigmas = None,
+    injection: opt.Injection = "exact",
+    seed: opt.Seed = 0,
+    dry_run: opt.DryRun = False,
+) -> None:
+    """Paint an image by ControlNets without a mask: edges, low resolution, depth, poses, edits.
+
+    A condition picture is made of the photograph where the ControlNet's condition says how, as for canny and lowres;
+    depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
+    controls = paired(control, "--control", "CONTROLNET=PICTURE, such as canny=photo.png")
+    others = {"sigmas": sigmas, "seed": seed, "injection": injection}
+    sampler = opt.sampling(model, controls[0][0], steps, guidance, None, **others)
+    pairs = [(name, Path(picture)) for name, picture in controls]
+    options = {"model": model, "scales": scale or [], "size": size, "prepared": prepared, "preparer": preparer}
+    if dry_run:
+        shown = sampler.model_dump(exclude={"conditioning_scale"})
+        return show({"controls": pairs, "prompt": prompt, "out": out, **options, **shown}, as_json=False)
+    from refine_control.pipeline.files import generate_file
+
+    print(generate_file(pairs, prompt, out, sampler=sampler, **options))
 
 
 @mini_app.command("train")

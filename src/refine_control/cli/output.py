@@ -64,9 +64,9 @@ def named_sources(pairs: list[str], option: str, taken: Iterable[str] = ()) -> d
 
 
 def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
-    """NAME=FOLDER options of ControlNets, NAME=edge for the packaged one; a bare FOLDER is named by its last part.
+    """NAME=FOLDER options of ControlNets, NAME=edge for a packaged one; a bare FOLDER is named by its last part.
 
-    Raises InvalidInputError where there is none, MissingError where `edge` is not packaged."""
+    Raises InvalidInputError where there is none, MissingError where a packaged one is not there."""
     from refine_control.models.card import packaged
 
     named = {name: packaged(source) or Path(source) for name, source in named_sources(pairs, option).items()}
@@ -74,6 +74,15 @@ def named_folders(pairs: list[str], option: str) -> dict[str, Path]:
         if not path.is_dir():
             raise InvalidInputError(f"{option} {pair}: there is no folder {path}")
     return named
+
+
+def paired(pairs: list[str], option: str, example: str) -> list[tuple[str, str]]:
+    """Options of two parts with an equals sign between them. Raises InvalidInputError where a part is missing."""
+    parts = [pair.partition("=") for pair in pairs]
+    for pair, (first, _, second) in zip(pairs, parts, strict=True):
+        if not (first and second):
+            raise InvalidInputError(f"{option} {pair}: write {example}")
+    return [(first, second) for first, _, second in parts]
 
 
 _LINE_EVERY = 60.0

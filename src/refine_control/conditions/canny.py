@@ -32,4 +32,4 @@ def prepare(image: np.ndarray) -> np.ndarray:
     return np.repeat(edges(image)[..., None] * np.uint8(255), 3, axis=2)
 
 
-CONDITION = Condition("canny", "white edges on black, by Canny's detector", prepare=prepare)
+CONDITION = Condition("canny", "white edges on black, by Canny's detector", prepare=prepare, grey=True)

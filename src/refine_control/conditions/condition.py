@@ -46,6 +46,8 @@ class Condition:
     """Hub id or folder of a model -> a `prepare` by it. Raises MissingError where the model is not there."""
     photographic: bool = False
     """Whether the picture is a photograph, and resized as one (Lanczos); others are averaged (bilinear)."""
+    grey: bool = False
+    """Whether the picture has no colour."""
 
     @property
     def extra_channels(self) -> int:

@@ -68,4 +68,4 @@ def depth_network(model: str) -> Callable[[np.ndarray], np.ndarray]:
     return prepare
 
 
-CONDITION = Condition("depth", "a depth map, near is bright", network=depth_network)
+CONDITION = Condition("depth", "a depth map, near is bright", network=depth_network, grey=True)

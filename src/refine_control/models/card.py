@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from refine_control.models.backbone import Backbone
 
 logger = logging.getLogger(__name__)
-BUNDLE = Path(__file__).parent / "mini_bundle"
+MODELS = Path(__file__).parent
+BUNDLE = MODELS / "mini_bundle"
 """The shipped pipeline folder in diffusers layout."""
-EDGE = Path(__file__).parent / "mini_edge"
+EDGE = MODELS / "mini_edge"
 """The shipped student of the mini model for few steps, a ControlNet folder."""
+CONTROLNETS = {
+    "edge": "train mini/end_points",
+    "canny": "mini train --condition canny",
+    "lowres": "mini train --condition lowres",
+}
+"""The ControlNets of the mini model that may be packaged, in folders mini_NAME, and the verbs that make them."""
 CARD = "refine_control.json"
 """The file in which a bundle or a student describes itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
@@ -30,13 +37,13 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scal
 
 
 def packaged(name: str | Path) -> Path | None:
-    """The folder of the packaged model `mini` or the packaged ControlNet `edge`; None for every other name.
+    """The folder of the packaged model `mini` or of a ControlNet of `CONTROLNETS`; None for every other name.
 
     Raises MissingError where it is not in the package."""
     if str(name) == "mini":
         file, what, verb = BUNDLE / "model_index.json", "the mini bundle", "mini train"
-    elif str(name) == "edge":
-        file, what, verb = EDGE / "config.json", "the edge student", "train mini/end_points"
+    elif verb := CONTROLNETS.get(str(name)):
+        file, what = MODELS / f"mini_{name}" / "config.json", f"the ControlNet {name}"
     else:
         return None
     if not file.is_file():
@@ -45,9 +52,9 @@ def packaged(name: str | Path) -> Path | None:
 
 
 def read_card(controlnet: str | Path) -> StudentCard | None:
-    """The card of a ControlNet named by `edge`, a folder or a hub id; None where it has none or is not there.
+    """The card of a ControlNet named as `packaged`, by a folder or a hub id; None where it has none or is not there.
 
-    Raises InvalidInputError for a card that cannot be read, MissingError for `edge` where it is not packaged."""
+    Raises InvalidInputError for a card that cannot be read, MissingError for a packaged one that is not there."""
     folder = packaged(controlnet)
     with contextlib.suppress(InvalidInputError, MissingError):  # the loader says what is wrong with the name
         folder = folder or folder_of(controlnet, [CARD], "a ControlNet")

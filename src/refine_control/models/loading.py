@@ -26,7 +26,7 @@ from refine_control.errors import InvalidInputError, MissingError
 from refine_control.folders import A_CONTROLNET, A_MODEL, refuse_other_kind
 from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
-from refine_control.models.card import CARD, packaged, write_card
+from refine_control.models.card import CARD, CONTROLNETS, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join, own_layer_of_site
 from refine_control.models.cpu_kernels import use_cpu_kernels
@@ -43,8 +43,8 @@ SD3_MAX_SEQUENCE_LENGTH = 256
 
 
 def resolve(model: str | Path) -> Path:
-    """The folder of a model named `mini`, a ControlNet named `edge`, or either by a path or by a hub id (downloaded
-    once, then offline).
+    """The folder of a model named `mini`, a ControlNet of `card.CONTROLNETS`, or either by a path or by a hub id
+    (downloaded once, then offline).
 
     Raises MissingError when a hub id is neither cached nor reachable or a packaged folder is not there,
     InvalidInputError for a missing folder."""
@@ -142,7 +142,7 @@ def weights_mark(name: str | Path) -> str:
 
     From the manifest where this project wrote the folder; else of each file, which may hold gigabytes, the size and
     three pieces."""
-    folder = packaged(name) if str(name) == "edge" else Path(name)
+    folder = packaged(name) if str(name) in CONTROLNETS else Path(name)
     if folder is None or not folder.is_dir():
         return str(name)
     marks = (".safetensors", "config.json")

@@ -188,7 +188,8 @@ def _encoded(backbone: Backbone, control: Control[Shown], rows: slice) -> Contro
     """Some of the samples as the ControlNet reads them."""
     pixels, mask = control.seen.take(rows).tensors()
     latents = backbone.encode_images(pixels, shift=takes_shift(control.controlnet.config)).float()
-    return control._replace(seen=control_cond(latents, None if mask is None else mask.to(latents.device)))
+    cond = control_cond(latents, None if mask is None else mask.to(latents.device))
+    return Control(control.controlnet, cond, control.scale)
 
 
 def _encoder(backbone: Backbone) -> Encode:

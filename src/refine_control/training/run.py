@@ -92,7 +92,7 @@ def is_main_process() -> bool:
 
 
 def student_folder(path: str | Path) -> Path:
-    """A student folder, or the one inside a run's folder; of `edge` the packaged one."""
+    """A student folder, or the one inside a run's folder; of a packaged name that one."""
     if folder := packaged(path):
         return folder
     inside = Path(path) / STUDENT
