@@ -128,14 +128,13 @@ def reproduce(
     from refine_control.study.materials import Comparison, budget_folder, results_name
     from refine_control.study.plan import TARGETS, read_budget
 
-    usual = "photos" if photos else "folder" if data else TARGETS[target].budget
-    inside = budget_folder(budget or ("paper" if scale == "sd3" else usual), condition)
+    usual = "paper" if scale == "sd3" else "photos" if photos else "folder" if data else TARGETS[target].budget
+    inside = budget_folder(budget or usual, condition)
     kept = results_name(scale, photos, data) / inside
-    out, folder = out or "runs/reproduce" / kept, (results / inside) if results else "results" / kept
+    out, folder = out or "runs/reproduce" / kept, results / inside if results else "results" / kept
     numbers = read_budget(inside.parts[0], scale=scale)
-    comparison = Comparison(numbers, out, scale, model, teacher, photos, data, weights, condition)
-    comparison.check()
-    rows, chosen = row or (), list(range(seeds)) if seeds else comparison.budget.train_seeds
+    comparison = Comparison(numbers, out, scale, model, teacher, photos, data, weights, condition).check()
+    rows, chosen = row or (), list(range(seeds)) if seeds else numbers.train_seeds
     if dry_run:
         return show(study.plan(target, comparison, chosen, rows, folder, against), as_json)
     report = study.reproduce(

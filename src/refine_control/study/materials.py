@@ -62,8 +62,8 @@ class Comparison:
     condition: str = INPAINT
     """Of the rendered scenes and the teacher."""
 
-    def check(self) -> None:
-        """Raises InvalidInputError for parts that do not belong together."""
+    def check(self) -> Comparison:
+        """Itself. Raises InvalidInputError for parts that do not belong together."""
         if self.photos and self.data:
             raise InvalidInputError("--photos and --data are two kinds of data; give one")
         if self.photos and not self.model:
@@ -80,6 +80,7 @@ class Comparison:
             raise InvalidInputError("--condition chooses rendered scenes; with --data the samples name their own")
         if self.rendered and self.model:
             raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
+        return self
 
     @property
     def rendered(self) -> bool:
