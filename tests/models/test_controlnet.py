@@ -8,17 +8,25 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetInpaintingPipeline
 
-from refine_control.conditions.condition import control_cond, mask_at_latents, masked_pixels
+from refine_control.conditions.condition import (
+    control_cond,
+    has_region,
+    mask_at_latents,
+    masked_pixels,
+    own_condition,
+)
 from refine_control.errors import InvalidInputError
 from refine_control.injection import expand_residuals, groups
 from refine_control.models.backbone import encode_images
 from refine_control.models.controlnet import (
     build_student,
     control_residuals,
+    for_condition,
     from_transformer,
     injected,
     trainable_parameters,
 )
+from refine_control.models.families.sd3 import takes_shift
 
 SOURCE = Path(__file__).parents[2] / "src" / "refine_control"
 GENERATOR = torch.Generator().manual_seed(0)
@@ -211,3 +219,50 @@ def test_injection_shares_the_parameters(tiny_backbone, tiny_student):
             assert torch.equal(wrapped(*arguments).controlnet_block_samples[9], expected[9])
         controlnet.controlnet_blocks[0].bias.add_(1)
         assert torch.equal(residuals_of(exact)[0], residuals_of(controlnet)[0])
+
+
+# Other conditions.
+
+
+def test_a_teacher_for_another_condition_begins_as_the_inpainting_one_with_nothing_masked(tiny_backbone):
+    teacher, vae = tiny_backbone.pipeline.controlnet, tiny_backbone.vae
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    other = for_condition(teacher, "canny", vae)
+    assert (other.config["condition"], other.config["extra_conditioning_channels"]) == ("canny", 0)
+    assert not has_region(other.config)
+    assert not takes_shift(other.config)
+    assert takes_shift(teacher.config)
+    with torch.no_grad():
+        shifted, unshifted = (encode_images(vae, PIXELS, shift) for shift in (True, False))
+        torch.testing.assert_close(unshifted - shifted, torch.full_like(shifted, 0.1 * 1.7))
+        kept = control_cond(shifted, torch.zeros(2, 1, 64, 64))
+        expected, ours = (
+            control_residuals(network, LATENTS, SIGMAS, EMBEDS, cond, POOLED)
+            for network, cond in ((teacher, kept), (other, unshifted))
+        )
+        for one, two in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        other.pos_embed_input.proj.bias.add_(1)  # a copy
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert "condition" not in teacher.config
+
+
+@pytest.mark.parametrize("init", ["transformer", "teacher", "random"])
+def test_a_student_says_its_condition_and_has_the_channels_of_its_teacher(tiny_backbone, init):
+    transformer = tiny_backbone.transformer
+    teacher = for_condition(tiny_backbone.pipeline.controlnet, "depth", tiny_backbone.vae)
+    student = build_student(transformer, teacher, 2, init, 0, condition="depth")
+    assert own_condition(student.config) == "depth"
+    assert student.pos_embed_input.proj.weight.shape[1] == 16
+    assert own_condition(build(tiny_backbone, init, layers=1).config) == "inpaint"
+
+
+def test_a_student_without_a_teacher_has_the_channels_of_its_condition(tiny_backbone):
+    students = {
+        name: build_student(tiny_backbone.transformer, None, 1, "transformer", 0, condition=name)
+        for name in ("inpaint", "canny")
+    }
+    assert {name: student.config["extra_conditioning_channels"] for name, student in students.items()} == {
+        "inpaint": 1,
+        "canny": 0,
+    }

@@ -11,12 +11,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3ControlNetModel,
     StableDiffusion3ControlNetInpaintingPipeline,
+    StableDiffusion3ControlNetPipeline,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from refine_control.conditions.condition import Shown, control_cond
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.injection import layer_of_site
 from refine_control.models.backbone import Backbone
+from refine_control.models.controlnet import for_condition
 from refine_control.models.loading import load_controlnet, save_controlnet
 from refine_control.pipeline import painting
 from refine_control.pipeline.files import inpaint_file
@@ -233,6 +236,27 @@ def test_completions_are_what_the_pipeline_paints(tiny_backbone, guidance):
         *(text, empty, sampler, NOISE.clone()),
     )
     torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_without_a_region_a_picture_is_the_one_of_stock_s_other_pipeline(
+    tiny_backbone, tiny_student, monkeypatch, guidance
+):
+    student = for_condition(tiny_student(2), "canny", tiny_backbone.vae)
+    stock = StableDiffusion3ControlNetPipeline(**{**tiny_backbone.pipeline.components, "controlnet": student})
+    stock.set_progress_bar_config(disable=True)
+    # stock draws from the posterior and reads no mask
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    given = arguments(guidance_scale=guidance)
+    del given["control_mask"]
+    with torch.no_grad():
+        expected = stock(**given).images
+    monkeypatch.setattr(painting, "slot_normals", lambda *_: NOISE.clone())
+    sampler = SamplerConfig(num_inference_steps=STEPS, guidance_scale=guidance, conditioning_scale=SCALE)
+    ours = paint(tiny_backbone, student, Shown(IMAGES[:2]), PROMPTS, sampler)
+    assert np.abs(ours - 255 * expected.permute(0, 2, 3, 1).numpy()).max() < 1
+    other = paint(tiny_backbone, student, Shown(IMAGES[2:]), PROMPTS, sampler)
+    assert np.abs(ours.astype(int) - other).max() > 1  # it sees the condition
 
 
 def test_photo_and_mask_may_lie_anywhere(tiny_backbone, tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def train_condition_teacher(
         backbone = load_backbone(bundle, cpu_kernels=True)
         trained = f"mini train --condition {condition}, seed {seed}, {stage.steps} steps of {stage.batch_size}"
         card = StudentCard(
+            condition=condition,
             sampling=CHECK_SAMPLER,
             most_steps=1000,
             distilled_guidance=1.0,
