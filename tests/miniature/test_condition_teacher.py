@@ -22,6 +22,7 @@ def mini_train(*arguments):
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_two_steps_publish_a_teacher_with_a_card_and_are_not_done_again(tiny_backbone, tmp_path, monkeypatch):
     tiny_backbone.pipeline.save_pretrained(tmp_path / "tiny")
     write_json(tmp_path / "tiny" / "refine_control.json", {"max_sequence_length": 0})

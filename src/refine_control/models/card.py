@@ -113,7 +113,8 @@ def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str
         scheduler = FlowMatchEulerDiscreteScheduler(1000, backbone.shift, stochastic_sampling=sampler.stochastic)
     scheduler.save_pretrained(folder / "scheduler")
     kept: Any = dict.fromkeys(StudentCard.model_fields, True) | {"sampling": set(CHOSEN_BY_MODEL)}
-    write_json(folder / CARD, card.model_dump(mode="json", include=kept, exclude_none=True))
+    left_out = {"condition"} if card.condition == INPAINT else set()
+    write_json(folder / CARD, card.model_dump(mode="json", include=kept, exclude=left_out, exclude_none=True))
     steps, kind = sampler.num_inference_steps, type(scheduler).__name__
     loading = [] if backbone.pipeline.text_encoder_3 is not None else ["text_encoder_3=None", "tokenizer_3=None"]
     calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if even and sampler.stochastic else []
