@@ -339,13 +339,11 @@ def test_several_sizes_continue_after_a_kill(tmp_path, tiny_backbone, monkeypatc
     assert whole == again
 
 
-def test_sizes_without_positions_and_batches_of_several_sizes_are_refused(tmp_path, tiny_backbone):
+def test_sizes_without_positions_are_refused(tmp_path, tiny_backbone):
     large = Photo("k", np.zeros((80, 112, 3), np.uint8), np.eye(80, 112, dtype=bool), "a circle")
     with pytest.raises(InvalidInputError, match=r"size 112 x 80 is beyond this model, .* 96 pixels a side"):
         write_cache([large], tmp_path / "cache", tiny_backbone, LABELED, source={})
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InvalidInputError, match=r"several sizes \(80 x 48, 64 x 64\)"):
-        show(of_sizes(2))
 
 
 # The posterior's deviation, and caches without prompt embeddings.

@@ -25,7 +25,7 @@ def fill(writer: CacheWriter) -> None:
 
     def batch(rows: range) -> None:
         writer.put("prompt_index", 0, 4, np.arange(4, dtype=np.int32))
-        writer.put_sized("masks", rows, np.ones((4, 1, 2, 2), np.uint8))
+        writer.put_sized("masked_latents", rows, np.ones((4, 16, 2, 2), np.float32))
         for row in rows:
             writer.note(f"k{row}", "a cup")
 
@@ -76,7 +76,7 @@ def test_a_kill_while_the_state_is_written_changes_no_byte_of_the_cache(tmp_path
     monkeypatch.undo()
     assert list((tmp_path / ".cache.partial").glob(".*.tmp"))
     assert make(tmp_path / "cache") == whole
-    assert set(whole["files"]) == {"samples.jsonl", "masks.npy", "prompt_index.npy"}
+    assert set(whole["files"]) == {"samples.jsonl", "masked_latents.npy", "prompt_index.npy"}
     assert {p.name for p in (tmp_path / "cache").iterdir()} == {MANIFEST, *whole["files"]}
 
 
@@ -102,11 +102,11 @@ def test_a_damaged_state_is_a_fresh_start(tmp_path, text):
 
 
 BAD_FILES = {
-    "objects": lambda folder: np.save(folder / "masks.npy", np.array([{}, None]), allow_pickle=True),
-    "text": lambda folder: np.save(folder / "masks.npy", np.array(["a"])),
-    "no array": lambda folder: (folder / "masks.npy").write_text("masks"),
-    "empty": lambda folder: (folder / "masks.npy").touch(),
-    "one number": lambda folder: np.save(folder / "masks.npy", np.float32(1)),
+    "objects": lambda folder: np.save(folder / "masked_latents.npy", np.array([{}, None]), allow_pickle=True),
+    "text": lambda folder: np.save(folder / "masked_latents.npy", np.array(["a"])),
+    "no array": lambda folder: (folder / "masked_latents.npy").write_text("masks"),
+    "empty": lambda folder: (folder / "masked_latents.npy").touch(),
+    "one number": lambda folder: np.save(folder / "masked_latents.npy", np.float32(1)),
     "none": lambda folder: None,
 }
 
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_array_of_numbers_is_damage(tmp_path, fault):
 def test_a_line_that_is_no_sample_is_damage(tmp_path, line):
     with publish_folder(tmp_path / "cache", **DESCRIBED) as folder:
         (folder / "samples.jsonl").write_text(line)
-        np.save(folder / "masks.npy", np.ones((1, 1, 2, 2), np.uint8))
+        np.save(folder / "masked_latents.npy", np.ones((1, 1, 2, 2), np.uint8))
     with pytest.raises(DamagedError, match="is not whole"):
         Cache(tmp_path / "cache")
 
