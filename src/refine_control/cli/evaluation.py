@@ -137,9 +137,8 @@ def reproduce(
     rows, chosen = row or (), list(range(seeds)) if seeds else numbers.train_seeds
     if dry_run:
         return show(study.plan(target, comparison, chosen, rows, folder, against), as_json)
-    report = study.reproduce(
-        target, comparison, seeds=chosen, rows=rows, against=against, results=folder, bar=progress_bar, workers=workers
-    )
+    asked = {"seeds": chosen, "rows": rows, "against": against, "workers": workers}
+    report = study.reproduce(target, comparison, results=folder, bar=progress_bar, **asked)
     show(report.summary if as_json else f"{report.text}\n\nin {report.folder}", as_json)
 
 
