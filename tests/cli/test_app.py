@@ -87,7 +87,7 @@ VERBS = {
         ),
     ],
     "data reword": ["--as", DRY, "--images", JSON, SEED, "out", "source"],
-    "data scenes": [DRY, JSON, "--labeled", SEED, "--test", "--unlabeled", "out"],
+    "data scenes": ["--condition", DRY, JSON, "--labeled", SEED, "--test", "--unlabeled", "out"],
     "data verify": [JSON, "folder"],
     "demo": ["--budget", DRY, JSON, "--out", SEED, "--steps"],
     "doctor": [JSON],
@@ -103,11 +103,12 @@ VERBS = {
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini edge": ["--check", DRY, JSON, SEED, "out", "student"],
-    "mini train": ["--check", DRY, "--from", JSON, "--out", "--photos", SEED, "--stage", "--world"],
+    "mini train": ["--check", "--condition", DRY, "--from", JSON, "--out", "--photos", SEED, "--stage", "--world"],
     "reproduce": [
         *(
             "--against",
             "--budget",
+            "--condition",
             "--data",
             DRY,
             JSON,

@@ -91,7 +91,7 @@ Source = Annotated[Path, typer.Argument(exists=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Condition = Annotated[
-    str, typer.Option(help="What the ControlNet is shown: inpaint, canny, depth, edit, lowres or pose.")
+    str, typer.Option(help="What the ControlNet is shown, a kind of `conditions/`, such as inpaint or canny.")
 ]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
 Network = Annotated[str | None, typer.Option(help="Hub id, folder, or edge; default: the model's own.")]

@@ -10,6 +10,7 @@ from refine_control.config import SamplerConfig
 from refine_control.metrics.cost import ModelCost
 from refine_control.metrics.image_pairs import CONVENTIONS
 from refine_control.metrics.statistics import Interval
+from refine_control.miniature.tasks.task import all_tasks
 from refine_control.study.curves import Curve
 from refine_control.study.feature_metrics import NETWORK_METRICS, metric_notes, not_computed
 from refine_control.study.materials import Comparison
@@ -32,13 +33,7 @@ HEADINGS = {
     "shape": "shape obeyed %",
     "both": "both obeyed %",
     "interference": "another object's %",
-    "edge_f1": "edges' F1 %",
-    "psnr_shrunk": "PSNR shrunk dB",
-    "depth_order": "depth order %",
-    "keypoints": "key points within 2 px %",
-    "keypoint_distance": "key points off px (less)",
-    "edited": "edited %",
-    "psnr_unedited": "PSNR unedited dB",
+    **{metric: heading for task in all_tasks().values() for metric, heading in task.headings.items()},
     "clip_local": "CLIP local",
     "clip_global": "CLIP global",
     "clip_other": "CLIP other (less)",

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from refine_control.conditions.condition import INPAINT
 from refine_control.metrics.distances import set_difference, set_interval
 from refine_control.metrics.statistics import (
     BOOTSTRAP_SEED,
@@ -22,17 +23,20 @@ from refine_control.metrics.statistics import (
     paired_difference,
     two_level,
 )
+from refine_control.miniature.tasks.task import all_tasks
 from refine_control.study.feature_metrics import SET_METRICS
 from refine_control.study.plan import BASELINE, TEACHER
 from refine_control.study.row_results import RowResult
 
 OBEYED = ("colour", "shape", "both")
 """What the oracle of inpainting reads in the hole; percentages."""
-HEADLINES = ("edge_f1", "psnr_shrunk", "depth_order", "keypoints", "edited")
+_TASKS = [task for name, task in all_tasks().items() if name != INPAINT]
+HEADLINES = tuple(dict.fromkeys(task.headline for task in _TASKS))
 """By which the oracles of other conditions are named; more is better."""
+_ORACLES = tuple(dict.fromkeys(metric for task in _TASKS for metric in task.headings))
 ROW_METRICS = (
     *("psnr_region", "psnr", "psnr_kept", "ssim", "sharpness", "lpips", "lpips_kept"),
-    *(*OBEYED, *HEADLINES, "keypoint_distance", "psnr_unedited"),
+    *(*OBEYED, *_ORACLES),
     *("clip_local", "clip_global", "clip_other", "scene_perceptual"),
 )
 """Metrics per sample of the tables of rows, in the order of their columns."""

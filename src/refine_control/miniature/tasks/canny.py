@@ -36,4 +36,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {"edge_f1": 100 * np.array(f1)}
 
 
-TASK = Task(prepared(CONDITION), score, "edge_f1", reads_scenes=False)
+TASK = Task(prepared(CONDITION), score, {"edge_f1": "edges' F1 %"}, reads_scenes=False)

@@ -51,4 +51,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {"depth_order": 100.0 * (nearer > 0.5)}
 
 
-TASK = Task(render, score, "depth_order")
+TASK = Task(render, score, {"depth_order": "depth order %"})

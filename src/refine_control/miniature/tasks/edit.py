@@ -37,4 +37,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {"edited": 100.0 * edited, "psnr_unedited": psnr(source, painted, ~region)}
 
 
-TASK = Task(render, score, "edited")
+TASK = Task(render, score, {"edited": "edited %", "psnr_unedited": "PSNR unedited dB"})

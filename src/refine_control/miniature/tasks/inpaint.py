@@ -25,4 +25,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {name: 100.0 * getattr(obeyed, name) for name in ("colour", "shape", "both")}
 
 
-TASK = Task(render, score, "both")
+TASK = Task(render, score, {"both": "both obeyed %", "colour": "colour obeyed %", "shape": "shape obeyed %"})

@@ -20,4 +20,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {"psnr_shrunk": psnr(*small)}
 
 
-TASK = Task(prepared(CONDITION), score, "psnr_shrunk", reads_scenes=False)
+TASK = Task(prepared(CONDITION), score, {"psnr_shrunk": "PSNR shrunk dB"}, reads_scenes=False)

@@ -71,4 +71,4 @@ def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) 
     return {"keypoints": 100.0 * right, "keypoint_distance": distance}
 
 
-TASK = Task(render, score, "keypoints")
+TASK = Task(render, score, {"keypoints": "key points within 2 px %", "keypoint_distance": "key points off px (less)"})

@@ -7,7 +7,7 @@ Each kind is a module of this folder with a `TASK`, named as the condition; `fin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refine_control.conditions.condition import INPAINT, Condition, Shown, find_condition
+from refine_control.conditions.condition import INPAINT, Condition, Shown, condition_names, find_condition
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, load_classifier
 from refine_control.miniature.scenes import Objects, Scenes
@@ -72,11 +72,17 @@ class Task:
     render: Callable[[int, int, int], Rendered]
     """(seed, start, count) -> scenes `start .. start + count - 1` of the seed."""
     score: Callable[[Sequence[Photo], np.ndarray, Classifier], Scores]
-    """Photos and what was painted for them, (N,64,64,3) uint8 -> by metric (N,), the headline first."""
-    headline: str
-    """The score that its oracle is named by, higher is better."""
+    """Photos and what was painted for them, (N,64,64,3) uint8 -> by metric (N,)."""
+    headings: Mapping[str, str]
+    """Of tables, by score; the first is the one that its oracle is named by, higher is better. A heading that ends in
+    (less) is of a score that is better when it is lower."""
     reads_scenes: bool = True
     """Whether the oracle reads what `Rendered.photos` notes in `meta`; else it judges any photograph."""
+
+    @property
+    def headline(self) -> str:
+        """The score that its oracle is named by."""
+        return next(iter(self.headings))
 
     def photos(self, seed: int, start: int, count: int) -> Iterator[Photo]:
         """Scenes as samples."""
@@ -89,6 +95,11 @@ def find_task(condition: str = INPAINT) -> Task:
     """The task of a condition by name. Raises InvalidInputError for a name of no condition."""
     find_condition(condition)
     return import_module(f"{__package__}.{condition}").TASK
+
+
+def all_tasks() -> dict[str, Task]:
+    """The tasks of all conditions, inpainting first."""
+    return {name: find_task(name) for name in condition_names()}
 
 
 Oracle = Callable[[Sequence[Photo], np.ndarray], Scores]
