@@ -4,6 +4,7 @@ The laws hold on a GPU where there is one, and everywhere on a stand-in: tensors
 are on a GPU, so that whatever mixes the two, or reads the GPU's as numpy, fails as it would there."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,6 +311,7 @@ def test_verbs_ask_for_the_best_device(monkeypatch, tmp_path):
     for module in (loading, model_cost, check, building):
         monkeypatch.setattr(module, "load_backbone", load)
     monkeypatch.setattr(evaluate_module, "read_test", lambda folder: PHOTOS)
+    monkeypatch.setattr(evaluate_module, "Shards", lambda folder: SimpleNamespace(condition="inpaint"))
     monkeypatch.setattr(building, "check_folders", lambda source, out: None)
     half = np.zeros((80, 80), np.uint8)
     half[20:50, 20:50] = 255

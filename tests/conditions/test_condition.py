@@ -40,7 +40,7 @@ def test_every_record_is_named_as_its_module_and_inpainting_alone_has_a_region()
 
 @pytest.mark.parametrize("name", ["cany", "condition", "", "../canny"])
 def test_a_condition_of_another_name_is_refused_with_those_that_there_are(name):
-    with pytest.raises(InvalidInputError, match=r"there is no condition .*; choose one of inpaint, canny, depth"):
+    with pytest.raises(InvalidInputError, match=r"there is no condition .*; choose one of inpaint, blur, canny, depth"):
         find_condition(name)
 
 

@@ -32,15 +32,19 @@ def images_of(photos):
     return np.stack([photo.image for photo in photos])
 
 
-@pytest.mark.parametrize(("name", "by_chance"), zip(NAMES, (30, 40, 70, 30, 20, 20), strict=True))
-def test_the_oracle_passes_the_truth_and_no_other_scene(photos, name, by_chance):
+BY_CHANCE = {"depth": 70, "canny": 40}
+"""The most that an answer of another scene gets; 30 of the other oracles."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracle_passes_the_truth_and_no_other_scene(photos, name):
     given, headline = photos[name], find_task(name).headline
     oracle = find_oracle(name, given)
     truth = oracle(given, images_of(given))
     assert {name: values.shape for name, values in truth.items()} == dict.fromkeys(truth, (COUNT,))
     np.testing.assert_array_equal(truth[headline], np.full(COUNT, 100.0))
     others = oracle(given, np.roll(images_of(given), 1, axis=0))
-    assert others[headline].mean() < by_chance
+    assert others[headline].mean() < BY_CHANCE.get(name, 30)
 
 
 @pytest.mark.parametrize("name", NAMES)

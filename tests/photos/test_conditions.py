@@ -154,7 +154,7 @@ def test_another_condition_in_the_folder_is_refused(source, tmp_path):
 
 def test_what_a_condition_cannot_be_is_said_before_anything_is_read(source, tmp_path):
     for wrong, message in (
-        ({"condition": "sketch"}, "no condition 'sketch'; choose one of inpaint, canny"),
+        ({"condition": "sketch"}, "no condition 'sketch'; choose one of inpaint, blur, canny"),
         ({"condition": "canny", "preparer": "a/b"}, "the condition canny is not prepared by a model"),
         ({"preparer": "a/b"}, "the condition inpaint is not prepared by a model"),
     ):
@@ -283,7 +283,11 @@ def test_the_verb_builds_and_says_in_a_sentence_what_is_wrong(source, tmp_path, 
     assert caplog.text.count("masks, which the condition canny does not use") == 1
     for extra, code, said in (
         (("--condition", "pose"), 2, "built differently: condition (canny there, pose now); delete it or"),
-        (("--condition", "sketch", "--dry-run"), 2, "there is no condition 'sketch'; choose one of inpaint, canny"),
+        (
+            ("--condition", "sketch", "--dry-run"),
+            2,
+            "there is no condition 'sketch'; choose one of inpaint, blur, canny",
+        ),
         (("--condition", "canny", "--masks", "felzenszwalb"), 2, "the condition canny has none; leave both out"),
         (("--condition", "depth", "--preparer", "nobody/nothing"), 69, "nobody/nothing is no local folder, and the"),
         (("--condition", "lowres", "--preparer", "a/b"), 2, "the condition lowres is not prepared by a model"),

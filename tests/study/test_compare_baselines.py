@@ -1,6 +1,7 @@
 """A baseline's row stands beside the others with its own pictures, scores, costs and words."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.miniature import networks as mini
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import scene_photos
+from refine_control.miniature.tasks.task import find_task
 from refine_control.study.compare import Result
 from refine_control.study.compare_baselines import add_baselines
 from refine_control.study.evaluate import summarise_models
@@ -97,7 +99,8 @@ def test_samples_of_several_sizes_are_refused(folder):
 
 
 def test_a_row_of_reproduce_is_written_and_read(folder, quick, tmp_path):
-    networks = FeatureNetworks(Classifier().eval())
+    classifier = Classifier().eval()
+    networks = FeatureNetworks(classifier, oracle=partial(find_task().score, classifier=classifier))
     row = run_baseline("sd2", str(folder), "mark", 0, PHOTOS, SAMPLER, networks, tmp_path / "sd2-0")
     assert row.scores["psnr"].shape == (3,)
     assert {"colour", "shape", "both"} <= row.scores.keys()

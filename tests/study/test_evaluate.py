@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from refine_control.metrics.features import Inception
 from refine_control.metrics.statistics import Interval
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_shards import build_scenes, scene_photos
+from refine_control.miniature.tasks.task import find_task
 from refine_control.models.card import EDGE, own_sampling
 from refine_control.models.loading import save_controlnet
 from refine_control.photos.shards import ShardWriter
@@ -47,7 +49,9 @@ def eyes():
     """An oracle that never learnt, and an Inception of random weights: what they say is no matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return FeatureNetworks(Classifier(), inception=Inception().eval().requires_grad_(False))
+        classifier = Classifier()
+        oracle = partial(find_task().score, classifier=classifier)
+        return FeatureNetworks(classifier, inception=Inception().eval().requires_grad_(False), oracle=oracle)
 
 
 @pytest.fixture(scope="module")

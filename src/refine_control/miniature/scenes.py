@@ -26,6 +26,7 @@ MAX_OBJECTS = 3
 _WAVES = 24
 _OBJECT_DRAWS = 10
 _KINDS = ("any", "same_shape", "same_colour", "distinct", "overlapping")
+_DISTINCT = ("distinct", "overlapping")
 _OVERLAP = 0.55
 """Distance of overlapping objects' centres, in sums of their radii."""
 
@@ -71,10 +72,10 @@ class Scenes(NamedTuple):
         return (other & same).any(1)
 
 
-def _draw_objects(draws: np.ndarray, kind: str, orders: Sequence[np.ndarray]) -> tuple[Objects, np.ndarray]:
+def _draw_objects(draws: np.ndarray, kind: str, orders: Sequence[np.ndarray] = ()) -> tuple[Objects, np.ndarray]:
     """Uniforms (N, 2 + 3 * 10) -> objects and the target's number; slots are the quarters of the image.
 
-    `orders` are (N, 8) colours and (N, 6) shapes in a random order, from which distinct ones are taken."""
+    `orders` are colours and shapes as `_orders` gives them, for the kinds of `_DISTINCT`."""
     n = len(draws)
     rows = np.arange(n)
     fewest = 1 if kind in ("any", "distinct") else 2
@@ -92,7 +93,7 @@ def _draw_objects(draws: np.ndarray, kind: str, orders: Sequence[np.ndarray]) ->
     twin = (colour == colour[rows, target][:, None]) & (shape == shape[rows, target][:, None])
     twin[rows, target] = False
     colour = np.where(twin, (colour + 1 + (u[..., 2] * (len(COLOURS) - 1)).astype(np.int64)) % len(COLOURS), colour)
-    if kind in ("distinct", "overlapping"):  # the first ones of a shuffled list
+    if kind in _DISTINCT:  # the first ones of a shuffled list
         colour, shape = (order[:, :MAX_OBJECTS] for order in orders)
     slot = np.argsort(np.concatenate([u[..., 3], u[:, :1, 9]], 1), axis=1)[:, :MAX_OBJECTS]
     objects = Objects(
@@ -237,11 +238,16 @@ def _masks(draws: torch.Tensor, x: torch.Tensor, y: torch.Tensor, radius: torch.
     return torch.where((draws[:, 0] < 0.5)[:, None, None], box, brush)
 
 
+def _orders(seed: int, indices: np.ndarray) -> list[np.ndarray]:
+    """(N, 8) colours and (N, 6) shapes, each in a random order."""
+    draws = uniforms(derive_seed(seed, "distinct"), indices, len(COLOURS) + len(SHAPES))
+    return [np.argsort(part, axis=1) for part in (draws[:, : len(COLOURS)], draws[:, len(COLOURS) :])]
+
+
 def _render(seed: int, indices: np.ndarray, kind: str, recoloured: bool = False) -> Scenes:
     per_object = 2 + MAX_OBJECTS * _OBJECT_DRAWS
     draws = uniforms(seed, indices, per_object + 14 + 10 + 3 * _WAVES)
-    shuffled = uniforms(derive_seed(seed, "distinct"), indices, len(COLOURS) + len(SHAPES))
-    orders = [np.argsort(part, axis=1) for part in (shuffled[:, : len(COLOURS)], shuffled[:, len(COLOURS) :])]
+    orders = _orders(seed, indices) if kind in _DISTINCT else ()
     objects, target = _draw_objects(draws[:, :per_object], kind, orders)
     if recoloured:
         objects.colour[np.arange(len(indices)), target] = orders[0][:, MAX_OBJECTS]
