@@ -381,22 +381,32 @@ def test_a_signal_while_a_server_is_silent_ends_the_run_and_keeps_what_is_finish
 
     before = signal.signal(number, signal.default_int_handler)  # whoever started the tests may ignore it
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def serve(port):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server.daemon_threads = False  # closing it waits for the requests that it has taken
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    def close(server):
+        released.set()
+        server.shutdown()
+        server.server_close()
+
+    server = serve(0)
     chosen = Annotation(prompts="server", server=f"http://127.0.0.1:{server.server_port}")
     try:
         with pytest.raises(InterruptedCleanlyError, match=signal.Signals(number).name), interruptible():
             annotate(source, tmp_path / "out", chosen)
         assert not released.is_set()
         assert len(list((tmp_path / "out" / ".parts").glob("*.json"))) == 1
-        released.set()
+        close(server)  # with it go the requests that were still on their way
         asked.clear()
+        server = serve(server.server_port)
         annotate(source, tmp_path / "out", chosen)
         assert len(asked) == PHOTOS - PHOTOS_PER_PART
     finally:
-        released.set()
-        server.shutdown()
-        server.server_close()
+        close(server)
         signal.signal(number, before)
 
 
