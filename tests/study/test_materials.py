@@ -141,3 +141,9 @@ def test_the_same_command_runs_sd3s_recipes_on_data_of_ones_own(data, tmp_path):
     assert len(Shards(data / TEST)) == 4
     with pytest.raises(InvalidInputError, match="reads rendered scenes alone"):
         reproduce("figure2", here, **asked)
+
+
+def test_the_condition_of_a_folder_is_that_of_its_samples(tmp_path):
+    build_scenes(tmp_path, labeled=2, unlabeled=2, test=2, condition="lowres")
+    assert Comparison(BUDGET, tmp_path / "out", data=tmp_path).tested == "lowres"
+    assert Comparison(BUDGET, tmp_path / "out", condition="canny").tested == "canny"

@@ -23,7 +23,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.card import BUNDLE
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
-from refine_control.photos.shards import open_manifest
+from refine_control.photos.shards import Shards, open_manifest
 from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
 from refine_control.records import INPAINT, LABELED, ROLES, TEST, UNLABELED, Photo
@@ -86,6 +86,11 @@ class Comparison:
     def rendered(self) -> bool:
         """True for rendered scenes, which the oracle can read."""
         return self.photos is None and self.data is None
+
+    @property
+    def tested(self) -> str:
+        """The condition of the test samples: with `data` that of its shards."""
+        return Shards(self.data / TEST).condition if self.data else self.condition
 
     @property
     def world(self) -> str:

@@ -154,7 +154,7 @@ def run_row(key: str, row: Row, comparison: Comparison, seed: int, bar: Bar) -> 
     """Trains and evaluates one row; its first pictures go to `out/KEY-SEED/images.npy`."""
     photos, mark = comparison.test_photos(), row_mark(row, comparison, seed)
     sampler, folder = make_sampler(comparison.budget, row), comparison.out / f"{key}-{seed}"
-    networks = scene_networks(comparison.condition, photos, comparison.weights)
+    networks = scene_networks(comparison.tested, photos, comparison.weights)
     if row.baseline:
         return run_baseline(key, row.baseline, mark, seed, photos, sampler, networks, folder, bar(f"evaluate {key}"))
     trained = train_row(key, row, comparison, seed, bar)
