@@ -17,20 +17,21 @@ GROUND = "ground"
 FLOORS = [
     {GROUND},
     {"models", "metrics"},
-    {"conditions"},
+    {"conditions", "runtime"},
     {"photos"},
     {"pipeline", "annotation"},
     {"cache"},
     {"training", "baselines"},
     {"miniature"},
-    {"study", "bench"},
+    {"export"},
+    {"study", "bench", "app"},
     {"cli"},
 ]
 LARGEST_SHARE = 1 / 5  # of all lines, for one folder
 
 # A foreign library enters by these doors alone; by none, it does not enter.
 DOORS = {
-    "diffusers": ["models", "pipeline", "baselines", "miniature.networks", "bench.step"],
+    "diffusers": ["models", "pipeline", "baselines", "miniature.networks", "bench.step", "export"],
     "transformers": [
         "models",
         "pipeline",
@@ -50,6 +51,14 @@ DOORS = {
     "uvicorn": ["annotation.review"],
     "httpx": ["annotation.vlm_server"],
     "skimage": ["annotation.offline_masks", "annotation.masks", "conditions.canny"],
+    "onnx": ["export"],
+    "onnxscript": ["export"],
+    "onnxruntime": ["runtime", "export"],
+    "openvino": ["runtime", "export"],
+    "nncf": ["export"],
+    "torchao": ["export"],
+    "tokenizers": ["runtime", "miniature.networks"],
+    "gradio": ["app"],
     "torchvision": [],
     "pickle": [],
 }

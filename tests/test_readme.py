@@ -227,7 +227,7 @@ def test_the_floors_are_those_of_the_test():
     assert spec.loader is not None
     floors = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(floors)
-    rows = re.findall(r"^\| (\d) \| (.*) \|$", PAGES["CONTRIBUTING.md"], flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", PAGES["CONTRIBUTING.md"], flags=re.MULTILINE)
     assert [set(re.findall(r"\w+", folders)) for _, folders in rows] == floors.FLOORS
     assert [int(number) for number, _ in rows] == list(range(len(floors.FLOORS)))
 

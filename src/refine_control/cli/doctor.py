@@ -30,6 +30,10 @@ EXTRAS = {
     "review": ("fastapi", "uvicorn"),
     "ray": ("ray",),
     "lora": ("peft",),
+    "export": ("onnx", "onnxscript", "onnxruntime", "torchao"),
+    "openvino": ("openvino", "nncf"),
+    "app": ("gradio",),
+    "docs": ("mkdocs", "mkdocstrings"),
 }
 """By extra: the modules that it brings."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

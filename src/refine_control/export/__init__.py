@@ -1,0 +1,1 @@
+"""Students for other runtimes, checked against PyTorch; model cards and uploads."""

@@ -1,0 +1,1 @@
+"""Painting from an exported model without torch: numpy, ONNX Runtime, OpenVINO."""
