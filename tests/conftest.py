@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ def _disturb(controlnet: ControlNet, seed: int) -> ControlNet:
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     """An untrained backbone with a noisy 23-layer teacher; shared, so leave it as it is."""
+    return build_tiny_backbone(tmp_path_factory.mktemp("tiny"))
+
+
+def build_tiny_backbone(folder: Path) -> Backbone:
+    """The backbone of the fixture; the same wherever it is built."""
     from refine_control.miniature import networks as mini
     from refine_control.models.backbone import Backbone
 
@@ -79,7 +85,7 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mini, "TRANSFORMER", {**mini.TRANSFORMER, **narrow})
         patch.setattr(mini, "VAE", {**mini.VAE, "block_out_channels": (8, 8, 16, 16)})
-        pipeline = mini.new_pipeline(tmp_path_factory.mktemp("tiny"), seed=0)
+        pipeline = mini.new_pipeline(folder, seed=0)
     pipeline.vae.register_to_config(shift_factor=0.1, scaling_factor=1.7)
     pipeline.set_progress_bar_config(disable=True)
     _disturb(pipeline.controlnet, 1)
@@ -89,9 +95,11 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 @pytest.fixture(scope="session")
 def tiny_student(tiny_backbone: Backbone) -> Callable[..., ControlNet]:
     """`tiny_student(num_layers, seed=2)`: a new noisy ControlNet on the tiny backbone's transformer."""
+    return partial(build_tiny_student, tiny_backbone)
+
+
+def build_tiny_student(backbone: Backbone, num_layers: int, seed: int = 2) -> ControlNet:
+    """What the fixture builds."""
     from refine_control.models.controlnet import from_transformer
 
-    def build(num_layers: int, seed: int = 2) -> ControlNet:
-        return _disturb(from_transformer(tiny_backbone.transformer, num_layers), seed).eval()
-
-    return build
+    return _disturb(from_transformer(backbone.transformer, num_layers), seed).eval()

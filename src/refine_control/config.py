@@ -21,6 +21,7 @@ class Section(BaseModel):
 
 
 Precision = Literal["fp32", "bf16"]
+Engine = Literal["ddp", "fsdp2"]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -224,6 +225,11 @@ class TrainingConfig(Section):
         default=False, description="recompute activations: less memory, 1.25 times the work"
     )
     compile: bool = Field(default=False, description="torch.compile the networks")
+    engine: Engine = Field(
+        default="ddp",
+        description="of several processes: each has the whole student and gradients are averaged (ddp), or each has a "
+        "part of every parameter, moment and mean (fsdp2); one process reads it not",
+    )
     save_every: Period = Field(default=500, description="steps between checkpoints; 0 saves at the end alone")
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics")
     validate_every: Period = Field(default=0, description="steps between validations; 0 is never")

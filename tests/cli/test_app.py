@@ -124,7 +124,7 @@ VERBS = {
         ),
         *("--workers", "target"),
     ],
-    "train": [DRY, JSON, "--run-dir", "--set", "recipe"],
+    "train": [DRY, JSON, "--nproc", "--run-dir", "--set", "recipe"],
     "trim": [JSON, "--model", "--out", "controlnet"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from refine_control.cli.output import note, paired, progress_bar, show
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
+
+_MAIN = "import sys; from refine_control.cli.app import main; sys.exit(main())"
+"""What each of several processes runs, with the arguments after it."""
 
 app = opt.make_app(help="Distil large ControlNets into small ones and measure the loss of quality.")
 mini_app = opt.make_app(help="The miniature SD3 that ships with the package.")
@@ -49,6 +53,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A packaged name such as mini/ours_stage1, or a .yaml file.")],
     overrides: opt.Overrides = None,
     run_dir: Annotated[Path | None, opt.output_option("Folder of the run; default: runs/<name>.", "RUN")] = None,
+    nproc: Annotated[int, opt.number("Processes on this machine, each with a GPU of its own where there are.", 1)] = 1,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -59,6 +64,14 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         return show(resolved, as_json) if as_json else print(resolved_yaml(resolved), end="")
+    if nproc > 1:
+        from refine_control.training.launch import launch, refuse_nested
+
+        refuse_nested(nproc)
+        folder = run_dir or Path("runs") / resolved.name
+        settings = [argument for each in overrides or [] for argument in ("--set", each)]
+        again = ["train", recipe, *settings, "--run-dir", str(folder), *(["--json"] if as_json else [])]
+        raise typer.Exit(launch(nproc, ["-c", _MAIN, *again]))
     from refine_control.training.run import train as run
 
     folder = run_dir or Path("runs") / resolved.name
@@ -253,6 +266,9 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # diffusers warns at every change of type and every cut prompt; the verbs warn about what matters.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # torch and torchao report at import what of torchao's extensions was not built; no verb needs them.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     set_up()
     try:
         app(prog_name="refine-control")

@@ -17,6 +17,7 @@ from refine_control.injection import Injection, expand_residuals
 from refine_control.models.devices import (
     ENCODED_PIXELS,
     USABLE,
+    compute_type,
     first_weight,
     free_bytes,
     missing_bytes,
@@ -211,7 +212,7 @@ def predict_velocity(
     """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly.
 
     `injection` as `models.controlnet.injection_of` gives it for the ControlNet that they come from."""
-    dtype, blocks = first_weight(transformer).dtype, len(transformer.transformer_blocks)
+    dtype, blocks = compute_type(transformer), len(transformer.transformer_blocks)
     return (packed(transformer) or transformer)(
         hidden_states=noisy_latents.to(dtype),
         timestep=sigmas * 1000,

@@ -16,7 +16,7 @@ from torch import nn
 
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, layer_of_site, sites_of_layer
-from refine_control.models.devices import first_weight
+from refine_control.models.devices import compute_type
 from refine_control.models.families import find_family
 from refine_control.models.families.sd3 import reads_pooled
 from refine_control.models.packed import packed
@@ -88,9 +88,10 @@ def control_residuals(
 
     As stock feeds it, a ControlNet reads the pooled projection (B,D_pooled) or zeros of its shape (docs/paper.md,
     trap 1), and the prompt's embeddings or, with a single stream, none."""
-    dtype, config = first_weight(controlnet).dtype, controlnet.config
+    dtype, config = compute_type(controlnet), controlnet.config
     zeros = torch.zeros(len(cond), pooled_prompt_embeds.shape[-1], dtype=dtype, device=cond.device)
-    return (packed(controlnet) or partial(_forward, controlnet))(
+    plain = partial(_forward, controlnet) if isinstance(controlnet, InjectedControlNet) else controlnet
+    return cast(Any, packed(controlnet) or plain)(
         hidden_states=noisy_latents.to(dtype),
         controlnet_cond=cond.to(dtype),
         conditioning_scale=conditioning_scale,

@@ -33,6 +33,16 @@ def first_weight(network: torch.nn.Module) -> torch.Tensor:
     return next(weight for weight in network.parameters() if weight.is_floating_point())
 
 
+def compute_in_type(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """States the type in which a network computes where it is not that of its parameters, which are sharded masters."""
+    network.compute_type = dtype  # type: ignore[assignment]
+
+
+def compute_type(network: torch.nn.Module) -> torch.dtype:
+    """The type in which a network takes its inputs."""
+    return getattr(network, "compute_type", None) or first_weight(network).dtype
+
+
 def device_name(device: torch.device) -> str:
     """As its maker calls a GPU, else the device's kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,42 @@ class Checkpoint(NamedTuple):
     """What a run needs to go on: the tensors of the optimiser after `step` updates."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Part(NamedTuple):
+    """One of several processes that write a checkpoint together, each its rows of every tensor."""
+
+    number: int
+    count: int
+    share: Callable[[str | None], str]
+    """Gives all processes what process 0 gives, when all have called it."""
+
+
+class _Parts(Mapping[str, torch.Tensor]):
+    """The tensors in the files of a checkpoint, each read when it is asked for: the rows of all parts."""
+
+    def __init__(self, files: Sequence[Path]):
+        from safetensors import safe_open
+
+        self.files = [safe_open(file, "pt") for file in files]
+        self.names = list(self.files[0].keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        parts = [file.get_tensor(name) for file in self.files]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _name(part: int, count: int) -> str:
+    return "state.safetensors" if count == 1 else f"state-{part + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -39,16 +74,29 @@ def refuse_other_run(run_dir: Path, fingerprint: str, why: Callable[[], str]) ->
             raise InvalidInputError(f"{run_dir} holds an unfinished run of another recipe: {why()}")
 
 
-def save_checkpoint(run_dir: Path, step: int, tensors: dict[str, torch.Tensor], fingerprint: str) -> Path:
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor], fingerprint: str, part: Part | None = None
+) -> Path:
     """Publishes `checkpoints/step_XXXXXXXX`, verifies it, then deletes older checkpoints and temporary folders.
 
-    Raises StorageError."""
+    With `part` all processes call it, each with its rows of the tensors. Raises StorageError."""
     from safetensors.torch import save_file
 
     final = run_dir / "checkpoints" / f"step_{step:08d}"
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with publish_folder(final, step=step, fingerprint=fingerprint) as folder:
-        save_file(contiguous, folder / "state.safetensors")
+    if part is not None and part.number:
+        folder = Path(part.share(None))
+        with storage_errors(final):
+            save_file(contiguous, folder / _name(part.number, part.count))
+        part.share(None)
+        return final
+    parts = {"parts": part.count} if part is not None and part.count > 1 else {}
+    with publish_folder(final, step=step, fingerprint=fingerprint, **parts) as folder:
+        if part is not None:
+            part.share(str(folder))
+        save_file(contiguous, folder / _name(0, part.count if part else 1))
+        if part is not None:
+            part.share("written")
     read_manifest(final)
     remove_others(run_dir, step)
     return final
@@ -65,12 +113,13 @@ def remove_others(run_dir: Path, step: int) -> None:
 
 
 def require_checkpoint_space(
-    run_dir: Path, tensors: dict[str, torch.Tensor], weights: int, resumed: bool, several: bool
+    run_dir: Path, tensors: Mapping[str, torch.Tensor], weights: int, resumed: bool, several: bool, parts: int = 1
 ) -> None:
     """Raises StorageError where checkpoints of `tensors`, and then a result of `weights` numbers in fp32, do not fit.
 
-    A new checkpoint is written beside the old one. `several`: more than one will be saved; `resumed`: one is there."""
-    checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    A new checkpoint is written beside the old one. `several`: more than one will be saved; `resumed`: one is there;
+    `parts`: so many processes write as much each."""
+    checkpoint = parts * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     result = 4 * weights
     needed = checkpoint if resumed else max(2 * checkpoint if several else 0, checkpoint + result)
     require_space(run_dir, needed, "saving checkpoints and the result")
@@ -80,8 +129,6 @@ def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None. A damaged one is passed over for an older whole one.
 
     Raises InvalidInputError when it belongs to another recipe, DamagedError when all are damaged."""
-    from safetensors.torch import load_file
-
     damage: DamagedError | None = None
     for folder in _folders(run_dir):
         try:
@@ -97,7 +144,8 @@ def load_checkpoint(run_dir: Path, fingerprint: str) -> Checkpoint | None:
                 f"{run_dir} holds a run of another recipe (its checkpoint's fingerprint is "
                 f"{manifest['fingerprint'][:12]}, this one's {fingerprint[:12]}); choose another folder"
             )
-        return Checkpoint(manifest["step"], load_file(folder / "state.safetensors"))
+        count = manifest.get("parts", 1)
+        return Checkpoint(manifest["step"], _Parts([folder / _name(part, count) for part in range(count)]))
     if damage:
         raise damage
     return None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from refine_control import flow
-from refine_control.config import FewStepConfig, ObjectiveConfig
+from refine_control.config import Engine, FewStepConfig, ObjectiveConfig
 from refine_control.consistency import (
     chord_velocity,
     consistency_weight,
@@ -53,6 +53,10 @@ class FewStep(Objective):
     def trainable(self) -> Trainable:
         """The student's parameters."""
         return self.networks.trainable
+
+    def share(self, engine: Engine) -> Callable[[bool], None]:
+        """Shares the student; the target network stays whole."""
+        return self.networks.share(engine)
 
     def updated(self, averaged: Mapping[str, torch.Tensor]) -> None:
         """The target network takes the running mean."""

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 
-from refine_control.config import OptimizerConfig, TrainingConfig, learning_rate_at
+from refine_control.config import Engine, OptimizerConfig, TrainingConfig, learning_rate_at
 from refine_control.errors import DamagedError, InterruptedCleanlyError, InvalidInputError, NonFiniteError
 from refine_control.progress import Progress
 from refine_control.randomness import slot_normals, slot_uniforms
 from refine_control.signals import held
 from refine_control.storage import read_json_lines, write_atomic
 from refine_control.training.checkpoint import (
+    Part,
     load_checkpoint,
     remove_others,
     require_checkpoint_space,
@@ -69,6 +70,11 @@ class Objective(Protocol):
         """Means over the samples of a micro-batch, (K,), that `losses` needs of the whole batch; None: it needs none.
 
         Called only where a batch is split over micro-batches or processes."""
+        return None
+
+    def share(self, engine: Engine) -> Callable[[bool], None] | None:
+        """Called once, before `trainable`, where several processes train. None: the loop averages the gradients in one
+        message; else they are averaged in the backward passes, and the function says whether in those to come."""
         return None
 
     def updated(self, averaged: Mapping[str, torch.Tensor]) -> None:
@@ -140,9 +146,13 @@ def _named_scalars(losses: Any) -> dict[str, torch.Tensor]:
 
 
 def _reduce(accelerator: Any, grads: list[torch.Tensor], asked: bool) -> bool:
-    """Averages gradients over processes in one message; returns True on all of them if one was `asked` to stop."""
+    """Averages gradients over processes in one message; returns True on all of them if one was `asked` to stop.
+
+    Of an objective whose backward passes average them `grads` is empty, and the word goes alone."""
     if accelerator.num_processes == 1:
         return asked
+    if not grads:
+        return bool(accelerator.reduce(torch.full((1,), float(asked), device=accelerator.device)) > 0)
     word = torch.full((1,), float(asked), device=grads[0].device)
     flat = accelerator.reduce(torch.cat([*(g.flatten() for g in grads), word]), reduction="mean")
     for grad, part in zip(grads, flat[:-1].split([g.numel() for g in grads]), strict=True):
@@ -191,10 +201,15 @@ def _gradients(
     master: MasterWeights,
     draws: Sequence[Draw],
     statistics: torch.Tensor | None,
+    average: Callable[[bool], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Adds the gradients of one update's micro-batches to the masters; the logged values, averaged over samples."""
+    """Adds the gradients of one update's micro-batches to the masters; the logged values, averaged over samples.
+
+    `average`, if any, is what `Objective.share` returned."""
     logged: dict[str, torch.Tensor] = {}
     for draw, share in zip(draws, _shares(draws), strict=True):
+        if average is not None:
+            average(draw is draws[-1])
         losses = objective.losses(batches.batch(draw), draw, statistics)
         (losses.loss * share).backward()
         master.accumulate()
@@ -240,9 +255,24 @@ def _resume(accelerator: Any, master: MasterWeights, training: TrainingConfig, r
         remove_others(run_dir, start)
         if start < training.steps:
             several = 0 < training.save_every < training.steps
-            weights = sum(tensor.numel() for tensor in master.ema_state().values())
-            require_checkpoint_space(run_dir, master.tensors(), weights, resumed is not None, several)
+            weights = sum(parameter.numel() for parameter in master.named.values())
+            sizes = run_dir, master.tensors(), weights, resumed is not None, several
+            require_checkpoint_space(*sizes, parts=master.rows.count if master.rows else 1)
     return start
+
+
+def _part(accelerator: Any, master: MasterWeights) -> Part | None:
+    """This process's part of a checkpoint, where each process has rows of its own."""
+    if master.rows is None:
+        return None
+    from accelerate.utils import broadcast_object_list
+
+    def share(value: str | None) -> str:
+        values = broadcast_object_list([value])
+        accelerator.wait_for_everyone()
+        return str(values[0])
+
+    return Part(master.rows.number, master.rows.count, share)
 
 
 def fit(
@@ -266,6 +296,7 @@ def fit(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    average = objective.share(training.engine) if accelerator.num_processes > 1 else None
     slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
     master = MasterWeights(objective.trainable(), optimizer, training.ema_decay)
     start = checked = _resume(accelerator, master, training, run_dir, fingerprint)
@@ -277,16 +308,17 @@ def fit(
         return [Draw(training.seed, training.stage, step, each) for each in slots]
 
     def save(step: int) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(run_dir, step, master.tensors(), fingerprint)
+        part = _part(accelerator, master)
+        if part or accelerator.is_main_process:
+            save_checkpoint(run_dir, step, master.tensors(), fingerprint, part)
         accelerator.wait_for_everyone()
 
     with held(f"everything is saved in {run_dir}") as stopped:
         for step in range(start, training.steps):
             draws = draws_at(step)
             statistics = _statistics(accelerator, objective, batches, draws)
-            logged = _gradients(objective, batches, master, draws, statistics)
-            stop = _reduce(accelerator, master.grads, bool(stopped()))
+            logged = _gradients(objective, batches, master, draws, statistics, average)
+            stop = _reduce(accelerator, [] if average else master.grads, bool(stopped()))
             rate = learning_rate_at(step, optimizer, training.steps)
             norm = master.step(rate, step, optimizer.max_grad_norm)
             objective.updated(master.ema_state())
@@ -308,8 +340,10 @@ def fit(
                     progress(done, training.steps, f"loss {values['loss']:.4f}")
             if saves:
                 save(done)
-            if validate and training.validate_every and done % training.validate_every == 0 and log and not stop:
-                log.picture(done, validate(done, master.ema_state()))
+            if validate and training.validate_every and done % training.validate_every == 0 and not stop:
+                weights = dict(master.ema_state())  # of all processes where each has a part
+                if log:
+                    log.picture(done, validate(done, weights))
             if stop and not last:
                 raise InterruptedCleanlyError(
                     f"stopped by a signal after step {done} of {training.steps}; everything is saved in "

@@ -17,7 +17,7 @@ import torch
 
 from refine_control import flow
 from refine_control.conditions.condition import control_cond
-from refine_control.config import LossWeights, SigmaConfig
+from refine_control.config import Engine, LossWeights, SigmaConfig
 from refine_control.losses import (
     Groups,
     LayerTargets,
@@ -134,6 +134,9 @@ class Networks:
         backbone.transformer.to(dtype).requires_grad_(False)
         if teacher is not None:
             teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
+        self.dtype, self.whole = dtype, student
+        """`whole` is a student that one process alone may run: where it is shared, a copy that lacks what was trained.
+        """
         self.sigmas = sigmas or SigmaConfig()
         self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
         self.conditioning_scale = conditioning_scale
@@ -143,12 +146,29 @@ class Networks:
         """The transformer that is trained with the student; None where it steers the frozen one."""
         return self.steered.get(self.student)
 
+    @property
+    def whole_backbone(self) -> Backbone:
+        """The backbone that `whole` paints with."""
+        transformer = self.steered.get(self.whole)
+        return self.backbone if transformer is None else self.backbone.with_transformer(transformer)
+
     def copy_student(self) -> ControlNet:
         """A frozen copy of the student for a running mean, and of its own transformer, whose frozen part is shared."""
         copied = copy.deepcopy(self.student).requires_grad_(False)
         if self.own_transformer is not None:
             self.steered[copied] = sharing_copy(self.own_transformer).requires_grad_(False)
         return copied
+
+    def share(self, engine: Engine) -> Callable[[bool], None]:
+        """Shares the student over all processes; see `Objective.share`."""
+        from refine_control.training.sharding import shard
+
+        self.whole = self.copy_student()
+        parts = {"": self.student}
+        if self.own_transformer is not None:
+            parts = {"controlnet.": self.student, "transformer.": self.own_transformer}
+        self.trainable, average = shard(parts, self.trainable, self.dtype, engine)
+        return average
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor], student: ControlNet) -> None:
@@ -296,6 +316,10 @@ class Distillation(Objective):
     def trainable(self) -> Trainable:
         """The student's parameters."""
         return self.networks.trainable
+
+    def share(self, engine: Engine) -> Callable[[bool], None]:
+        """Shares the student."""
+        return self.networks.share(engine)
 
     def statistics(self, batch: Batch, draw: Draw) -> torch.Tensor | None:
         """The mean square of each layer's target, (S,), where the terms are divided by it."""

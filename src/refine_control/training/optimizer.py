@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from refine_control.config import OptimizerConfig
+
+
+class Rows(Protocol):
+    """The rows of each tensor that this process has, where each process has its own."""
+
+    number: int
+    """Of this process, from 0."""
+    count: int
+    """Of the processes."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a scalar over all processes."""
+        ...
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a tensor."""
+        ...
+
+    def whole(self, local: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The whole tensors of which all processes have rows, by name. All of them must read the same names."""
+        ...
 
 
 class Trainable(NamedTuple):
@@ -18,6 +40,8 @@ class Trainable(NamedTuple):
     parameters: dict[str, nn.Parameter]
     masters: Mapping[str, torch.Tensor]
     """By the same names; the parameters themselves where the network computes in fp32."""
+    rows: Rows | None = None
+    """Which rows of each parameter the masters are; None: they are whole."""
 
     @classmethod
     def of(cls, named_parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype | None = None) -> Trainable:
@@ -58,9 +82,12 @@ class MasterWeights:
     def __init__(self, trainable: Trainable, config: OptimizerConfig, ema_decay: float = 0.0):
         self.named = trainable.parameters
         self.params: list[torch.Tensor] = list(self.named.values())
+        self.rows = trainable.rows
         same = all(trainable.masters[name] is p for name, p in self.named.items())
         masters = (trainable.masters[name].to(p.device) for name, p in self.named.items())
         self.masters: list[torch.Tensor] = self.params if same else list(masters)
+        self.copies = not same and not any(isinstance(p, DTensor) for p in self.params)
+        """Whether the parameters are copies of the masters; of those that are sharded, masters are views."""
         decayed = [m for m in self.masters if m.ndim > 1]
         flat = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
@@ -75,7 +102,8 @@ class MasterWeights:
             return
         for parameter, master in zip(self.params, self.masters, strict=True):
             if parameter.grad is not None:
-                grad = parameter.grad.float()
+                grad = parameter.grad
+                grad = (grad.to_local() if isinstance(grad, DTensor) else grad).float()
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 parameter.grad = None
 
@@ -87,6 +115,8 @@ class MasterWeights:
     def step(self, learning_rate: float, step: int, max_grad_norm: float = math.inf) -> torch.Tensor:
         """One AdamW update (number `step` from 0) and EMA; returns the gradient norm before clipping."""
         norm = nn.utils.get_total_norm(self.grads)
+        if self.rows is not None:
+            norm = self.rows.sum(norm.square()).sqrt()
         if math.isfinite(max_grad_norm):
             torch._foreach_mul_(self.grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.adamw.param_groups:
@@ -94,7 +124,7 @@ class MasterWeights:
         self.adamw.step()
         for master in self.masters:
             master.grad = None
-        if self.masters is not self.params:
+        if self.copies:
             torch._foreach_copy_(self.params, self.masters)
         if self.ema:
             decay = min(self.ema_decay, (1 + step) / (10 + step))
@@ -114,21 +144,26 @@ class MasterWeights:
         return out
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Restores what `tensors` gave after `step` updates. Raises KeyError when one is missing."""
+    def load(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Restores what `tensors` gave after `step` updates, whole. Raises KeyError when one is missing."""
+
+        def rows(name: str) -> torch.Tensor:
+            return tensors[name] if self.rows is None else self.rows.take(tensors[name])
+
         for index, (name, master) in enumerate(zip(self.named, self.masters, strict=True)):
-            master.copy_(tensors[f"weights/{name}"])
+            master.copy_(rows(f"weights/{name}"))
             if self.ema:
-                self.ema[index].copy_(tensors[f"ema/{name}"])
+                self.ema[index].copy_(rows(f"ema/{name}"))
             if f"moment1/{name}" in tensors:
                 self.adamw.state[master] = {
                     "step": torch.tensor(float(step), device=master.device),
-                    "exp_avg": tensors[f"moment1/{name}"].to(master.device).clone(),
-                    "exp_avg_sq": tensors[f"moment2/{name}"].to(master.device).clone(),
+                    "exp_avg": rows(f"moment1/{name}").to(master.device).clone(),
+                    "exp_avg_sq": rows(f"moment2/{name}").to(master.device).clone(),
                 }
-        if self.masters is not self.params:
+        if self.copies:
             torch._foreach_copy_(self.params, self.masters)
 
-    def ema_state(self) -> dict[str, torch.Tensor]:
-        """The averaged weights by parameter name (the plain ones without EMA)."""
-        return dict(zip(self.named, self.ema or [m.detach() for m in self.masters], strict=True))
+    def ema_state(self) -> Mapping[str, torch.Tensor]:
+        """The averaged weights by parameter name (the plain ones without EMA), whole."""
+        local = dict(zip(self.named, self.ema or [m.detach() for m in self.masters], strict=True))
+        return local if self.rows is None else self.rows.whole(local)

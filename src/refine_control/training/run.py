@@ -432,16 +432,17 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
         configs = recipe.optimizer, recipe.training
         fitted = fit(objective, batches, *configs, run_dir, mark, validate=validate, progress=progress)
-        for part in (networks.student, networks.own_transformer):
+        student, transformer = networks.whole, networks.steered.get(networks.whole)
+        for part in (student, transformer):
             if part is not None:
                 part.to("cpu", torch.float32)  # type: ignore[arg-type]
-        networks.load(fitted.weights, networks.student)
+        networks.load(fitted.weights, student)
         if main:
             save_controlnet(
-                networks.student,
+                student,
                 run_dir / STUDENT,
                 backbone.num_blocks,
-                own_transformer=networks.own_transformer,
+                own_transformer=transformer,
                 card=student_card(recipe),
                 backbone=backbone,
                 kind="student",

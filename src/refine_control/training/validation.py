@@ -51,16 +51,16 @@ class Validation:
         """Writes `validation/step_XXXXXXXX.png` and returns it, (H,W,3) uint8; the student is left as it was."""
         from PIL import Image
 
-        parameters = self.networks.trainable.parameters
-        trained = {name: p.detach().clone() for name, p in parameters.items()}
-        device = self.networks.student.device
+        networks, student = self.networks, self.networks.whole
+        shared = student is not networks.student
+        trained = {} if shared else {n: p.detach().clone() for n, p in networks.trainable.parameters.items()}
+        device = student.device
         try:
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+            networks.load(weights, student)
             text, empty = (tuple(t.to(device) for t in pair) for pair in (self.text, self.empty))
             latents = complete_latents(
-                self.networks.student_backbone,
-                self.networks.student,
+                networks.whole_backbone,
+                student,
                 self.cond.to(device),
                 text,  # type: ignore[arg-type]
                 empty,  # type: ignore[arg-type]
@@ -68,9 +68,8 @@ class Validation:
                 self.noise.to(device),
             )
         finally:
-            for name, parameter in parameters.items():
-                parameter.copy_(trained[name])
-        decoded = self.networks.backbone.decode_latents(latents.to(self.networks.backbone.vae.device))
+            networks.load(trained, student)
+        decoded = networks.backbone.decode_latents(latents.to(networks.backbone.vae.device))
         painted = to_images(decoded)
         png = picture_grid(
             PictureGrid(

@@ -1,0 +1,99 @@
+"""Several processes train the student that one process trains, and continue what another number of them began."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from refine_control.cache.building import write_cache
+from refine_control.errors import InterruptedCleanlyError, WorkerDiedError
+from refine_control.miniature.scene_shards import scene_photos
+from refine_control.records import LABELED
+from refine_control.training.checkpoint import load_checkpoint
+from refine_control.training.launch import launch
+
+SCRIPT = Path(__file__).with_name("shared_training.py")
+spec = importlib.util.spec_from_file_location("shared_training", SCRIPT)
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_backbone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / LABELED
+    write_cache(list(scene_photos(0, 0, 6)), folder, tiny_backbone, LABELED, source={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_backbone, tiny_student, cache, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("alone")
+    return shared.train(tiny_backbone, tiny_student(3), cache, run_dir)[0], logged(run_dir)
+
+
+def logged(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arguments(cache, run_dir, **options):
+    return [str(SCRIPT), str(cache), str(run_dir), *(f"{key}={value}" for key, value in options.items())]
+
+
+def compare(weights, lines, expected):
+    for name, value in expected[0].items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected[1]]
+    for line, other in zip(lines, expected[1], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_processes_with_a_copy_each_train_the_same_student(tmp_path, cache, alone):
+    assert launch(2, arguments(cache, tmp_path, engine="ddp", device_batch_size=1)) == 0
+    compare(load_file(tmp_path / "student.safetensors"), logged(tmp_path), alone)
+
+
+def test_shards_are_continued_by_another_number_of_processes(tmp_path, tiny_backbone, tiny_student, cache, alone):
+    launch(2, arguments(cache, tmp_path, engine="fsdp2", stop=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    files = sorted(path.name for path in (tmp_path / "checkpoints" / "step_00000002").glob("*.safetensors"))
+    assert files == ["state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"]
+    tensors = load_checkpoint(tmp_path, "fingerprint").tensors
+    parts = [load_file(tmp_path / "checkpoints" / "step_00000002" / name) for name in files]
+    name = "weights/pos_embed_input.proj.weight"
+    assert tensors[name].shape == alone[0][name.removeprefix("weights/")].shape
+    assert 0 < len(parts[1][name]) < len(tensors[name])
+    weights, _ = shared.train(tiny_backbone, tiny_student(3), cache, tmp_path)
+    compare(weights, logged(tmp_path), alone)
+
+
+def test_the_others_end_where_one_process_is_killed(tmp_path):
+    code = "import os, time, signal\nos.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)"
+    with pytest.raises(WorkerDiedError, match="process 1 of 2 was ended by SIGKILL"):
+        launch(2, ["-c", code])
+
+
+def test_the_exit_code_and_words_of_the_process_that_fails(capfdbinary):
+    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('no such thing')\ntime.sleep(600)"
+    assert launch(2, ["-c", code]) == 1
+    assert b"no such thing" in capfdbinary.readouterr().err
+
+
+def test_a_signal_is_passed_on_to_all(tmp_path):
+    code = (
+        "import os, signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(75))\n"
+        f"open(os.path.join({str(tmp_path)!r}, os.environ['RANK']), 'w').close()\ntime.sleep(600)"
+    )
+    waiting = (
+        "import os, signal, time\n"
+        f"while len(os.listdir({str(tmp_path)!r})) < 2: time.sleep(0.01)\nos.kill({os.getpid()}, 15)"
+    )
+    import subprocess
+    import sys
+
+    with subprocess.Popen([sys.executable, "-c", waiting]), pytest.raises(InterruptedCleanlyError):
+        launch(2, ["-c", code])
