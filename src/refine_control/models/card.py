@@ -115,22 +115,59 @@ def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str
     kept: Any = dict.fromkeys(StudentCard.model_fields, True) | {"sampling": set(CHOSEN_BY_MODEL)}
     left_out = {"condition"} if card.condition == INPAINT else set()
     write_json(folder / CARD, card.model_dump(mode="json", include=kept, exclude=left_out, exclude_none=True))
-    steps, kind = sampler.num_inference_steps, type(scheduler).__name__
-    loading = [] if backbone.pipeline.text_encoder_3 is not None else ["text_encoder_3=None", "tokenizer_3=None"]
-    calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if even and sampler.stochastic else []
-    calling += [f"max_sequence_length={backbone.max_sequence_length}"]
-    if card.condition == INPAINT:
-        words = {"pipe": "StableDiffusion3ControlNetInpaintingPipeline", "purpose": "inpainting"}
-        shown = "control_image=IMAGE,\n    control_mask=MASK,  # white = inpaint"
-    else:
-        words = {"pipe": "StableDiffusion3ControlNetPipeline", "purpose": f"the condition {card.condition}"}
-        shown = "control_image=CONDITION_PICTURE,"
-    lines = {"loading": loading, "calling": calling}
-    more = {name: "".join(f"    {line},\n" for line in each) for name, each in lines.items()}
-    more["warning"] = f"\nWarning: {warning}.\n" * bool(warning)
+    more = {
+        "without_t5": backbone.pipeline.text_encoder_3 is None,
+        "max_sequence_length": backbone.max_sequence_length,
+        "scheduler": type(scheduler).__name__,
+    }
+    code = diffusers_code(sampler, card.condition, "FOLDER", "MODEL", **more)
+    purpose = "inpainting" if card.condition == INPAINT else f"the condition {card.condition}"
+    noted = f"\nWarning: {warning}.\n" * bool(warning)
     write_atomic(
-        folder / "README.md", _README.format(card=card, sampler=sampler, kind=kind, **more, **words, shown=shown)
+        folder / "README.md",
+        _README.format(card=card, sampler=sampler, purpose=purpose, warning=noted, code=code),
     )
+
+
+def diffusers_code(
+    sampler: SamplerConfig,
+    condition: str,
+    folder: str,
+    model: str,
+    *,
+    without_t5: bool,
+    max_sequence_length: int,
+    scheduler: str | None = None,
+) -> str:
+    """Python that paints with a ControlNet in stock diffusers; it takes PROMPT, IMAGE and MASK or CONDITION_PICTURE.
+
+    `folder` and `model` are Python expressions of where the ControlNet and its model are. `scheduler` is the class of
+    the folder's own scheduler/; None: the model's."""
+    steps = sampler.num_inference_steps
+    loading = ["text_encoder_3=None", "tokenizer_3=None"] if without_t5 else []
+    if scheduler:
+        loading = [f'scheduler={scheduler}.from_pretrained({folder}, subfolder="scheduler")', *loading]
+    fresh = sampler.sigmas == "even" and (sampler.stochastic or not scheduler)
+    calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if fresh else []
+    calling += [f"max_sequence_length={max_sequence_length}"]
+    shown = ["control_image=CONDITION_PICTURE,"]
+    pipe = "StableDiffusion3ControlNetPipeline"
+    if condition == INPAINT:
+        shown = ["control_image=IMAGE,", "control_mask=MASK,  # white = inpaint"]
+        pipe = "StableDiffusion3ControlNetInpaintingPipeline"
+    imported = [*([scheduler] if scheduler else []), "SD3ControlNetModel", pipe]
+    loading = [model, f"controlnet=SD3ControlNetModel.from_pretrained({folder})", *loading]
+    calling = [
+        "prompt=PROMPT,",
+        *shown,
+        f"num_inference_steps={steps},",
+        f"guidance_scale={sampler.guidance_scale:g},",
+        f"controlnet_conditioning_scale={sampler.conditioning_scale:g},",
+        *(f"{each}," for each in calling),
+    ]
+    lines = [f"from diffusers import {', '.join(imported)}", "", f"pipeline = {pipe}.from_pretrained("]
+    lines += [*(f"    {each}," for each in loading), ")", "picture = pipeline(", *(f"    {each}" for each in calling)]
+    return "\n".join([*lines, ").images[0]"])
 
 
 _README = """---
@@ -145,19 +182,6 @@ A ControlNet for {purpose} with Stable Diffusion 3, trained by refine-control.
 FOLDER and the model that it was trained for as MODEL:
 {warning}
 ```python
-from diffusers import {kind}, SD3ControlNetModel, {pipe}
-
-pipeline = {pipe}.from_pretrained(
-    MODEL,
-    controlnet=SD3ControlNetModel.from_pretrained(FOLDER),
-    scheduler={kind}.from_pretrained(FOLDER, subfolder="scheduler"),
-{loading})
-picture = pipeline(
-    prompt=PROMPT,
-    {shown}
-    num_inference_steps={sampler.num_inference_steps},
-    guidance_scale={sampler.guidance_scale:g},
-    controlnet_conditioning_scale={sampler.conditioning_scale:g},
-{calling}).images[0]
+{code}
 ```
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD, CONTROLNETS, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
-from refine_control.models.controlnet import ADDED_OPTIONS, join, own_layer_of_site
+from refine_control.models.controlnet import ADDED_OPTIONS, join
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.families.flux import refuse_flux
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
@@ -165,9 +166,10 @@ def _pieces_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _stock_warning(controlnet: SD3ControlNetModel, num_blocks: int) -> str:
-    """What stock diffusers does wrong with a ControlNet, and what to do; empty where it injects as we do."""
-    layers, placed = len(controlnet.transformer_blocks), own_layer_of_site(controlnet)
+def stock_warning(config: Mapping[str, Any], num_blocks: int) -> str:
+    """What stock diffusers does wrong with a ControlNet of this config, and what to do; empty where it injects as we
+    do."""
+    layers, placed = config["num_layers"], config.get("layer_of_site")
     if stock_injects_exactly(layers, num_blocks, placed):
         return ""
     fitting = "1, 2, 3, 4, 6, 8 or 12" if num_blocks == 24 else f"1 to {num_blocks // 2}"
@@ -192,7 +194,7 @@ def save_controlnet(
     A transformer that was trained with it is saved in a folder of its own beside the ControlNet's files.
     A student for few steps has a `card` and the `backbone` that it was trained for, of which `write_card` writes.
     `described` goes into the folder's manifest: what made it."""
-    warning = _stock_warning(controlnet, num_blocks)
+    warning = stock_warning(controlnet.config, num_blocks)
     if warning:
         logger.warning("%s", warning)
     with publish_folder(folder, **described) as temporary:
