@@ -43,6 +43,7 @@ DOORS = {
     ],
     "accelerate": ["training", "models.components"],
     "peft": ["models.own_transformer"],
+    "huggingface_hub": ["models.hub", "metrics.features.weights", "export"],
     "typer": ["cli"],
     "pydantic": ["config", "recipe_files", "study.plan"],
     "yaml": ["strict_yaml"],

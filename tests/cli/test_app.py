@@ -104,6 +104,9 @@ VERBS = {
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini edge": ["--check", DRY, JSON, SEED, "out", "student"],
     "mini train": ["--check", "--condition", DRY, "--from", JSON, "--out", "--photos", SEED, "--stage", "--world"],
+    "push": [
+        *("--data", DRY, "--evaluation", JSON, "--out", "--private", "--revision", "--token-env", "repo_id", "student"),
+    ],
     "reproduce": [
         *(
             "--against",

@@ -14,6 +14,7 @@ from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
 from refine_control.cli.output import note, paired, progress_bar, show
+from refine_control.cli.push import push
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
@@ -256,7 +257,7 @@ def doctor(as_json: opt.Json = False) -> None:
         )
 
 
-for verb in (cache, evaluate, reproduce, cost, trim):
+for verb in (cache, evaluate, reproduce, cost, trim, push):
     app.command()(verb)
 
 
