@@ -175,6 +175,40 @@ def test_help_answers_in_under_a_second():
     assert best_of_three("-c", "import sys; from refine_control.cli.app import main; main()", "--help") < 1
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("refine-control in", {"inpaint"}),
+        ("refine-control data ins", {"inspect"}),
+        ("refine-control train --dr", {"--dry-run"}),
+    ],
+)
+def test_a_shell_completes_verbs_and_options_without_heavy_libraries(words, expected):
+    asked = {
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+        "_REFINE_CONTROL_COMPLETE": "complete_bash",
+    }
+    code = "import sys; from refine_control.cli.app import main\n"
+    code += "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=False
+    )
+    assert set(run.stdout.split()) == expected
+    assert not {"torch", "diffusers", "matplotlib"} & set(run.stderr.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_of_a_shell_is_shown(shell):
+    code = "import sys; from refine_control.cli.app import main; sys.exit(main())"
+    asked = {"_REFINE_CONTROL_COMPLETE": f"source_{shell}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert "refine-control" in run.stdout
+    assert f"complete_{shell}" in run.stdout
+
+
 def test_the_package_imports_in_under_300_milliseconds():
     assert best_of_three("-c", "import refine_control") < 0.3
 

@@ -28,10 +28,8 @@ def sampling(
 
 
 def make_app(**options: Any) -> typer.Typer:
-    """An app without shell completion, boxes and formatted tracebacks."""
-    return typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
-    )
+    """An app without boxes and formatted tracebacks; the outermost one completes words in shells."""
+    return typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
 
 
 def output_folder(*kinds: str) -> Callable[[Path | None], Path | None]:
