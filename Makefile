@@ -7,7 +7,7 @@ VENV := .venv
 ARGS ?=
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3
 
-.PHONY: demo test lint docs clean browser
+.PHONY: demo test lint docs site clean browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(VENV)/bin/python docs/drawings.py
 	$(VENV)/bin/python -m refine_control.study.docs_tables README.md docs/*.md
+
+# The site of README and docs/, as files in build/site that load nothing from elsewhere.
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # The review page is tested in a real browser, which is no Python package.
 browser:

@@ -1,7 +1,7 @@
 """The two drawings of the docs: `python docs/drawings.py` writes alignment.svg and data_flow.svg beside this file.
 
 The alignment is computed from `refine_control.injection`, so the drawing cannot disagree with the code.
-`tests/test_drawings.py` fails when a committed SVG is not the one that this file writes.
+`tests/test_docs.py` fails when a committed SVG is not the one that this file writes.
 """
 
 from __future__ import annotations
