@@ -51,6 +51,15 @@ def packaged(name: str | Path) -> Path | None:
     return file.parent
 
 
+def default_controlnet(model: str | Path, controlnet: str | Path | None) -> str | Path | None:
+    """The ControlNet that inpaints where nobody names one: the packaged student for the mini model.
+
+    None is the model's own, which is also named by the model's name."""
+    if controlnet is None:
+        return "edge" if str(model) == "mini" else None
+    return None if str(controlnet) == str(model) else controlnet
+
+
 def read_card(controlnet: str | Path) -> StudentCard | None:
     """The card of a ControlNet named as `packaged`, by a folder or a hub id; None where it has none or is not there.
 
@@ -80,21 +89,31 @@ def own_sampling(model: str, controlnet: str | Path | None = None) -> dict[str, 
 
 
 def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str, Any]) -> SamplerConfig:
-    """The sampler with the `given` fields (None: not given) and else `own_sampling`.
+    """The sampler with the `given` fields (None: not given) and else `own_sampling`; warns as `sampler_by_card`.
 
-    Warns of more steps than the ControlNet was trained for, and of guidance for one that has learnt it: the latter is
-    ignored. Raises what `read_card` raises."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if card := read_card(controlnet) if controlnet is not None else None:
+    Raises what `read_card` raises."""
+    card = read_card(controlnet) if controlnet is not None else None
+    return sampler_by_card(card, controlnet, given, {} if card else own_sampling(model))
+
+
+def sampler_by_card(
+    card: StudentCard | None, name: str | Path | None, given: Mapping[str, Any], usual: Mapping[str, Any]
+) -> SamplerConfig:
+    """The sampler with the `given` fields (None: not given), else those of the card, else the `usual` ones.
+
+    Warns of more steps than the ControlNet `name` was trained for, and of guidance for one that has learnt it: the
+    latter is ignored."""
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if card:
         scale, steps = chosen.get("guidance_scale", 1.0), chosen.get("num_inference_steps", 1)
         if card.distilled_guidance > 1 and scale > 1:
             text = "%s has the guidance scale %g distilled in: the given scale %g is ignored"
-            logger.warning(text, controlnet, card.distilled_guidance, scale)
+            logger.warning(text, name, card.distilled_guidance, scale)
             del chosen["guidance_scale"]
         if steps > card.most_steps:
             text = "%s was trained for at most %d steps: %d steps may give worse pictures"
-            logger.warning(text, controlnet, card.most_steps, steps)
-    return SamplerConfig(**{**(card.fields if card else own_sampling(model)), **chosen})
+            logger.warning(text, name, card.most_steps, steps)
+    return SamplerConfig(**{**usual, **(card.fields if card else {}), **chosen})
 
 
 def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str = "") -> None:

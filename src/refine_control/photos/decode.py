@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from refine_control.records import MAX_PIXELS, Rejected, RejectReason
 
 Result = TypeVar("Result")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 _ORIENTATION = 0x0112
+_NO_PROFILE = (ImageCms.PyCMSError, OSError, TypeError, ValueError)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -131,6 +132,63 @@ def decode(data: bytes) -> tuple[Image.Image, Header]:
     return _read(data, work)
 
 
+class Original(NamedTuple):
+    """A photograph as it is edited: in its own colours, beside what a model is shown of it."""
+
+    picture: Image.Image
+    """RGB or RGBA as shown, with the file's values in its own colour profile. Grey and palettes become colours, 16 bits
+    8; CMYK, and what lies in a profile that nothing can be converted back to, sRGB."""
+    shown: Image.Image
+    """RGB, sRGB, transparency on white."""
+    header: Header
+    profile: bytes | None
+    """ICC profile of `picture`; None is sRGB."""
+    exif: bytes | None
+    """Without a thumbnail, for upright pixels."""
+
+    def in_own_colours(self, painted: Image.Image) -> Image.Image:
+        """RGB in sRGB -> RGB in the profile of `picture`."""
+        return painted if self.profile is None else _converted(painted, None, self.profile, "RGB")
+
+
+def read_original(data: bytes) -> Original:
+    """The photograph in the bytes of a file. Raises Rejected with the reason."""
+    return _read(data, as_original)
+
+
+def as_original(image: Image.Image) -> Original:
+    """An opened photograph. Raises Rejected where its pixels have no known range, and what Pillow raises."""
+    header, embedded = _header(image), image.info.get("icc_profile")
+    image.load()
+    stored, profile, turned = image, None, 1 if image.format == "TIFF" else header.orientation
+    shown = _eight_bit(image)
+    if embedded and image.mode in ("RGB", "RGBA"):
+        with contextlib.suppress(*_NO_PROFILE):
+            _converted(Image.new("RGB", (1, 1)), None, embedded, "RGB")
+            profile = embedded
+    if profile is None:
+        stored = shown
+    picture = turn(stored.convert("RGBA" if stored.has_transparency_data else "RGB"), turned)
+    exif = _upright_exif(image, picture.size)
+    return Original(picture, turn(on_ground(shown, "white"), turned), header, profile, exif)
+
+
+def _upright_exif(image: Image.Image, size: tuple[int, int]) -> bytes | None:
+    """The EXIF of a picture that was turned as it says, without its thumbnail; None where there is none to be read."""
+    try:
+        exif = image.getexif()
+        if not len(exif):
+            return None
+        inner = exif.get_ifd(ExifTags.IFD.Exif)
+        exif[_ORIENTATION] = 1
+        for tag, side in zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size, strict=True):
+            if tag in inner:
+                inner[tag] = side
+        return exif.tobytes()
+    except Exception:  # as in `_orientation`
+        return None
+
+
 def read_header(data: bytes) -> Header:
     """Size and orientation of a picture. Raises Rejected with the reason."""
     return _read(data, _header)
@@ -165,11 +223,17 @@ def _eight_bit(image: Image.Image, *, profile: bool = True) -> Image.Image:
     embedded = image.info.get("icc_profile") if profile else None
     if embedded and image.mode in ("RGB", "RGBA", "CMYK"):
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        with contextlib.suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):  # a broken profile is ignored
-            srgb, theirs = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(embedded))
-            converted = ImageCms.profileToProfile(image, theirs, srgb, outputMode=mode)
-            return converted if converted is not None else image.copy()
+        with contextlib.suppress(*_NO_PROFILE):  # a broken profile is ignored
+            return _converted(image, embedded, None, mode)
     return image.copy()
+
+
+def _converted(image: Image.Image, source: bytes | None, target: bytes | None, mode: str) -> Image.Image:
+    """From one ICC profile to another; one of them is None, sRGB. Raises one of _NO_PROFILE for a broken profile."""
+    srgb, theirs = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(source or target or b""))
+    ends = (theirs, srgb) if source else (srgb, theirs)
+    converted = ImageCms.profileToProfile(image, *ends, outputMode=mode)
+    return converted if converted is not None else image.copy()
 
 
 def on_ground(image: Image.Image, ground: str) -> Image.Image:

@@ -71,6 +71,13 @@ def load_mask(entry: Entry, header: Header | None = None) -> np.ndarray:
     Raises Rejected with the reason."""
     header = header or read_header(read_bytes(entry.root, entry.image))
     given = _drawn(entry, header) if entry.mask is None else _open(entry, entry.mask, _MASK).convert("L")
+    return region(given, header)
+
+
+def region(given: Image.Image, header: Header) -> np.ndarray:
+    """A mask in grey, of the size of a photograph as shown or as stored -> (H, W) bool as shown.
+
+    Raises Rejected with the reason."""
     grey = np.asarray(_as_shown(given, header, _MASK))
     if grey.max() <= 127:
         raise Rejected(RejectReason.MASK_EMPTY, f"the largest value is {grey.max()}; over 127 means inpaint")

@@ -3,8 +3,7 @@ conditions, as `refine-control generate` paints it."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,14 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.card import choose_sampler
 from refine_control.models.controlnet import Control, ControlNet
 from refine_control.models.devices import best_device
-from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline, warn_wasted_steps
+from refine_control.pipeline.inpainter import Inpainter
+from refine_control.pipeline.painting import paint, warn_wasted_steps
+from refine_control.pipeline.pictures import check_ending, encode_picture
 
 if TYPE_CHECKING:
     from refine_control.models.backbone import Backbone
     from refine_control.records import Photo
 
-_JPEG = {"quality": 95, "subsampling": 0}
-_OPTIONS: Mapping[str, Mapping[str, Any]] = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": {"lossless": True}}
-"""How a picture is written, by the end of its file's name."""
 _COLOUR = 16
 """Mean difference between channels of a picture in colour; that of a grey one is noise of its JPEG."""
 _MAP = "depth"
@@ -47,24 +45,15 @@ def inpaint_file(
     """Repaints the white part of `mask` in the photograph `image` by `prompt` and writes a picture: .png, .jpg, .webp.
 
     The photo is read by the rules of `data build` (EXIF turns, 16 bits, CMYK, ...) and cropped to a square of
-    `size` pixels around the hole (the model's own size by default), and sampled as `choose_sampler` says by default.
+    `size` pixels around the hole (the model's own size by default), and sampled as `choose_sampler` says by default;
+    `Inpainter` paints photographs in their own size. The ControlNet is that of `Inpainter.load`.
     Raises InvalidInputError for files that cannot be used, sizes that the model cannot paint and a ControlNet that is
     shown no region, MissingError for weights that are not there."""
-    from refine_control.models.loading import load_painter
-
     _check_files([image, mask], "a photograph and its mask (white = inpaint)")
     side = _check(prompt, "the content of the masked region", out, model, size)
     photo = _read(image, prompt, side, mask=mask)
-    backbone, network = load_painter(model, controlnet, best_device())
-    if not has_region(network.config):
-        raise InvalidInputError(
-            f"the ControlNet of {controlnet or model} is shown no mask; use it by `refine-control generate`, or name "
-            "one for inpainting"
-        )
-    sampler = sampler or choose_sampler(model, controlnet, {})
-    warn_wasted_steps(backbone, sampler)
-    pipeline = make_pipeline(backbone, network, sampler.injection, sampler.latents)
-    painted = run_pipeline(pipeline, backbone, photo.image, photo.mask, prompt, sampler)
+    inpainter = Inpainter.load(model, controlnet)
+    painted = inpainter.painter.paint(photo.image, photo.mask, prompt, sampler or inpainter.sampler())
     if composite:
         painted = np.where(photo.mask[..., None], painted, photo.image)
     return _write(painted, out)
@@ -122,8 +111,7 @@ def _check(prompt: str, what: str, out: Path, model: str, size: int | None) -> i
 
     if not prompt.strip():
         raise InvalidInputError(f"the prompt is empty; describe {what}")
-    if out.suffix.lower() not in _OPTIONS:
-        raise InvalidInputError(f"{out} ends in none of {', '.join(_OPTIONS)}; name the picture to write so")
+    check_ending(out)
     sizes = read_geometry(model)
     side = sizes.side if size is None else size
     sizes.check(side, side)
@@ -183,7 +171,5 @@ def _load_several(model: str, names: Sequence[str]) -> tuple[Backbone, list[Cont
 def _write(painted: np.ndarray, out: Path) -> Path:
     from refine_control.storage import write_output
 
-    buffer, kind = io.BytesIO(), Image.registered_extensions()[out.suffix.lower()]
-    Image.fromarray(painted).save(buffer, kind, **_OPTIONS[out.suffix.lower()])
-    write_output(out, buffer.getvalue())
+    write_output(out, encode_picture(Image.fromarray(painted), out))
     return out

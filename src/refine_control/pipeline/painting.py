@@ -112,8 +112,17 @@ def run_pipeline(
     mask: np.ndarray,
     prompt: str,
     sampler: SamplerConfig,
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """One picture through the pipeline: image (H,W,3) uint8, mask (H,W) bool True = inpaint -> (H,W,3) uint8."""
+    """One picture through the pipeline: image (H,W,3) uint8, mask (H,W) bool True = inpaint -> (H,W,3) uint8.
+
+    `progress` counts the steps."""
+
+    def advance(_pipeline: Any, step: int, _timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+        if progress:
+            progress(step + 1, sampler.num_inference_steps, "paint")
+        return changed
+
     (height, width), factor = mask.shape, pipeline.vae_scale_factor
     shape = (pipeline.transformer.config["in_channels"], height // factor, width // factor)
     noise = slot_normals(shape, [0], sampler.seed, "initial noise")
@@ -136,6 +145,7 @@ def run_pipeline(
             controlnet_conditioning_scale=sampler.conditioning_scale,
             latents=noise,
             max_sequence_length=backbone.max_sequence_length,
+            callback_on_step_end=advance,
             output_type="pt",
         ).images[0]
     return (result.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
