@@ -99,7 +99,8 @@ VERBS = {
         *(*SAMPLING, "--control", DRY, "--model", "--out", "--prepared", "--preparer", "--prompt", "--size"),
     ],
     "inpaint": [
-        *(*SAMPLING, "--composite", "--controlnet", DRY, "--image", "--mask", "--model", "--out", "--prompt", "--size"),
+        *(*SAMPLING, "--box", "--composite", "--context", "--controlnet", DRY, "--feather", "--image", "--mask"),
+        *("--model", "--out", "--point", "--prompt", "--runtime", "--seeds", "--segmenter", "--size", "--whole"),
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini edge": ["--check", DRY, JSON, SEED, "out", "student"],
@@ -330,7 +331,7 @@ def test_verify_leaves_with_65_and_names_the_damage(monkeypatch, capsys, tmp_pat
     assert captured.err.startswith(f"refine-control: 2 faults in {tmp_path}")
 
 
-def test_the_options_of_inpaint_reach_the_pipeline(monkeypatch, capsys, tmp_path):
+def test_a_size_makes_inpaint_write_a_square(monkeypatch, capsys, tmp_path):
     from refine_control.pipeline import files as pipeline
 
     for name in ("image.png", "mask.png"):
@@ -343,12 +344,13 @@ def test_the_options_of_inpaint_reach_the_pipeline(monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(pipeline, "inpaint_file", inpaint_file)
     files = ["--image", f"{tmp_path}/image.png", "--mask", f"{tmp_path}/mask.png", "--out", f"{tmp_path}/out.png"]
+    files += ["--size", "64"]
     assert call(monkeypatch, "inpaint", *files, "--prompt", "a cup", "--steps", "4", "--seed", "3", "--composite") == 0
     assert capsys.readouterr().out == f"{tmp_path}/out.png\n"
     assert (called["sampler"].num_inference_steps, called["sampler"].seed, called["composite"]) == (4, 3, True)
     assert called["arguments"][2] == "a cup"
-    assert (called["model"], called["controlnet"], called["size"]) == ("mini", None, None)
-    assert (called["sampler"].guidance_scale, called["sampler"].conditioning_scale) == (3, 1)  # the miniature's own
+    assert (called["model"], called["controlnet"], called["size"]) == ("mini", None, 64)
+    assert (called["sampler"].guidance_scale, called["sampler"].conditioning_scale) == (1, 1)  # the edge student's
     told = ["--model", "author/sd3", "--prompt", "a cup", "--guidance", "5"]
     assert call(monkeypatch, "inpaint", *files, *told) == 0
     sampler = called["sampler"]

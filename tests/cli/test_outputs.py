@@ -97,7 +97,7 @@ LONG = {
     "data build": ("refine_control.photos.build.build", ("data", "build", "{0}/inputs", "out")),
     "data scenes": ("refine_control.miniature.scene_shards.build_scenes", ("data", "scenes", "out")),
     "data verify": ("refine_control.photos.shards.verify", ("data", "verify", "{0}/inputs")),
-    "inpaint": ("refine_control.pipeline.files.inpaint_file", (*INPAINT, "out.png")),
+    "inpaint": ("refine_control.pipeline.pictures.read_photograph", (*INPAINT, "out.png")),
     "generate": ("refine_control.pipeline.files.generate_file", (*GENERATE, "out.png")),
     "evaluate": ("refine_control.study.evaluate.evaluate", (*EVALUATE, "out")),
     "train": ("refine_control.training.run.train", ("train", "mini/fc")),

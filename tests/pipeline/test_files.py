@@ -12,7 +12,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.models import loading
 from refine_control.models.card import BUNDLE
 from refine_control.models.controlnet import from_transformer
-from refine_control.pipeline import files as pipeline
+from refine_control.pipeline import painting
 from refine_control.pipeline.files import inpaint_file
 from refine_control.recipe_files import load_recipe
 from refine_control.training.run import student_card
@@ -67,21 +67,21 @@ def test_a_student_for_few_steps_is_sampled_as_its_card_says(files, tiny_backbon
     loading.save_controlnet(
         from_transformer(transformer, 1), tmp_path / "student", 24, card=card, backbone=tiny_backbone
     )
-    calls, samplers, forward, run = [], [], SD3Transformer2DModel.forward, pipeline.run_pipeline
+    calls, samplers, forward, run = [], [], SD3Transformer2DModel.forward, painting.run_pipeline
 
     def counted(self, *given, **more):
         calls.append(len(more["hidden_states"]))
         return forward(self, *given, **more)
 
     def recorded(*given):
-        samplers.append(given[-1])
+        samplers.append(given[5])
         return run(*given)
 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", counted)
-    monkeypatch.setattr(pipeline, "run_pipeline", recorded)
+    monkeypatch.setattr(painting, "run_pipeline", recorded)
     words = ["inpaint", "--image", str(files[0]), "--mask", str(files[1]), "--prompt", "a red circle"]
     words += ["--out", str(tmp_path / "out.png"), "--controlnet", str(tmp_path / "student")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert (result.exit_code, calls) == (0, [1] * 4)
     assert (samplers[0].sigmas, samplers[0].guidance_scale, samplers[0].conditioning_scale) == ("even", 1, 1)
-    assert Image.open(tmp_path / "out.png").size == (64, 64)
+    assert Image.open(tmp_path / "out.png").size == (80, 70)

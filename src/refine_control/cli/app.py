@@ -13,6 +13,7 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
+from refine_control.cli.inpaint import inpaint
 from refine_control.cli.output import note, paired, progress_bar, show
 from refine_control.cli.push import push
 from refine_control.errors import InvalidInputError, MissingError
@@ -80,37 +81,7 @@ def train(
     show(run(resolved, folder, progress_bar("train")), as_json)
 
 
-@app.command()
-@interruptible("nothing is written")
-def inpaint(
-    image: opt.InFile,
-    mask: opt.InFile,
-    prompt: Annotated[str, typer.Option(help="Prompt for the masked region.")],
-    out: Annotated[Path, opt.output_file("PNG to write.")],
-    model: opt.Model = "mini",
-    controlnet: opt.Network = None,
-    size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,
-    composite: Annotated[bool, typer.Option("--composite", help="Keep the original pixels outside the mask.")] = False,
-    steps: opt.Steps = None,
-    guidance: opt.Guidance = None,
-    scale: opt.Scale = None,
-    sigmas: opt.Sigmas = None,
-    injection: opt.Injection = "exact",
-    seed: opt.Seed = 0,
-    dry_run: opt.DryRun = False,
-) -> None:
-    """Inpaint the white region of a mask in one image."""
-    others = {"sigmas": sigmas, "seed": seed, "injection": injection}
-    sampler = opt.sampling(model, controlnet, steps, guidance, scale, **others)
-    if dry_run:
-        plan = {"image": image, "mask": mask, "prompt": prompt, "out": out, "model": model, "controlnet": controlnet}
-        return show({**plan, "size": size, "composite": composite, **sampler.model_dump()}, as_json=False)
-    from refine_control.pipeline.files import inpaint_file
-
-    written = inpaint_file(
-        image, mask, prompt, out, model=model, controlnet=controlnet, sampler=sampler, size=size, composite=composite
-    )
-    print(written)
+app.command()(inpaint)
 
 
 @app.command()
