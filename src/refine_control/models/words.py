@@ -46,8 +46,8 @@ def cut_text(tokenizer: Any, prompts: Sequence[str], limit: int) -> dict[str, st
     for prompt in prompts:
         tokens = tokenizer(prompt, return_offsets_mapping=fast)
         if len(ids := tokens["input_ids"]) > limit:
-            lost = tokenizer.decode(ids[limit - 1 : -1])
-            cut[prompt] = prompt[tokens["offset_mapping"][limit - 1][0] :] if fast else lost
+            start = tokens["offset_mapping"][limit - 1][0] if fast else 0
+            cut[prompt] = prompt[start:] if fast else tokenizer.decode(ids[limit - 1 : -1])
     return cut
 
 
