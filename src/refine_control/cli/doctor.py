@@ -64,6 +64,8 @@ def user_error(error: Exception) -> RefineControlError | None:
     module = (isinstance(error, ModuleNotFoundError) and error.name) or ""
     if extra := next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None):
         return MissingError(f"{module} is not installed; run pip install 'refine-control[{extra}]'")
+    if module.partition(".")[0] in CORE:
+        return MissingError(f"{module} is not installed; run pip install refine-control")
     return storage_failure(error)
 
 
