@@ -1,8 +1,10 @@
-"""An exported pipeline folder whose graphs are PyTorch's own functions, so that no test exports a graph."""
+"""Exported pipeline folders whose graphs are PyTorch's own functions, or small ones of the functions' traces."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from refine_control.models.backbone import decode_latents, encode_images, predict_velocity
-from refine_control.models.controlnet import control_residuals, injection_of
+from refine_control.models.backbone import Backbone, decode_latents, encode_images, predict_velocity
+from refine_control.models.controlnet import ControlNet, control_residuals, from_transformer, injection_of
 from refine_control.runtime import exported
 from refine_control.storage import publish_folder, write_json
 
@@ -55,7 +57,7 @@ def torch_graphs(backbone: Any, controlnet: Any) -> dict[str, Graph]:
 
     def residuals(x: Mapping[str, Any]) -> list[torch.Tensor]:
         text = x["prompt_embeds"], x["control_cond"], x["pooled_prompt_embeds"]
-        return control_residuals(controlnet, x["noisy_latents"], x["sigmas"], *text, float(x["conditioning_scale"]))
+        return control_residuals(controlnet, x["noisy_latents"], x["sigmas"], *text, x["conditioning_scale"])
 
     def velocity(x: Mapping[str, Any], given: list[torch.Tensor], injection: Any) -> list[torch.Tensor]:
         text = x["prompt_embeds"], x["pooled_prompt_embeds"]
@@ -72,6 +74,71 @@ def torch_graphs(backbone: Any, controlnet: Any) -> dict[str, Graph]:
         "controlnet": residuals,
         "transformer": lambda x: velocity(x, [x[f"residual_{site}"] for site in sites], sites),
     }
+
+
+@pytest.fixture(scope="session")
+def sd3(tiny_backbone: Backbone) -> Callable[..., tuple[Backbone, ControlNet]]:
+    """`sd3(with_t5)`: a model of two blocks that reads wider embeddings than CLIP's, and a student of one layer."""
+    from diffusers import SD3Transformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    def build(with_t5: bool) -> tuple[Backbone, ControlNet]:
+        torch.manual_seed(3)
+        letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+        tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
+        sizes = {"d_model": 80, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
+        config = {**tiny_backbone.transformer.config, "joint_attention_dim": 80, "num_layers": 2}
+        transformer = SD3Transformer2DModel.from_config(config)
+        more = {"text_encoder_3": t5, "tokenizer_3": tokenizer} if with_t5 else {}
+        parts = {**tiny_backbone.pipeline.components, "transformer": transformer, **more}
+        backbone = Backbone(type(tiny_backbone.pipeline)(**parts), max_sequence_length=9)
+        student = from_transformer(transformer, 1).requires_grad_(False).eval()
+        for part in (student.controlnet_blocks, student.pos_embed_input):
+            for parameter in part.parameters():
+                parameter.normal_(std=0.1)
+        return backbone, student
+
+    return build
+
+
+class _Traced(torch.nn.Module):
+    def __init__(self, graph: Graph, names: list[str]):
+        super().__init__()
+        self.graph, self.names = graph, names
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.graph(dict(zip(self.names, tensors, strict=True))))
+
+
+def _trace(graph: Graph, arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes an ONNX graph for inputs of these sizes alone, which takes a tenth of the exporter's time."""
+    names, tensors = list(arrays), [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Traced(graph, names), tuple(tensors), str(file), input_names=names, dynamo=False, opset_version=17
+        )
+
+
+@pytest.fixture
+def trace_exported(write_exported: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`trace_exported(backbone, controlnet, *painted)`: a folder with ONNX graphs for what paints `painted`."""
+
+    def write(backbone: Any, controlnet: Any, *painted: Any) -> Path:
+        folder, traced, calls = write_exported(backbone, controlnet), tmp_path / "traced", {}
+        pipeline = exported.ExportedPipeline(folder)
+        for name, run in pipeline._graphs.items():
+            pipeline._graphs[name] = lambda arrays, name=name, run=run: run(calls.setdefault(name, arrays) and arrays)
+        pipeline.paint(*painted)
+        graphs = torch_graphs(backbone, controlnet)
+        with publish_folder(traced, kind="exported") as temporary:
+            shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True)
+            for name, arrays in calls.items():
+                _trace(graphs[name], arrays, temporary / f"{name}.onnx")
+        return traced
+
+    return write
 
 
 @pytest.fixture

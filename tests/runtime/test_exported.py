@@ -5,7 +5,6 @@ import logging
 
 import numpy as np
 import pytest
-import torch
 
 from refine_control import flow
 from refine_control.conditions.condition import Shown
@@ -78,24 +77,9 @@ def test_a_condition_without_a_region_takes_no_mask(tiny_backbone, write_exporte
 
 
 @pytest.mark.parametrize("with_t5", [True, False])
-def test_the_embeddings_of_sd3(tiny_backbone, tiny_student, write_exported, photo, with_t5):
+def test_the_embeddings_of_sd3(sd3, write_exported, photo, with_t5):
     """A wider transformer: T5's tokens, or zeros in their place, and CLIP's widened by zeros."""
-    from diffusers import SD3Transformer2DModel
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    from refine_control.models.controlnet import from_transformer
-
-    torch.manual_seed(3)
-    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
-    sizes = {"d_model": 80, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
-    config = {**tiny_backbone.transformer.config, "joint_attention_dim": 80, "num_layers": 2}
-    transformer = SD3Transformer2DModel.from_config(config)
-    student = from_transformer(transformer, 1)
-    more = {"text_encoder_3": t5, "tokenizer_3": tokenizer} if with_t5 else {}
-    parts = {**tiny_backbone.pipeline.components, "transformer": transformer, "controlnet": student, **more}
-    backbone = Backbone(type(tiny_backbone.pipeline)(**parts), max_sequence_length=9)
+    backbone, student = sd3(with_t5)
     folder = write_exported(backbone, student)
     embeds, pooled = ExportedPipeline(folder)._encode(PROMPT)
     expected, expected_pooled = backbone.encode_prompts([PROMPT])

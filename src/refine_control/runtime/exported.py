@@ -57,7 +57,7 @@ class ExportedPipeline:
         self.folder = Path(folder)
         self.description = about = read_description(self.folder)
         files = {part: self.folder / file for part, file in about.parts.items()}
-        self._graphs: Mapping[str, Engine] = {
+        self._graphs: dict[str, Engine] = {
             part: open_graph(about.engine, file, about.precision, threads) for part, file in files.items()
         }
         self._tokenizers = {name: TextTokenizer(self.folder / file) for name, file in about.tokenizers.items()}
