@@ -19,7 +19,7 @@ from refine_control.runtime.exported import ExportedPipeline, sampling_sigmas
 PROMPT = "a red circle"
 FEW = SamplerConfig(num_inference_steps=2, guidance_scale=1, conditioning_scale=0.8, seed=5, sigmas="even")
 GUIDED = FEW.model_copy(update={"guidance_scale": 3.0, "sigmas": "scheduler"})
-FRESH = FEW.model_copy(update={"stochastic": True})
+FRESH = FEW.model_copy(update={"stochastic": True, "num_inference_steps": 3})
 
 
 @pytest.fixture
