@@ -39,6 +39,7 @@ class Kind(Enum):
     DOWNLOAD = "downloaded photographs", "which `refine-control data annotate` and `data build` read"
     EVALUATION = "the report of `evaluate` or `demo`", "which is to be read: open report.html"
     REPRODUCTION = "the output of `reproduce`", "which is to be read: open report.html"
+    EXPORT = "an exported student", "which `refine-control inpaint --runtime` and other programs read"
     UNFINISHED = "unfinished work of a command", "which the same command, run again, continues"
 
     def __init__(self, what: str, use: str) -> None:
@@ -69,12 +70,14 @@ SHARDS_OR_BUILD = Expected(
 ALL_ROLES = Expected("the shards of all roles", (Kind.BUILD,), "give the output folder of `refine-control data build`")
 A_CACHE = Expected("a cache", (Kind.CACHE,), "make one with `refine-control cache SHARDS CACHE`")
 A_CONTROLNET = Expected(
-    "a ControlNet", (Kind.STUDENT, Kind.CONTROLNET), "give RUN/student, which `refine-control train` writes"
+    "a ControlNet",
+    (Kind.STUDENT, Kind.CONTROLNET, Kind.EXPORT),  # the loader says which exports are none
+    "give RUN/student, which `refine-control train` writes",
 )
 A_MODEL = Expected("a model", (Kind.MODEL,), "give `mini`, a hub id or a pipeline folder in diffusers layout")
 ROWS_TO_REVIEW = Expected("annotations", (Kind.ANNOTATIONS,), "make them with `refine-control data annotate`")
 
-_MANIFEST_KINDS = {kind.name.lower(): kind for kind in (Kind.SHARDS, Kind.BUILD, Kind.CACHE, Kind.STUDENT)}
+_MANIFEST_KINDS = {kind.name.lower(): kind for kind in (Kind.SHARDS, Kind.BUILD, Kind.CACHE, Kind.STUDENT, Kind.EXPORT)}
 _MANIFEST_KINDS["bundle"] = Kind.MODEL
 _FILES_OF_KIND = (
     (Kind.ANNOTATIONS, {"annotate.json"}),

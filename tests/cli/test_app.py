@@ -36,6 +36,7 @@ ANNOTATING = [
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
     "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
+    "bench export": [JSON, "--layers", "--repeats", "--size", "--width"],
     "bench features": ["--clip-pictures", JSON, "--pictures", "--repeats", "--resamples", "--set-size", "--size"],
     "bench sampling": [
         "--batch",
@@ -95,6 +96,7 @@ VERBS = {
         *(*SAMPLING, "--baseline", DRY, JSON, "--model", "--noise-seeds", "--out", "--precision", "--student"),
         *("--teacher", "--test", "--weights"),
     ],
+    "export": ["--cache", DRY, JSON, "--model", "--out", "--separate", "--to", "student"],
     "generate": [
         *(*SAMPLING, "--control", DRY, "--model", "--out", "--prepared", "--preparer", "--prompt", "--size"),
     ],

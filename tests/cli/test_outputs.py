@@ -21,6 +21,7 @@ FOLDER_VERBS = {
     "reproduce": ("reproduce", "table1", "--out"),
     "reproduce results": ("reproduce", "table1", "--results"),
     "cache": ("cache", "{0}/inputs"),
+    "export": ("export", "{0}/inputs", "--to", "onnx", "--out"),
     "trim": ("trim", "{0}/inputs", "--out"),
     "data annotate": ("data", "annotate", "{0}/inputs"),
     "data build": ("data", "build", "{0}/inputs"),

@@ -1,4 +1,5 @@
-"""A student as `train` leaves it, an evaluation of it, and a hub that runs in this process."""
+"""A student as `train` leaves it, an evaluation of it, a hub that runs in this process, and a model of four blocks: the
+exporter's time grows with the blocks, and its graphs are written once."""
 
 import base64
 import hashlib
@@ -9,8 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from diffusers import SD3Transformer2DModel
 
-from refine_control.config import resolved_yaml
+from refine_control.config import SamplerConfig, resolved_yaml
+from refine_control.export.format import Work
+from refine_control.export.pipeline_folder import fp32_graphs
+from refine_control.export.source import Source, scene_samples
+from refine_control.models.controlnet import from_transformer
 from refine_control.models.loading import save_controlnet
 from refine_control.recipe_files import load_recipe
 from refine_control.storage import sha256_file, write_json
@@ -153,3 +160,35 @@ def hub(monkeypatch):
     running.server.shutdown()
     running.server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def small(tiny_backbone):
+    """The tiny backbone around a transformer of four blocks."""
+    torch.manual_seed(5)
+    config = {**tiny_backbone.transformer.config, "num_layers": 4}
+    return tiny_backbone.with_transformer(SD3Transformer2DModel.from_config(config).eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def make_source(small):
+    """`make_source(num_layers)`: a noisy student of the four blocks."""
+
+    def build(num_layers):
+        controlnet = from_transformer(small.transformer, num_layers).requires_grad_(False).eval()
+        torch.manual_seed(num_layers)
+        for part in (controlnet.controlnet_blocks, controlnet.pos_embed_input):
+            for parameter in part.parameters():
+                parameter.normal_(std=0.1)
+        return Source("tiny", None, small, controlnet, SamplerConfig(conditioning_scale=0.8))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def work(make_source, tmp_path_factory):
+    """An export of two layers, its ONNX graphs written."""
+    source = make_source(2)
+    under_way = Work(source, scene_samples(source, 3), tmp_path_factory.mktemp("graphs"))
+    fp32_graphs(under_way)
+    return under_way

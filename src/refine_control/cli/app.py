@@ -13,6 +13,7 @@ import typer
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
 from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
+from refine_control.cli.export import export
 from refine_control.cli.inpaint import inpaint
 from refine_control.cli.output import note, paired, progress_bar, show
 from refine_control.cli.push import push
@@ -228,7 +229,7 @@ def doctor(as_json: opt.Json = False) -> None:
         )
 
 
-for verb in (cache, evaluate, reproduce, cost, trim, push):
+for verb in (cache, evaluate, reproduce, cost, trim, export, push):
     app.command()(verb)
 
 

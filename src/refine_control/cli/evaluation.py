@@ -256,3 +256,19 @@ def bench_threads(
 
     result = run(load_recipe(recipe, overrides or []), repeats=repeats, seconds=seconds)
     show(result if as_json else result.text, as_json)
+
+
+@bench_app.command("export")
+@interruptible("nothing is written")
+def bench_export(
+    layers: Annotated[int, opt.number("Layers of the ControlNet.")] = 4,
+    width: Annotated[int, opt.number("Width, a multiple of 64; 4 layers of 512 have 40 million parameters.", 64)] = 512,
+    size: Annotated[int, opt.number("Side of the image in pixels.", 16)] = 512,
+    repeats: opt.Rounds = 5,
+    as_json: opt.Json = False,
+) -> None:
+    """Time a random SD3 ControlNet in ONNX Runtime and OpenVINO, fp32 and int8, against PyTorch on one thread."""
+    from refine_control.bench.export import bench_export as run
+
+    result = run(layers, width, size, repeats)
+    show(result if as_json else result.text, as_json)

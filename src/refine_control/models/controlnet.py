@@ -89,7 +89,7 @@ def control_residuals(
     As stock feeds it, a ControlNet reads the pooled projection (B,D_pooled) or zeros of its shape (docs/paper.md,
     trap 1), and the prompt's embeddings or, with a single stream, none."""
     dtype, config = compute_type(controlnet), controlnet.config
-    zeros = torch.zeros(len(cond), pooled_prompt_embeds.shape[-1], dtype=dtype, device=cond.device)
+    zeros = torch.zeros(cond.shape[0], pooled_prompt_embeds.shape[-1], dtype=dtype, device=cond.device)
     plain = partial(_forward, controlnet) if isinstance(controlnet, InjectedControlNet) else controlnet
     return cast(Any, packed(controlnet) or plain)(
         hidden_states=noisy_latents.to(dtype),
