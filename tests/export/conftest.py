@@ -15,7 +15,6 @@ from diffusers import SD3Transformer2DModel
 
 from refine_control.config import SamplerConfig, resolved_yaml
 from refine_control.export.format import Work
-from refine_control.export.pipeline_folder import fp32_graphs
 from refine_control.export.source import Source, scene_samples
 from refine_control.models.controlnet import from_transformer
 from refine_control.models.loading import save_controlnet
@@ -187,8 +186,6 @@ def make_source(small):
 
 @pytest.fixture(scope="session")
 def work(make_source, tmp_path_factory):
-    """An export of two layers, its ONNX graphs written."""
+    """An export of two layers; its ONNX graphs are written where a test needs them."""
     source = make_source(2)
-    under_way = Work(source, scene_samples(source, 3), tmp_path_factory.mktemp("graphs"))
-    fp32_graphs(under_way)
-    return under_way
+    return Work(source, scene_samples(source, 3), tmp_path_factory.mktemp("graphs"))

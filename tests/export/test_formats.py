@@ -1,5 +1,6 @@
 """Every format computes what PyTorch does; what a format cannot say exactly is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +12,8 @@ from refine_control.errors import InvalidInputError
 from refine_control.export import exporting
 from refine_control.export.exporting import compare, export_format, torch_velocity
 from refine_control.export.format import find_format, format_names
-from refine_control.export.graphs import CONTROLNET_INPUTS, example_inputs
-from refine_control.export.pipeline_folder import load_velocity
+from refine_control.export.graphs import denoising_graphs, example_inputs, layers_of_sites
+from refine_control.export.pipeline_folder import joined, load_velocity
 from refine_control.export.stock import comfy_layers, comfy_warning
 from refine_control.injection import layer_of_site, stock_injects_exactly
 from refine_control.models.controlnet import ControlNet
@@ -57,7 +58,7 @@ def test_fp32_graphs_are_exact_and_eight_bits_are_smaller(exported):
 
 @pytest.mark.parametrize(("batch", "height", "width", "tokens"), [(1, 8, 8, 18), (3, 6, 12, 5)])
 def test_batch_size_and_tokens_of_the_denoiser_vary(work, exported, batch, height, width, tokens):
-    inputs = {name: value[:1] if value.ndim else value for name, value in example_inputs_of(work).items()}
+    inputs = example_inputs(work.source.backbone, work.source.controlnet)
     shapes = {"noisy_latents": (height, width), "control_cond": (height, width), "prompt_embeds": (tokens,)}
     arrays = {}
     for name, value in inputs.items():
@@ -69,10 +70,6 @@ def test_batch_size_and_tokens_of_the_denoiser_vary(work, exported, batch, heigh
     arrays["conditioning_scale"] = np.float32(0.3)
     velocity = load_velocity(exported("onnx")[1], "onnx", "fp32", ".onnx")
     assert compare(torch_velocity(work.source)(arrays), velocity(arrays)).relative < EXACT
-
-
-def example_inputs_of(work):
-    return example_inputs(work.source.backbone, work.source.controlnet)
 
 
 def test_the_conditioning_scale_is_an_input(work, exported):
@@ -143,7 +140,7 @@ def test_the_published_shape_has_the_recorded_names():
 def recorded(layers, width, heads, text, pooled, patch, positions, hidden):
     """Names and shapes of an SD3 ControlNet of 17 channels, which ComfyUI's `convert_diffusers_mmdit` maps to its own
     and whose layers it counts by `transformer_blocks.N.`."""
-    square, vector = (width, width), (width,)
+    square = (width, width)
     linear = {
         "time_text_embed.timestep_embedder.linear_1": (width, 256),
         "time_text_embed.timestep_embedder.linear_2": square,
@@ -163,7 +160,6 @@ def recorded(layers, width, heads, text, pooled, patch, positions, hidden):
             linear |= {f"{block}{stream}.net.0.proj": (hidden, width), f"{block}{stream}.net.2": (width, hidden)}
     shapes = {f"{name}.weight": shape for name, shape in linear.items()}
     shapes |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
-    assert vector
     return {**shapes, "pos_embed.pos_embed": (1, positions**2, width)}
 
 
@@ -171,18 +167,14 @@ def test_a_model_that_comfyui_cannot_run_is_warned_of(work):
     assert "heads of 16" in comfy_warning(work.source)
 
 
-def test_an_error_above_the_bound_publishes_nothing(work, tmp_path, monkeypatch):
-    import dataclasses
-
+def test_an_error_above_the_bound_publishes_nothing(work, tmp_path):
     strict = dataclasses.replace(find_format("single-file"), bound=1e-9)
     with pytest.raises(InvalidInputError, match="nothing is written"):
         export_format(work, strict, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_export_publishes_nothing_and_keeps_the_old_one(work, tmp_path, monkeypatch):
-    import dataclasses
-
+def test_an_interrupted_export_publishes_nothing_and_keeps_the_old_one(work, tmp_path):
     def stop(work, folder):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
@@ -195,17 +187,31 @@ def test_an_interrupted_export_publishes_nothing_and_keeps_the_old_one(work, tmp
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
-def test_graphs_by_themselves_are_exact_for_any_number_of_layers(make_source, work, tmp_path):
-    import dataclasses
-
-    from refine_control.export.source import scene_samples
-
+def test_controlnet_and_transformer_apart_compute_what_they_do_together(make_source):
     source = make_source(3)
-    apart = dataclasses.replace(work, source=source, samples=scene_samples(source, 2), graphs=tmp_path, separate=True)
-    report = export_format(apart, find_format("onnx"), tmp_path / "out")
-    assert report.relative_error < EXACT
-    assert read_description(tmp_path / "out").layer_of_site == [0, 1, 2]
-    assert set(CONTROLNET_INPUTS) >= {"control_cond"}
+    graphs, layers = denoising_graphs(source.backbone, source.controlnet, separate=True), [0, 1, 2]
+    assert layers_of_sites(source.controlnet, source.backbone) == layers
+    assert (
+        graphs["controlnet"].outputs == graphs["transformer"].inputs[4:] == ("residual_0", "residual_1", "residual_2")
+    )
+
+    def engine(part):
+        graph = graphs[part]
+
+        def run(arrays):
+            given = {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+            named = {name: given[name] for name in graph.inputs if not name.startswith("residual")}
+            if part == "transformer":
+                named["residuals"] = [given[name] for name in graph.inputs[4:]]
+            with torch.no_grad():
+                result = graph.network(**named)
+            return [each.numpy() for each in (result if isinstance(result, tuple) else [result])]
+
+        return run
+
+    arrays = {name: value.numpy() for name, value in example_inputs(source.backbone, source.controlnet).items()}
+    apart = joined({part: engine(part) for part in graphs}, layers)
+    assert compare(torch_velocity(source)(arrays), apart(arrays)).relative < EXACT
 
 
 def test_an_unknown_format_is_refused_with_the_names():

@@ -119,13 +119,12 @@ def _calls(
     write_onnx(Graph(network, _inputs(size, 0, 2), CONTROLNET_INPUTS, names), plain := folder / "plain.onnx")
     quantize_onnx(plain, folder / "int8.onnx")
     seen = [{name: value.numpy() for name, value in _inputs(size, 2 + i, 1).items()} for i in range(_CALIBRATION)]
-    for precision in ("native", "int8-weights", "int8"):
+    for precision in ("native", "int8"):
         convert_openvino(plain, folder / f"{precision}.xml", precision, seen)
     opened = {
         "ONNX Runtime fp32": open_graph("onnx", plain, threads=1),
         "ONNX Runtime int8": open_graph("onnx", folder / "int8.onnx", threads=1),
         "OpenVINO": open_graph("openvino", folder / "native.xml", "native", threads=1),
-        "OpenVINO int8 weights": open_graph("openvino", folder / "int8-weights.xml", "int8", threads=1),
         "OpenVINO int8": open_graph("openvino", folder / "int8.xml", "int8", threads=1),
     }
     return {name: partial(engine, arrays) for name, engine in opened.items()}

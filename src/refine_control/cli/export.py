@@ -21,7 +21,7 @@ def export(
         str,
         typer.Option(
             help="diffusers, single-file, onnx, onnx-int8, onnx-int8-weights, openvino, openvino-int8, "
-            "openvino-int8-weights, torchao; all: each in a folder of OUT, with a table."
+            "torchao; all: each in a folder of OUT, with a table."
         ),
     ],
     out: Annotated[Path, opt.output_option("Folder to write.", "EXPORT")],

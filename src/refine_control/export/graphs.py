@@ -55,7 +55,7 @@ class _Clip(nn.Module):
         return result.hidden_states[-2], result[0]
 
 
-class _T5(nn.Module):
+class T5Graph(nn.Module):
     """input_ids (B,T) -> hidden state (B,T,D)."""
 
     def __init__(self, encoder: nn.Module):
@@ -208,7 +208,7 @@ def frame_graphs(backbone: Backbone, controlnet: ControlNet) -> dict[str, Graph]
     }
     if pipeline.text_encoder_3 is not None:
         example = {"input_ids": torch.zeros(2, backbone.max_sequence_length, dtype=torch.int64)}
-        graphs["text_encoder_3"] = Graph(_T5(pipeline.text_encoder_3), example, ("input_ids",), ("hidden",))
+        graphs["text_encoder_3"] = Graph(T5Graph(pipeline.text_encoder_3), example, ("input_ids",), ("hidden",))
     pixels = torch.linspace(-1, 1, 2 * 3 * side * side).reshape(2, 3, side, side)
     latents = example_inputs(backbone, controlnet)["noisy_latents"]
     encoder = _VaeEncoder(backbone.vae, takes_shift(controlnet.config))

@@ -59,8 +59,24 @@ def write_onnx(graph: Graph, path: Path) -> None:
         program: Any = torch.onnx.export(
             traced, dynamo=True, input_names=graph.inputs, output_names=graph.outputs, verbose=False
         )
+        _strip(program.model)
         size = sum(p.numel() * p.element_size() for p in graph.network.parameters())
         program.save(path, external_data=size > _LARGEST_FILE)
+
+
+def _strip(model: Any) -> None:
+    """Takes out what no runtime reads: stack traces of the tracing, with paths of this machine, and the shapes of
+    results in between, which contradict those that ONNX Runtime's quantiser infers."""
+    kept = {id(value) for value in model.graph.outputs}
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if id(value) not in kept:
+                value.type = value.shape = None
 
 
 def quantize_onnx(source: Path, path: Path) -> None:
@@ -70,7 +86,6 @@ def quantize_onnx(source: Path, path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    del model.graph.value_info[:]  # the exporter's shapes contradict those that the quantiser infers
     with _quiet():
         quantize_dynamic(
             model,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from refine_control.runtime.engines import open_graph
 
 
 def write_openvino(work: Work, folder: Path, precision: str) -> None:
-    """Writes a pipeline for OpenVINO: `native` (this CPU's fastest type), `int8` or `int8-weights`.
+    """Writes a pipeline for OpenVINO: `native` (in the type that the CPU does fastest) or `int8`.
 
     int8 is NNCF's quantisation after training, its ranges those of the samples; the text encoders and the VAE stay in
     floating point. Raises ModuleNotFoundError without openvino and nncf."""
@@ -41,11 +42,6 @@ def convert_openvino(
     model = openvino.convert_model(file)
     if precision == "int8":
         model = _quantized(model, inputs)
-    elif precision == "int8-weights":
-        import nncf
-
-        with _quiet():
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     openvino.save_model(model, written, compress_to_fp16=False)
 
 
@@ -82,13 +78,14 @@ def _quantized(model: Any, inputs: Sequence[Mapping[str, np.ndarray]]) -> Any:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF without its tables of progress."""
+    """NNCF without its tables, and its progress on stderr."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
