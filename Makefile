@@ -4,6 +4,7 @@
 # index of CPU builds in PIP_EXTRA_INDEX_URL: its `+cpu` version satisfies the pin and is preferred.
 
 VENV := .venv
+ORT_WEB := onnxruntime-web-1.30.0
 ARGS ?=
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3
 
@@ -30,12 +31,14 @@ docs: $(VENV)/.installed
 site: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
-# The review page is tested in a real browser, which is no Python package.
-browser:
+# Pages are tested in a real browser, and the exported one with onnxruntime-web; neither is a Python package.
+browser: | $(VENV)/bin/pip
 	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing chromium"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else echo "chromium is missing: the tests in a browser will fail; install it (Debian: apt-get install chromium)" >&2; fi
+	@[ -e $(VENV)/$(ORT_WEB).tgz ] || npm pack --silent --pack-destination $(VENV) $(subst web-,web@,$(ORT_WEB)) >/dev/null \
+	|| echo "npm cannot fetch onnxruntime-web: the test of the exported page in a browser will be skipped" >&2
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
