@@ -60,7 +60,7 @@ DOORS = {
     "openvino": ["runtime", "export"],
     "nncf": ["export"],
     "torchao": ["export"],
-    "tokenizers": ["runtime", "miniature.networks"],
+    "tokenizers": ["runtime", "miniature.networks", "export.web"],
     "gradio": ["app"],
     "torchvision": [],
     "pickle": [],

@@ -42,7 +42,7 @@ def exported(work, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", [name for name in format_names() if name != "web"])  # that is in test_web.py
 def test_the_velocity_equals_that_of_pytorch_within_the_bound(exported, name):
     report, out = exported(name)
     assert 0 < report.relative_error <= find_format(name).bound

@@ -1,49 +1,61 @@
-"""Laws of the exported page: it paints as PyTorch does in a browser that reaches no other host; its parts are checked."""
+"""Laws of the exported page: it paints as PyTorch does, in a browser that reaches no other host."""
 
+import copy
 import functools
+import hashlib
 import http.server
 import io
-import json
 import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image, ImageFilter
 
 from refine_control.config import SamplerConfig
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.export import web
+from refine_control.export.format import Work, find_format
+from refine_control.export.pipeline_folder import write_tokenizers
+from refine_control.export.source import Source
 from refine_control.miniature import scenes, vocabulary
+from refine_control.pipeline.painting import make_pipeline, run_pipeline
 from refine_control.randomness import derive_seed, slot_normals
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / ".venv" / f"onnxruntime-web-{web.ORT_VERSION}.tgz"
-PARTS = ("denoiser", "vae_encoder", "vae_decoder", "text_encoder", "text_encoder_2")
+SAMPLER = SamplerConfig(num_inference_steps=4, guidance_scale=1.0, sigmas="even")
+
+
+@pytest.fixture(scope="module")
+def closed(work) -> Work:
+    """The small export, for a model with the vocabulary of the scenes and a shifted scheduler."""
+    backbone = work.source.backbone.with_transformer(work.source.backbone.transformer)
+    backbone.vocabulary = frozenset(vocabulary.WORDS)
+    backbone.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return replace(work, source=work.source._replace(backbone=backbone, sampler=SAMPLER))
 
 
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("words", "condition", "parts", "sentence"),
-    [
-        (None, "inpaint", PARTS, "without a closed vocabulary"),
-        (["a"], "inpaint", (*PARTS, "text_encoder_3"), "without a closed vocabulary"),
-        (["a"], "canny", PARTS, "for the condition canny"),
-        (["a"], "inpaint", ("controlnet", "transformer"), "leave out --separate"),
-    ],
-)
-def test_what_cannot_run_in_a_page_is_refused(words, condition, parts, sentence):
-    with pytest.raises(InvalidInputError, match=sentence):
-        web.check_page("x", words, condition, parts)
-
-
-def test_a_student_of_the_mini_model_is_not_refused():
-    web.check_page("edge", vocabulary.WORDS, "inpaint", PARTS)
+def test_what_cannot_run_in_a_page_is_refused(work, closed, tmp_path):
+    form = find_format("web")
+    form.refuse(closed.source)
+    with pytest.raises(InvalidInputError, match="tiny is for a model without a closed vocabulary"):
+        form.refuse(work.source)
+    controlnet = copy.copy(closed.source.controlnet)
+    controlnet._internal_dict = FrozenDict(controlnet.config, condition="canny")
+    with pytest.raises(InvalidInputError, match="for the condition canny"):
+        form.refuse(closed.source._replace(controlnet=controlnet))
+    with pytest.raises(InvalidInputError, match="leave out --separate"):
+        form.write(replace(closed, separate=True), tmp_path)
 
 
 # onnxruntime-web
@@ -65,10 +77,11 @@ def test_the_files_of_a_package_are_checked_whether_packed_or_not(tmp_path, monk
         (tmp_path / "dist" / name).write_bytes(data)
     package = packed(tmp_path / "package.tgz", {**files, "other.js": b"not taken"})
     with pytest.raises(DamagedError, match="is not that of onnxruntime-web"):
-        web.runtime_files(package)
-    sums = {name: web.hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    monkeypatch.setattr(web, "ORT_FILES", sums)
-    assert web.runtime_files(package) == web.runtime_files(tmp_path) == files
+        web.write_runtime(tmp_path / "refused", package)
+    monkeypatch.setattr(web, "ORT_FILES", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    for number, given in enumerate((package, tmp_path)):
+        web.write_runtime(tmp_path / f"{number}", given)
+        assert {file.name: file.read_bytes() for file in (tmp_path / f"{number}").iterdir()} == files
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive", "another package", "cut"])
@@ -81,17 +94,19 @@ def test_another_package_is_refused(tmp_path, content):
     if content == "cut":
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InvalidInputError, match=r"does not hold dist/ort.*npm pack onnxruntime-web@"):
-        web.runtime_files(path)
+        web.write_runtime(tmp_path / "ort", path)
 
 
-@pytest.mark.parametrize(("script", "reason"), [(None, "npm is not on the PATH"), ("echo no network >&2; exit 1", "no network")])
+@pytest.mark.parametrize(
+    ("script", "reason"), [(None, "npm is not on the PATH"), ("echo no network >&2; exit 1", "no network")]
+)
 def test_without_npm_or_its_registry_a_sentence_says_what_to_do(tmp_path, monkeypatch, script, reason):
     if script:
         (tmp_path / "npm").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingError, match=rf"{reason}.*--ort") as refused:
-        web.runtime_files(None)
+        web.write_runtime(tmp_path / "ort", None)
     assert refused.value.exit_code == 69
 
 
@@ -108,18 +123,16 @@ def test_npm_is_asked_for_the_pinned_version(tmp_path, monkeypatch):
 # Words
 
 
-def test_a_prompt_is_its_words_one_after_another(folder):
-    from transformers import CLIPTokenizer
-
-    from refine_control.models.card import BUNDLE
-
-    tokenizer = CLIPTokenizer.from_pretrained(BUNDLE / "tokenizer")
-    for table in json.loads((folder / "page.json").read_bytes())["tables"].values():
+def test_a_prompt_is_its_words_one_after_another(closed, tmp_path):
+    tokenizer = closed.source.backbone.pipeline.tokenizer
+    for file in write_tokenizers(closed, tmp_path).values():
+        table = web.token_table(tmp_path / file, vocabulary.WORDS)
         for prompt in PROMPTS:
-            ids = [table["begin"], *(i for word in prompt.replace(",", " ,").split() for i in table["ids"][word])]
-            ids = [*ids[: table["length"] - 1], table["end"]]
-            ids += [table["pad"]] * (table["length"] - len(ids))
-            assert ids == tokenizer(prompt, padding="max_length", truncation=True).input_ids, prompt
+            words = prompt.replace(",", " ,").split()
+            ids = [i for word in words for i in table["ids"][word]][: table["length"] - 2]
+            padded = [table["begin"], *ids, table["end"]]
+            padded += [table["pad"]] * (table["length"] - len(padded))
+            assert padded == tokenizer(prompt, padding="max_length", truncation=True).input_ids, prompt
 
 
 LONG = "a red circle, a blue ring and an orange star on a gray background, a red circle"
@@ -130,11 +143,12 @@ PROMPTS = [LONG, *scenes.render(0, 0, 20).global_prompts]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    graphs, out = Path("/tmp/webgraphs/site"), tmp_path_factory.mktemp("page") / "site"
-    shutil.copytree(graphs, out, ignore=shutil.ignore_patterns("ort", "examples", "*.js"))
-    web.write_page(out, "The edge student paints here", PACKAGE)
-    return out
+def site(closed, tmp_path_factory) -> Path:
+    if not PACKAGE.is_file():
+        pytest.skip(f"{PACKAGE} is missing; make browser fetches it by npm")
+    folder = tmp_path_factory.mktemp("page")
+    find_format("web").write(replace(closed, ort=PACKAGE), folder)
+    return folder
 
 
 class Silent(http.server.SimpleHTTPRequestHandler):
@@ -205,22 +219,18 @@ def drag(page, x0: float, y0: float, x1: float, y1: float) -> None:
     page.mouse.up()
 
 
-def torch_picture(image: np.ndarray, mask: np.ndarray, prompt: str, steps: int, seed: int) -> np.ndarray:
-    from refine_control.models.card import choose_sampler
-    from refine_control.models.loading import load_painter
-    from refine_control.pipeline.painting import make_pipeline, run_pipeline
-
-    backbone, controlnet = load_painter("mini", "edge", "cpu")
-    sampler: SamplerConfig = choose_sampler("mini", "edge", {"num_inference_steps": steps, "seed": seed})
-    return run_pipeline(make_pipeline(backbone, controlnet), backbone, image, mask, prompt, sampler)
+def torch_picture(source: Source, image: np.ndarray, mask: np.ndarray, prompt: str, **sampling) -> np.ndarray:
+    pipeline = make_pipeline(source.backbone, source.controlnet)
+    sampler = SamplerConfig(**{**SAMPLER.model_dump(), **sampling})
+    return run_pipeline(pipeline, source.backbone, image, mask, prompt, sampler)
 
 
 @pytest.mark.slow
-def test_the_page_paints_what_pytorch_paints_and_reaches_no_other_host(folder, serve, browser, tmp_path):
+def test_the_page_paints_what_pytorch_paints_and_reaches_no_other_host(closed, site, serve, browser, tmp_path):
     from playwright.sync_api import expect
 
     expect.set_options(timeout=120_000)
-    (here, asked), (elsewhere, leaked) = serve(folder), serve(tmp_path)
+    (here, asked), (elsewhere, leaked) = serve(site), serve(tmp_path)
     context = browser.new_context(viewport={"width": 1280, "height": 860})
     page, faults, requests = context.new_page(), [], []
     page.on("pageerror", lambda error: faults.append(error))
@@ -230,9 +240,6 @@ def test_the_page_paints_what_pytorch_paints_and_reaches_no_other_host(folder, s
     expect(page.locator("[data-number='0']")).to_have_attribute("aria-pressed", "true")
     assert all(url.startswith((here, "blob:", "data:")) for url in requests)
 
-    # the noise, the words and the noise levels are Python's
-    check_modules(page, here)
-
     # without a network the example is painted as by PyTorch, up to rounding, and nothing else is touched
     loaded = len(asked)
     context.set_offline(True)
@@ -240,10 +247,9 @@ def test_the_page_paints_what_pytorch_paints_and_reaches_no_other_host(folder, s
     page.fill("#prompt", "a purple star")
     page.fill("#seed", "7")
     result = paint(page)
-    expected = torch_picture(image, mask, "a purple star", 4, 7)
-    difference = np.abs(result.astype(int) - expected)[mask]
-    assert difference.max() <= 1
-    assert np.abs(expected.astype(int) - image)[mask].mean() > 20
+    expected = torch_picture(closed.source, image, mask, "a purple star", seed=7)
+    assert np.abs(result.astype(int) - expected)[mask].max() <= 1
+    assert np.abs(image.astype(int) - expected)[mask].mean() > 20
     far = np.asarray(Image.fromarray(255 * mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(7))) == 0
     assert far.any()
     assert (result == image)[far].all()
@@ -296,20 +302,49 @@ FETCH_IN_WORKER = f"""url => new Promise(done => {{
 }})"""
 
 
-def check_modules(page, here: str) -> None:
-    noise = "([url, ...given]) => import(url).then(m => [m.deriveSeed(...given, 0).toString(), ...m.normals(1045, ...given, 0)])"
-    for parts in ((7, "initial noise"), (2**53 - 1, "fresh noise", 3)):
-        seed, *values = page.evaluate(noise, [here + "noise.js", *parts])
-        assert int(seed) == derive_seed(*parts, 0)
-        assert np.abs(np.array(values) - slot_normals((1045,), [0], *parts).numpy()[0]).max() < 1e-5
+PAINT = """async ([url, job, sampling]) => {
+    const painter = window.painter ??= await (await import(url)).Painter.load();
+    Object.assign(painter.about.sampling, sampling);
+    return [...await painter.paint(job)];
+}"""
+NOISE = """async ([url, ...parts]) => {
+    const noise = await import(url);
+    return [noise.deriveSeed(...parts, 0).toString(), ...noise.normals(1045, ...parts, 0)];
+}"""
 
 
 @pytest.mark.slow
-def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(folder, serve, browser):
+def test_every_sampler_and_size_of_pytorch_is_that_of_the_page(closed, site, serve, browser):
+    here, _ = serve(site)
+    page = browser.new_page()
+    page.goto(here)
+    for parts in ((7, "initial noise"), (2**53 - 1, "fresh noise", 3)):
+        seed, *values = page.evaluate(NOISE, [here + "noise.js", *parts])
+        assert int(seed) == derive_seed(*parts, 0)
+        assert np.abs(np.array(values) - slot_normals((1045,), [0], *parts).numpy()[0]).max() < 1e-5
+    scene, pictures = scenes.render(3, 0, 1), []
+    image, mask = scene.images[0, :48].numpy(), scene.masks[0, :48].numpy()
+    job = {"pixels": image.ravel().tolist(), "mask": mask.astype(int).ravel().tolist(), "width": 64, "height": 48}
+    for sampling in (
+        {"sigmas": "even", "guidance_scale": 1.0, "stochastic": False},
+        {"sigmas": "scheduler", "guidance_scale": 3.0, "stochastic": False},
+        {"sigmas": "even", "guidance_scale": 1.0, "stochastic": True},
+    ):
+        for prompt in ("a red circle", LONG, "Red DOG, cross"):
+            asked = {**job, "prompt": prompt, "steps": 3, "seed": 5}
+            painted = np.array(page.evaluate(PAINT, [here + "painter.js", asked, sampling])).reshape(image.shape)
+            expected = torch_picture(closed.source, image, mask, prompt, num_inference_steps=3, seed=5, **sampling)
+            assert np.abs(painted - expected).max() <= 1, (sampling, prompt)
+            assert all((expected != other).any() for other in pictures)
+            pictures.append(expected)
+
+
+@pytest.mark.slow
+def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(site, serve, browser):
     from playwright.sync_api import expect
 
     expect.set_options(timeout=120_000)
-    here, _ = serve(folder)
+    here, _ = serve(site)
     page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page.goto(here)
     expect(page.locator("#paint")).to_be_enabled()

@@ -21,7 +21,7 @@ def export(
         str,
         typer.Option(
             help="diffusers, single-file, onnx, onnx-int8, onnx-int8-weights, openvino, openvino-int8, "
-            "torchao; all: each in a folder of OUT, with a table."
+            "torchao, web; all: each in a folder of OUT, with a table."
         ),
     ],
     out: Annotated[Path, opt.output_option("Folder to write.", "EXPORT")],
@@ -32,6 +32,10 @@ def export(
     separate: Annotated[
         bool, typer.Option("--separate", help="ControlNet and transformer as two graphs (onnx, openvino).")
     ] = False,
+    ort: Annotated[
+        Path | None,
+        typer.Option(help="npm package onnxruntime-web for web, a .tgz file or a folder; default: fetched by npm."),
+    ] = None,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -41,10 +45,10 @@ def export(
     titles = {name: find_format(name).title for name in (format_names() if to == ALL else [to])}
     if dry_run:
         planned = {"verb": "export", "student": student, "model": model, "formats": titles, "out": out}
-        return show({**planned, "cache": cache, "separate": separate}, as_json)
+        return show({**planned, "cache": cache, "separate": separate, "ort": ort}, as_json)
     from refine_control.export.exporting import export_student
 
     result = export_student(
-        student, to, out, model=model, cache=cache, separate=separate, progress=progress_bar("export")
+        student, to, out, model=model, cache=cache, separate=separate, ort=ort, progress=progress_bar("export")
     )
     show(result if as_json else result.text, as_json)

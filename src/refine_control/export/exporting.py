@@ -94,9 +94,11 @@ def export_student(
     model: str = "mini",
     cache: Path | None = None,
     separate: bool = False,
+    ort: Path | None = None,
     progress: Progress | None = None,
 ) -> Exported | Table:
-    """Writes a student in the format `to`, or in every format in folders of `out` (`format.ALL`).
+    """Writes a student in the format `to`, or in every format in folders of `out` (`format.ALL`); `separate` and `ort`
+    as in `Work`.
 
     The files are published only if their velocity on samples of `cache` (mini: rendered scenes) equals PyTorch's
     within the format's bound. Raises what `load_source`, `load_samples` and a format's `refuse` raise,
@@ -107,7 +109,7 @@ def export_student(
         formats[0].refuse(source)
     samples = load_samples(source, model, cache)
     with _graph_folder(out) as graphs:
-        work = Work(source, samples, graphs, separate)
+        work = Work(source, samples, graphs, separate, ort)
         if to != ALL:
             return export_format(work, formats[0], out, progress)
         rows: list[Exported | Refused] = []

@@ -37,6 +37,8 @@ class Work:
     """Folder of the fp32 ONNX graphs, which several formats start from; filled by `formats.onnx.fp32_graphs`."""
     separate: bool = False
     """Whether ControlNet and transformer are graphs by themselves."""
+    ort: Path | None = None
+    """The npm package onnxruntime-web, for a page; None: fetched by npm."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,12 @@ from PIL import Image
 from refine_control.errors import DamagedError, InvalidInputError, MissingError
 from refine_control.miniature import vocabulary
 from refine_control.records import INPAINT
+from refine_control.runtime.description import DESCRIPTION
 from refine_control.storage import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from refine_control.export.format import Work
+    from refine_control.export.source import Source
 
 PAGE = Path(__file__).parent / "web_page"
 ORT_VERSION = "1.30.0"
@@ -33,42 +38,53 @@ EXAMPLES = 5
 _EXAMPLE_SEED = 16
 
 
-def check_page(name: str | Path, words: Collection[str] | None, condition: str, parts: Collection[str]) -> None:
-    """Raises InvalidInputError where the pipeline of the student `name` cannot run in a page.
+def check_source(source: Source) -> None:
+    """Raises InvalidInputError for a student that cannot run in a page."""
+    if source.backbone.vocabulary is None or source.backbone.pipeline.text_encoder_3 is not None:
+        raise InvalidInputError(
+            f"{source.name} is for a model without a closed vocabulary, whose text encoders and transformer take "
+            "gigabytes, too much for a browser; export it with `--to onnx`, or a student of the mini model"
+        )
+    if source.condition != INPAINT:
+        raise InvalidInputError(
+            f"{source.name} is for the condition {source.condition}, and the page paints a region of a picture; export "
+            "a student for inpainting"
+        )
 
-    `parts` are the graphs of the export, `words` the model's closed vocabulary."""
-    if words is None or "text_encoder_3" in parts:
-        raise InvalidInputError(
-            f"{name} is for a model without a closed vocabulary, whose text encoders and transformer take gigabytes: "
-            "too much for a browser page; export it with `--to onnx`, or a student of the mini model with `--to web`"
-        )
-    if condition != INPAINT:
-        raise InvalidInputError(
-            f"{name} is for the condition {condition}, and the page paints a region of a picture; export a student "
-            "for inpainting"
-        )
-    if "denoiser" not in parts:
+
+def write_site(work: Work, folder: Path) -> None:
+    """Writes the fp32 ONNX graphs and the page. Raises what `runtime_files` raises, InvalidInputError for two graphs
+    in place of one."""
+    from refine_control.export.pipeline_folder import copy_graph, write_pipeline
+
+    if work.separate:
         raise InvalidInputError("the page runs ControlNet and transformer as one graph; leave out --separate")
+    write_runtime(folder / "ort", work.ort)  # before the graphs, which take longer
+    write_pipeline(work, folder, "onnx", "fp32", ".onnx", copy_graph)
+    networks = work.source.controlnet, work.source.backbone.transformer
+    parameters = sum(weight.numel() for network in networks for weight in network.parameters())
+    layers, blocks = len(networks[0].controlnet_blocks), work.source.backbone.num_blocks
+    write_page(
+        folder,
+        f"A ControlNet of {layers} layers and a transformer of {blocks} blocks, {parameters / 1e6:.1f} million "
+        f"parameters together, run by ONNX Runtime Web {ORT_VERSION} in WebAssembly on one thread of the processor.",
+    )
 
 
-def write_page(folder: Path, about: str, ort: Path | None = None) -> None:
-    """Adds the page to a folder of ONNX graphs with their pipeline.json, checked by `check_page`.
-
-    `about` says in a sentence what runs. `ort` is a folder or a .tgz file of the npm package `ORT_PACKAGE`; None: npm
-    fetches it. Raises what `runtime_files` raises."""
-    described = json.loads((folder / "pipeline.json").read_bytes())
-    (folder / "ort").mkdir()
-    for name, data in runtime_files(ort).items():
-        write_atomic(folder / "ort" / name, data)
+def write_page(folder: Path, about: str) -> None:
+    """Adds the page to a folder of ONNX graphs with their pipeline.json. `about` says in a sentence what runs."""
+    described = json.loads((folder / DESCRIPTION).read_bytes())
     for file in sorted(PAGE.iterdir()):
         write_atomic(folder / file.name, file.read_bytes())
-    tables = {
-        part: token_table(folder / file, described["vocabulary"]) for part, file in described["tokenizers"].items()
+    words = sorted(described["vocabulary"], key=lambda word: (*vocabulary.WORDS, word).index(word))
+    page = {
+        "about": about,
+        "words": words,
+        "tables": {part: token_table(folder / file, words) for part, file in described["tokenizers"].items()},
+        "bytes": {part: (folder / file).stat().st_size for part, file in described["parts"].items()},
+        "examples": _write_examples(folder) if set(vocabulary.WORDS) <= set(words) else [],
     }
-    sizes = {part: (folder / file).stat().st_size for part, file in described["parts"].items()}
-    examples = _write_examples(folder) if set(vocabulary.WORDS) <= set(described["vocabulary"]) else []
-    about = f"{about}, by ONNX Runtime Web {ORT_VERSION} in WebAssembly on one thread of the processor."
-    write_json(folder / "page.json", {"about": about, "bytes": sizes, "examples": examples, "tables": tables})
+    write_json(folder / "page.json", page)
     write_atomic(folder / "README.md", _README.format(about=about))
 
 
@@ -104,19 +120,22 @@ def _write_examples(folder: Path) -> list[dict[str, str]]:
     return examples
 
 
-def runtime_files(ort: Path | None) -> Mapping[str, bytes]:
-    """The files of `ORT_FILES` by name, from a folder or a .tgz file of the npm package, or fetched by npm.
+def write_runtime(folder: Path, package: Path | None) -> None:
+    """Writes the files of `ORT_FILES` from a folder or a .tgz file of the npm package, or as npm fetches it.
 
     Raises InvalidInputError for another package, DamagedError for files that differ, MissingError without npm or where
     npm fetches nothing."""
-    if ort is None:
+    if package is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return runtime_files(fetch_package(Path(temporary)))
-    files = {name: _packed(ort, f"dist/{name}") for name in ORT_FILES}
-    for name, data in files.items():
-        if hashlib.sha256(data).hexdigest() != ORT_FILES[name]:
-            raise DamagedError(f"{name} of {ort} is not that of {ORT_PACKAGE}; fetch it by `npm pack {ORT_PACKAGE}`")
-    return files
+            return write_runtime(folder, fetch_package(Path(temporary)))
+    folder.mkdir()
+    for name, expected in ORT_FILES.items():
+        data = _packed(package, f"dist/{name}")
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise DamagedError(
+                f"{name} of {package} is not that of {ORT_PACKAGE}; fetch it by `npm pack {ORT_PACKAGE}`"
+            )
+        write_atomic(folder / name, data)
 
 
 def _packed(package: Path, name: str) -> bytes:

@@ -106,7 +106,7 @@ function stroke(event) {
   mask.lineCap = "round";
   mask.beginPath();
   mask.moveTo(x, y);
-  mask.lineTo(...point);
+  mask.lineTo(point[0] + 0.01, point[1]); // a line of no length is not drawn
   mask.stroke();
   mask.globalCompositeOperation = "source-over";
   state.stroke = point;
@@ -262,7 +262,7 @@ function begin(described) {
   const choices = most ? [1, 2, 4].filter((n) => n <= most) : [Math.ceil(usual / 4), Math.ceil(usual / 2), usual];
   $("steps").append(...choices.map((n) => element("button", { textContent: n }, { steps: n })));
   chooseSteps(choices.includes(usual) ? usual : choices.at(-1));
-  $("chips").append(...state.about.vocabulary.map((word) => element("button", { textContent: word }, { word })));
+  $("chips").append(...state.page.words.map((word) => element("button", { textContent: word }, { word })));
   state.page.examples.forEach(({ picture, prompt }, number) => {
     const button = element("button", { title: prompt }, { number });
     button.append(element("img", { src: picture, alt: `Example ${number + 1}` }));
