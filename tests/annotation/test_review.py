@@ -18,9 +18,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from refine_control.annotation import review_state
-from refine_control.annotation.review import SECRET_NAME, _stopped_by_signal, make_app, serve
+from refine_control.annotation.review import SECRET_NAME, make_app, serve
 from refine_control.annotation.review_rows import LONGEST, load_view, read_rows
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.local_server import stopped_by_signal
 from refine_control.photos.decisions import ACCEPT, EDIT, REJECT, append_decision, by_reviewer, decide, read_decisions
 from refine_control.photos.regions import encode_rle
 
@@ -361,7 +362,7 @@ def test_a_signal_ends_it_before_it_listens_and_where_a_shell_had_it_ignored(num
     before = signal.signal(number, signal.SIG_IGN)
     try:
         went_on = False
-        with _stopped_by_signal():
+        with stopped_by_signal():
             signal.raise_signal(number)
             went_on = True
         assert not went_on

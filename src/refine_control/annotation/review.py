@@ -20,43 +20,28 @@ from __future__ import annotations
 import contextlib
 import hmac
 import os
-import re
 import secrets
-import signal
-import socket
-import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from refine_control.annotation.review_state import Review
 from refine_control.errors import InvalidInputError, MissingError, RefineControlError
+from refine_control.local_server import LOOPBACK, Guard, address, listen, run, stopped_by_signal
 from refine_control.records import Rejected
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Request, Response
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECRET_NAME = ".review-secret"
 MAX_BODY = 1 << 16
 """Bytes of a request: many times what the longest prompt needs."""
-_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\s\[\]:/@]+))(?::[0-9]{1,5})?")
-"""A Host header: an IPv6 address in brackets or a name, and perhaps a port."""
 _PAGE = Path(__file__).with_name("review.html")
-_HEADERS = (
-    (b"cache-control", b"no-store"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-)
 _POLICY = (
     "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'unsafe-inline'; "
     "script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 def make_app(review: Review, secret: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> FastAPI:
@@ -104,7 +89,8 @@ def make_app(review: Review, secret: str | None = None, hosts: tuple[str, ...] |
     def undo(reviewer: str = Body("", embed=True)) -> Any:
         return review.undo(reviewer)
 
-    app.add_middleware(_Guard, secret=secret, hosts=hosts)
+    admit = _admit_secret(secret)
+    app.add_middleware(Guard, hosts, MAX_BODY, admit, "the review", ((b"cache-control", b"no-store"),))
     return app
 
 
@@ -112,54 +98,17 @@ def _missing(error: ImportError) -> MissingError:
     return MissingError(f"the review needs {error.name}; install it by pip install 'refine-control[review]'")
 
 
-class _Guard:
-    """ASGI: lets through only what a page of this server asks for, and adds the headers that keep it so."""
+def _admit_secret(secret: str | None) -> Callable[[Request], Response | None]:
+    """Refuses a request without the secret, None: no request."""
 
-    def __init__(self, app: Any, secret: str | None, hosts: tuple[str, ...] | None) -> None:
-        self.app, self.secret, self.hosts = app, secret, hosts
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        from fastapi import HTTPException, Request
+    def admit(request: Request) -> Response | None:
         from fastapi.responses import JSONResponse
 
-        received = 0
+        if secret is None or hmac.compare_digest(request.query_params.get("secret", "").encode(), secret.encode()):
+            return None
+        return JSONResponse({"detail": "the secret is wrong; open the address that the review printed"}, 403)
 
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY:
-                raise HTTPException(413, f"a decision has at most {MAX_BODY:,} bytes")
-            return message
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *_HEADERS]
-            await send(message)
-
-        why = self._refusal(Request(scope)) if scope["type"] == "http" else None
-        answer = self.app if why is None else JSONResponse({"detail": why}, 403)
-        await answer(scope, receive_limited, send_with_headers)
-
-    def _refusal(self, request: Request) -> str | None:
-        """Why a request is refused."""
-        host = request.headers.get("host", "")
-        if self.hosts is not None and _host_name(host) not in self.hosts:
-            return f"this machine is not known as {host!r}; open the address that the review printed"
-        if request.method not in ("GET", "HEAD"):
-            origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
-            if origin not in (None, f"http://{host}", f"https://{host}") or site not in ("same-origin", "none"):
-                return "another page may not decide here"
-        secret = request.query_params.get("secret", "")
-        if self.secret is not None and not hmac.compare_digest(secret.encode(), self.secret.encode()):
-            return "the secret is wrong; open the address that the review printed"
-        return None
-
-
-def _host_name(header: str) -> str:
-    """`localhost:8765` -> localhost, `[::1]:8765` -> ::1; empty for anything but a name or address and a port."""
-    parts = _HOST.fullmatch(header)
-    return (parts[1] or parts[2]).lower() if parts else ""
+    return admit
 
 
 def _read_secret(folder: Path) -> str:
@@ -174,18 +123,6 @@ def _read_secret(folder: Path) -> str:
         path.unlink()
         return _read_secret(folder)
     return secret
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Connections made before the server starts are accepted then."""
-    is_v6 = ":" in host
-    family = socket.AF_INET6 if is_v6 else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=64, dualstack_ipv6=is_v6)
-    except (OSError, OverflowError) as error:
-        raise InvalidInputError(
-            f"cannot listen on {host}:{port} ({error}); name another port, 0 takes a free one"
-        ) from error
 
 
 def serve(
@@ -205,32 +142,9 @@ def serve(
             f"{host} can be reached by others, who could see the photos and decide; use 127.0.0.1 and ssh -L, "
             "or pass --allow-remote"
         )
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise _missing(error) from error
     review = Review(folder, reviewer)
     secret = _read_secret(folder)
     app = make_app(review, secret, LOOPBACK if host in LOOPBACK else None)
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    with listening, _stopped_by_signal():
-        print(f"http://{shown}:{listening.getsockname()[1]}/?secret={quote(secret)}", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
-
-
-@contextlib.contextmanager
-def _stopped_by_signal() -> Iterator[None]:
-    """SIGTERM and Ctrl+C are how a server is meant to end; uvicorn raises them again after it has answered all.
-
-    Both end it from here on, before uvicorn listens to them too, and where a shell started it with SIGINT ignored."""
-    main = threading.current_thread() is threading.main_thread()
-    ending = (signal.SIGTERM, signal.SIGINT) if main else ()
-    before = {number: signal.signal(number, signal.default_int_handler) for number in ending}
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with listen(host, port) as listening, stopped_by_signal():
+        print(f"{address(host, listening)}?secret={quote(secret)}", flush=True)
+        run(app, listening)
