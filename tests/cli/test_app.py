@@ -130,6 +130,7 @@ VERBS = {
         ),
         *("--workers", "target"),
     ],
+    "serve": [DRY, "--host", JSON, "--model", "--port", "--student", "--teacher", "--user"],
     "train": [DRY, JSON, "--nproc", "--run-dir", "--set", "recipe"],
     "trim": [JSON, "--model", "--out", "controlnet"],
 }

@@ -17,6 +17,7 @@ from refine_control.cli.export import export
 from refine_control.cli.inpaint import inpaint
 from refine_control.cli.output import note, paired, progress_bar, show
 from refine_control.cli.push import push
+from refine_control.cli.serve import serve
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.signals import interruptible
 from refine_control.threads import set_up
@@ -229,7 +230,7 @@ def doctor(as_json: opt.Json = False) -> None:
         )
 
 
-for verb in (cache, evaluate, reproduce, cost, trim, export, push):
+for verb in (cache, evaluate, reproduce, cost, trim, export, push, serve):
     app.command()(verb)
 
 
