@@ -91,7 +91,7 @@ def make_app(offers: Mapping[str, Offer], folder: Path, user: str | None, passwo
         path="/",
         max_file_size=MAX_UPLOAD,
         blocked_paths=["/proc", "/sys", "/dev", "/etc"],
-        show_error=True,
+        show_error=False,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
