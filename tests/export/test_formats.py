@@ -67,7 +67,7 @@ def test_batch_size_and_tokens_of_the_denoiser_vary(work, exported, batch, heigh
             shape[-2:] = shapes[name] if len(shapes[name]) == 2 else [*shapes[name], shape[-1]]
         shape[:1] = [batch] if shape else []
         arrays[name] = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))).numpy()
-    arrays["conditioning_scale"] = np.float32(0.3)
+    arrays["conditioning_scale"] = np.array(0.3, np.float32)
     velocity = load_velocity(exported("onnx")[1], "onnx", "fp32", ".onnx")
     assert compare(torch_velocity(work.source)(arrays), velocity(arrays)).relative < EXACT
 
@@ -75,7 +75,7 @@ def test_batch_size_and_tokens_of_the_denoiser_vary(work, exported, batch, heigh
 def test_the_conditioning_scale_is_an_input(work, exported):
     velocity = load_velocity(exported("onnx")[1], "onnx", "fp32", ".onnx")
     arrays = work.samples.arrays
-    other = {**arrays, "conditioning_scale": np.float32(0)}
+    other = {**arrays, "conditioning_scale": np.array(0, np.float32)}
     assert compare(velocity(arrays), velocity(other)).relative > 1e-3
 
 

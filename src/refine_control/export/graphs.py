@@ -104,6 +104,8 @@ class ControlNetGraph(nn.Module):
         sigmas: torch.Tensor,
         conditioning_scale: Any,
     ) -> tuple[torch.Tensor, ...]:
+        for axis in (2, 3):  # or the exporter would carry two heights and two widths through every layer
+            torch._check(control_cond.shape[axis] == noisy_latents.shape[axis])
         asked = noisy_latents, sigmas, prompt_embeds, control_cond, pooled_prompt_embeds, conditioning_scale
         return tuple(control_residuals(self.controlnet, *asked))
 
