@@ -20,11 +20,16 @@ def sampling(
     scale: float | None,
     **others: Any,
 ) -> SamplerConfig:
-    """The sampling options that are given; for the others the defaults of the ControlNet, the model or else SD3."""
-    from refine_control.models.card import choose_sampler
+    """The sampling options that are given; for the others the defaults of the ControlNet, the model or else SD3.
 
-    given = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale}
-    return choose_sampler(model, controlnet, {**given, **others})
+    The ControlNet may be an exported folder."""
+    from refine_control.models.card import choose_sampler
+    from refine_control.runtime.description import exported_sampler, is_exported
+
+    given = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale, **others}
+    if controlnet is not None and is_exported(Path(controlnet)):
+        return exported_sampler(Path(controlnet), given)
+    return choose_sampler(model, controlnet, given)
 
 
 def make_app(**options: Any) -> typer.Typer:

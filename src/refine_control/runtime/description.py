@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from refine_control.config import SamplerConfig, Section, StudentCard
 from refine_control.errors import DamagedError, InvalidInputError
+from refine_control.models.card import sampler_by_card
 from refine_control.models.fit import Geometry
 from refine_control.records import INPAINT
 from refine_control.storage import read_manifest
@@ -78,3 +80,14 @@ def read_description(folder: Path) -> Description:
         reason = " ".join(str(error).split())[:200]
         raise DamagedError(f"{folder / DESCRIPTION} cannot be read by this version: {reason}; export again") from None
     return description
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is an exported pipeline."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def exported_sampler(folder: Path, given: Mapping[str, Any]) -> SamplerConfig:
+    """The sampler with the `given` fields (None: not given) and else the export's. Raises as `read_description`."""
+    about = read_description(folder)
+    return sampler_by_card(about.card, folder, given, about.sampling.model_dump())

@@ -79,8 +79,10 @@ class ExportedPipeline:
         prompt: str,
         sampler: SamplerConfig,
         progress: Progress | None = None,
+        *,
+        slot: int = 0,
     ) -> np.ndarray:
-        """Paints a picture -> (H,W,3) uint8, uncomposited.
+        """Paints a picture -> (H,W,3) uint8, uncomposited. Its noise is a function of (sampler.seed, slot).
 
         `image` (H,W,3) uint8 and `mask` (H,W) bool, True = paint; for a condition without a region the condition
         picture and None. Logs a warning of what of the prompt is not read. Raises InvalidInputError for a size, a mask
@@ -88,7 +90,7 @@ class ExportedPipeline:
         self._check(image, mask, sampler)
         cond = self._control_cond(image, mask)
         noise_shape = (self.description.latent_channels, *cond.shape[2:])
-        latents = slot_normals(noise_shape, [0], sampler.seed, "initial noise")
+        latents = slot_normals(noise_shape, [slot], sampler.seed, "initial noise")
         prompts = [prompt, ""] if sampler.guidance_scale > 1 else [prompt]
         embeds, pooled = (np.concatenate(parts) for parts in zip(*map(self._encode, prompts), strict=True))
         constant = {
@@ -104,7 +106,7 @@ class ExportedPipeline:
             if v_empty:
                 v = v_empty[0] + np.float32(sampler.guidance_scale) * (v - v_empty[0])
             if sampler.stochastic:
-                fresh = slot_normals(noise_shape, [0], sampler.seed, "fresh noise", step)
+                fresh = slot_normals(noise_shape, [slot], sampler.seed, "fresh noise", step)
                 latents = (1 - following) * (latents - sigma * v) + following * fresh
             else:
                 latents = latents + (following - sigma) * v

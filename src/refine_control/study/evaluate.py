@@ -24,10 +24,12 @@ from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, repaint_grid
 from refine_control.progress import Progress
 from refine_control.records import Photo
+from refine_control.runtime.description import is_exported
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_json
 from refine_control.study.compare import Result, compare, read_test, samplers_by_name
 from refine_control.study.curves import Curve
 from refine_control.study.diversity import compare_seeds
+from refine_control.study.exported import add_exported, refuse_other_conditions
 from refine_control.study.feature_metrics import metric_notes, scene_networks
 from refine_control.study.model_cost import load_models, model_costs
 from refine_control.study.plan import BASELINE, TEACHER
@@ -207,7 +209,10 @@ def _inputs(test: Path, teacher: str | None, students: Mapping[str, Path]) -> li
     return [
         _hashed("test", test / MANIFEST),
         *teachers,
-        *(_hashed(name, min(folder.glob("*.safetensors"), default=folder)) for name, folder in students.items()),
+        *(
+            _hashed(name, min(folder.glob("*.safetensors"), default=folder / MANIFEST))
+            for name, folder in students.items()
+        ),
     ]
 
 
@@ -240,26 +245,31 @@ def evaluate(
     `weights` is a folder with the networks of FID, LPIPS and CMMD; metrics whose network is missing are left out with a
     note. Everything but the oracle of scenes runs on the GPU if there is one.
     With `noise_seeds` the first scenes are painted by so many, and a table and `seeds.png` show how they differ.
+    A student may be an exported pipeline, which its own runtime paints with; costs are of the others.
     The students named `ours` and `fc` give the share of the gap that is closed."""
     if TEACHER in students:
         raise InvalidInputError("a student cannot be called teacher, the name of the teacher's row; rename it")
-    for folder in students.values():
+    exported = {name: folder for name, folder in students.items() if is_exported(folder)}
+    in_torch = {name: folder for name, folder in students.items() if name not in exported}
+    for folder in in_torch.values():
         refuse_other_kind(folder, A_CONTROLNET)
     photos, sizes, condition = read_test(test), read_geometry(model), Shards(test).condition
     for height, width in sorted({photo.mask.shape for photo in photos}):
         sizes.check(height, width)
+    refuse_other_conditions(exported, condition)
     with only_writer(out):
-        backbone, controlnets, own_backbones = load_models(model, teacher, students)
+        backbone, controlnets, own_backbones = load_models(model, teacher, in_torch)
         for name, controlnet in controlnets.items():
             check_condition(controlnet.config, condition, name)
         backbone.warn_unread([p.prompt for p in photos])
         networks = scene_networks(condition, photos, weights)
-        samplers = samplers_by_name(sampler, controlnets)
+        samplers = samplers_by_name(sampler, [*controlnets, *exported])
         shared = samplers[TEACHER]
         costs = model_costs(
-            backbone, controlnets, model, {TEACHER: teacher, **students}, shared.precision, own_backbones=own_backbones
+            backbone, controlnets, model, {TEACHER: teacher, **in_torch}, shared.precision, own_backbones=own_backbones
         )
         result = compare(backbone, controlnets, photos, samplers, networks, progress, own_backbones)
+        add_exported(result, exported, photos, samplers, networks, progress)
         tables = [sampling_table(samplers)] if any(each != shared for each in samplers.values()) else []
         if baselines:
             from refine_control.study.compare_baselines import add_baselines
