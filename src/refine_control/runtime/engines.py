@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def _open_onnx(file: Path, precision: str, threads: int) -> Engine:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    return lambda arrays: session.run(None, {name: arrays[name] for name in names})
+    return lambda arrays: cast("list[np.ndarray]", session.run(None, {name: arrays[name] for name in names}))
 
 
 def _open_openvino(file: Path, precision: str, threads: int) -> Engine:
