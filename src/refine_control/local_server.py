@@ -54,7 +54,7 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         from starlette.exceptions import HTTPException
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse
 
         received = 0
@@ -79,7 +79,8 @@ class Guard:
                 answer = JSONResponse({"detail": why}, 403)
             else:
                 answer = self.admit(request) or self.app
-        await answer(scope, receive_limited, send_with_headers)
+        with contextlib.suppress(ClientDisconnect):  # who leaves gets no answer, and the log no traceback
+            await answer(scope, receive_limited, send_with_headers)
 
     def _refusal(self, request: Request) -> str | None:
         """Why a request is refused."""

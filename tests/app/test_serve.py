@@ -1,6 +1,8 @@
 """Laws of the page: it paints what a person painted over, nothing leaves the machine, nobody reads other files."""
 
 import base64
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refine_control.app.examples import write_examples
 from refine_control.app.serve import _ADDRESSES, MAX_UPLOAD, admit_user, refuse_open
 from refine_control.app.views import layer, read_strokes, read_upload, view
 from refine_control.cli import app as cli
@@ -98,13 +101,13 @@ def png(pixels: np.ndarray, file: Path) -> bytes:
 # Pictures
 
 
-def test_views_are_of_a_size_for_a_brush_and_strokes_come_back_as_the_mask(tmp_path):
-    for size in ((64, 64), (600, 300), (3000, 200)):
-        shown = view(Image.new("RGB", size))
-        assert 512 <= max(shown.size) <= 1024
-        mask = np.zeros(size[::-1], bool)
-        mask[size[1] // 4 : size[1] // 2, size[0] // 4 : size[0] // 2] = True
-        strokes = layer(np.asarray(Image.fromarray(mask).resize(shown.size, Image.Resampling.NEAREST)))
+@pytest.mark.parametrize("size", [(64, 64), (600, 300), (300, 600), (3000, 200)])
+def test_strokes_on_a_view_come_back_as_the_mask_of_the_photograph(tmp_path, size):
+    shown = view(Image.new("RGB", size)).size
+    mask = np.zeros(size[::-1], bool)
+    mask[size[1] // 4 : size[1] // 2, size[0] // 4 : size[0] // 2] = True
+    proposed = layer(np.asarray(Image.fromarray(mask).resize(shown, Image.Resampling.NEAREST)))
+    for strokes in (proposed, proposed[: shown[1], : shown[0]]):  # as proposed, and as the editor sends what it edited
         png(strokes, tmp_path / "strokes.png")
         assert (read_strokes([tmp_path / "strokes.png"], size) ^ mask).mean() < 0.02
 
@@ -204,15 +207,14 @@ def test_no_request_reads_a_file_that_is_not_its_upload(server, config, tmp_path
         assert "root:" not in json.dumps(answer)
 
 
-def test_two_servers_name_the_same_upload_differently(server, tmp_path):
-    """A name is a hash of content and a secret of the process: who has the content cannot compute it."""
-    import hashlib
-
-    from gradio.utils import get_hash_seed
-
+def test_the_name_of_an_upload_cannot_be_computed_from_its_content(server, tmp_path):
+    """It is a hash of content and a seed, gradio's own in a file of its package: this server's seed is a secret."""
     content = png(np.ones((64, 64, 3), np.uint8), tmp_path / "a.png")
-    public = hashlib.sha256(get_hash_seed().encode() + content).hexdigest()
-    assert public not in upload(server, content).json()[0]
+    package = importlib.util.find_spec("gradio")
+    assert package is not None
+    assert package.origin is not None
+    seed = Path(package.origin).with_name("hash_seed.txt").read_bytes()
+    assert hashlib.sha256(seed + content).hexdigest() not in upload(server, content).json()[0]
 
 
 # What people type
@@ -239,7 +241,6 @@ HOLE = np.pad(np.ones((128, 128), bool), 192)
         (" ", HOLE, "The prompt is empty"),
         ("a " * 5000, HOLE, "10,000 characters"),
         ("a red star", None, "Nothing is painted over"),
-        ("a red star", HOLE[:100], "do not fit"),
     ],
 )
 def test_bad_input_is_a_sentence_on_the_page(server, config, tmp_path, prompt, mask, said):
@@ -286,36 +287,53 @@ def test_many_at_once_and_half_open_connections_are_answered_or_refused(server, 
 # The page itself, in a browser
 
 
-def test_a_stroke_of_the_brush_is_painted_and_nothing_leaves_the_machine(server):
+def test_an_example_and_a_stroke_are_painted_and_nothing_leaves_the_machine(server, tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
     chromium = shutil.which("chromium")
     assert chromium, "this test drives a browser: apt-get install chromium"
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=120_000)  # the editor draws by WebGL, which a machine without a GPU computes
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
         page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(120_000)
         requests, faults = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: faults.append(error))
-        page.goto(server.url, timeout=60_000)
-        page.locator("#examples button").nth(1).click(timeout=60_000)
+        page.goto(server.url)
+        page.locator("#examples img").nth(3).wait_for()
+        pictures = []
+        page.on("response", lambda answer: pictures.append(answer.url) if "/file=" in answer.url else None)
+        page.locator("#examples button").nth(1).click()
         prompt = page.get_by_role("textbox").first
         expect(prompt).to_have_value("a blue circle")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         prompt.fill("a red star")
-        box = page.locator("#photo canvas").first.bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x - 50, y)
-        page.mouse.down()
-        page.mouse.move(x + 50, y + 40, steps=6)
-        page.mouse.up()
+        undo = page.get_by_role("button", name="Undo")
+        while len(pictures) < 2 or undo.is_disabled():  # photograph and strokes of the example, then one of our own
+            box = page.locator("#photo canvas").first.bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x + 6, y + 6, steps=3)
+            page.mouse.up()
+            page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         page.locator("#paint").click()
         expect(page.locator(".facts").first).to_contain_text("4 network calls")
         expect(page.locator("#painted img").first).to_be_visible()
+        with page.expect_download() as downloading:
+            page.get_by_text("Download the PNG").click()
+        with Image.open(downloading.value.path()) as picture:
+            painted = np.asarray(picture.convert("RGB"), float)
         browser.close()
     assert {url.split("/")[2] for url in requests if url.startswith("http")} == {server.url.split("/")[2]}
     assert faults == []
+    example = write_examples(tmp_path)[1]
+    mask = np.asarray(Image.fromarray(example.mask).resize((64, 64), Image.Resampling.NEAREST))
+    change = np.abs(painted - np.asarray(Image.open(example.file), float)).mean(2)
+    assert change[mask].mean() > 20  # the strokes that the example proposes lie where the example's hole is
+    centre = change[29:36, 29:36]
+    assert centre[~mask[29:36, 29:36]].max() > 0  # and the stroke of the mouse is painted
 
 
 def test_a_signal_ends_it_with_a_sentence_and_nothing_is_left(server):

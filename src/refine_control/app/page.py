@@ -22,7 +22,7 @@ from PIL import Image
 
 from refine_control.app.examples import Example
 from refine_control.app.offers import Offer
-from refine_control.app.views import BRUSH, OPACITY, layer, propose, read_strokes, read_upload, view
+from refine_control.app.views import BRUSH, OPACITY, SIDE, layer, propose, read_strokes, read_upload, view
 from refine_control.errors import InvalidInputError, RefineControlError
 from refine_control.photos.decode import Original
 from refine_control.pipeline.inpainter import check_prompt
@@ -254,10 +254,14 @@ def build(offers: Mapping[str, Offer], examples: Sequence[Example], folder: Path
 
 def _editor() -> gr.ImageEditor:
     brush = gr.Brush(default_size=32, colors=[f"rgba({', '.join(map(str, BRUSH))}, {OPACITY})"], color_mode="fixed")
-    options: dict[str, Any] = {"sources": None, "transforms": None, "layers": False, "buttons": []}
-    editor = gr.ImageEditor(
-        label="Paint over a part", brush=brush, elem_id="photo", height=520, format="png", **options
-    )
+    options: dict[str, Any] = {
+        "sources": None,
+        "transforms": None,
+        "layers": False,
+        "buttons": [],
+        "canvas_size": (SIDE, SIDE),
+    }
+    editor = gr.ImageEditor(show_label=False, brush=brush, elem_id="photo", height=520, format="png", **options)
     editor.preprocess = _layers  # type: ignore[method-assign] - gradio's would decode pictures of any size
     return editor
 
@@ -270,7 +274,13 @@ def _layers(drawing: EditorData | None) -> list[Path]:
 
 def _thumbnails(name: str, pictures: Sequence[Image.Image] = ()) -> gr.Gallery:
     """A row of pictures to click."""
-    options: dict[str, Any] = {"columns": 4, "height": "auto", "allow_preview": False, "buttons": [], "format": "png"}
+    options: dict[str, Any] = {
+        "columns": 4,
+        "height": "auto",
+        "allow_preview": False,
+        "buttons": [],
+        "object_fit": "contain",
+    }
     return gr.Gallery(
         list(pictures), elem_id=name, show_label=False, visible=bool(pictures), interactive=False, **options
     )

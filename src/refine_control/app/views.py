@@ -16,12 +16,14 @@ from refine_control.errors import InvalidInputError
 from refine_control.photos.decode import Original, read_header, read_original
 from refine_control.records import Rejected
 
-SIDES = 512, 1024
-"""The longer side of a view in pixels: smaller photographs are enlarged, larger ones reduced."""
+SIDE = 512
+"""The longer side of a view in pixels, and both sides of the canvas it is first laid on."""
 MAX_PHOTO = 40_000_000
 """Pixels of a photograph."""
 BRUSH = (224, 36, 94)
 OPACITY = 0.65
+_PROPORTIONS = 0.05
+"""Strokes may have proportions that differ from the view's by rounding."""
 _COVERED = 63
 """A pixel of the photograph is repainted where the brush covers a quarter of it (63 / 255)."""
 
@@ -42,17 +44,24 @@ def read_upload(path: Path) -> Original:
     )
 
 
+def view_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(W, H) -> (w, h) with a longer side of SIDE."""
+    width, height = (max(1, round(side * SIDE / max(size))) for side in size)
+    return width, height
+
+
 def view(picture: Image.Image) -> Image.Image:
-    """The picture in RGB with its longer side within SIDES."""
-    longer = max(picture.size)
-    factor = min(max(longer, SIDES[0]), SIDES[1]) / longer
-    size = [max(1, round(side * factor)) for side in picture.size]
-    return picture.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    """The picture in RGB, enlarged or reduced to `view_size`."""
+    return picture.convert("RGB").resize(view_size(picture.size), Image.Resampling.LANCZOS)
 
 
 def layer(mask: np.ndarray) -> np.ndarray:
-    """A mask (h, w) bool as strokes of the brush, (h, w, 4) uint8."""
-    return np.where(mask[..., None], np.array([*BRUSH, round(255 * OPACITY)], np.uint8), np.uint8(0))
+    """A mask (h, w) bool as strokes of the brush on the whole canvas, (SIDE, SIDE, 4) uint8, the view at its top left.
+
+    gradio's editor would centre strokes of the size of the view on the canvas, beside what they belong to."""
+    canvas = np.zeros((SIDE, SIDE, 4), np.uint8)
+    canvas[: len(mask), : mask.shape[1]][mask] = [*BRUSH, round(255 * OPACITY)]
+    return canvas
 
 
 def read_strokes(layers: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
@@ -63,10 +72,13 @@ def read_strokes(layers: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     for file in layers:
         try:
             with Image.open(file, formats=("PNG", "WEBP")) as strokes:
-                (width, height), longest = strokes.size, 4 * SIDES[1]  # a screen may have several pixels a point
-                if max(width, height) > longest or abs(width / height / (size[0] / size[1]) - 1) > 0.05:
+                (width, height), shown = strokes.size, view_size(size)
+                whole = (width, height) == (SIDE, SIDE)  # as `layer` proposed them, and not the view alone
+                fits = abs(width / height / (shown[0] / shown[1]) - 1) < _PROPORTIONS or whole
+                if max(width, height) > 4 * SIDE or not fits:  # a screen may have several pixels a point
                     raise InvalidInputError("the strokes do not fit the photograph; choose the photograph again")
                 alpha = strokes.convert("RGBA").getchannel("A").point([0] + [255] * 255)
+                alpha = alpha.crop((0, 0, *shown)) if whole else alpha
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if isinstance(error, InvalidInputError):
                 raise
