@@ -110,6 +110,10 @@ VERBS = {
     "push": [
         *("--data", DRY, "--evaluation", JSON, "--out", "--private", "--revision", "--token-env", "repo_id", "student"),
     ],
+    "plan": [
+        *("--chain", "--efficiency", JSON, "--machine", "--measured", "--pairs", "--price", "--samples", "--set"),
+        *("--size", "--test", "recipe"),
+    ],
     "reproduce": [
         *(
             "--against",

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from refine_control.storage import sha256_file, write_json
 from refine_control.training import loop, run
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
+from refine_control.training.memory import plan_memory
 from refine_control.training.run import train
 
 CODE = """
@@ -119,10 +121,22 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(recipe, trained, t
     assert train(recipe, tmp_path / "run").steps == 2
 
 
-def test_a_batch_that_no_memory_holds_is_refused_before_it_is_made(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_memory_bytes", lambda device: 100_000)
-    with pytest.raises(InvalidInputError, match=r"of 4 samples at once .* training\.device_batch_size smaller"):
+def test_a_step_that_no_memory_holds_is_refused_before_a_weight_is_read(recipe, tmp_path, monkeypatch):
+    whole = plan_memory(recipe, cpu_kernels=True).peak
+    monkeypatch.setattr(run, "memory_bytes", lambda device: whole - 1)
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(InvalidInputError, match=r"4 samples at once .* --set training\.device_batch_size=2$"):
         train(recipe, tmp_path)
+
+
+def test_a_gpu_that_is_too_small_is_refused_and_the_plan_is_logged(recipe, monkeypatch, caplog):
+    plan = plan_memory(recipe)
+    for memory, refused in ((plan.peak, False), (plan.peak - 1, True)):
+        monkeypatch.setattr(run, "memory_bytes", lambda device, memory=memory: memory)
+        monkeypatch.setattr(run, "device_name", lambda device: "a small GPU")
+        with pytest.raises(InvalidInputError, match="a small GPU has") if refused else nullcontext():
+            run.refuse_too_large(recipe, torch.device("cuda"), 1)
+    assert caplog.text.count(plan.text) == 2
 
 
 def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):

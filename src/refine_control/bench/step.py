@@ -8,7 +8,7 @@ compared, then both are timed alternately in one process. Peak memory is measure
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median_high
 from typing import Any, NamedTuple
@@ -152,9 +152,8 @@ def _distance(grads: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
     return (squares / sum(float(grad.square().sum()) for grad in reference.values())) ** 0.5
 
 
-def _matmul_rate(backbone: Backbone, batch_size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the two matrix products of the image stream's feed-forward."""
-    config = backbone.transformer.config
+def matmul_rate(config: Mapping[str, Any], batch_size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the two matrix products of the image stream's feed-forward, by a transformer's config."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     rows = batch_size * (config["sample_size"] // config["patch_size"]) ** 2
     shapes = ((rows, 4 * width), (rows, width), (4 * width, width), (width, 4 * width))
@@ -199,7 +198,7 @@ def _bench_step(recipe: Recipe, repeats: int) -> StepBench:
     size, precision = len(batch.latents), fast_precision(device)
     flops = count_flops(partial(whole_step, steps[STOCK], batch, draw))
     rates = {
-        name: _matmul_rate(backbone, size, dtype, device)
+        name: matmul_rate(backbone.transformer.config, size, dtype, device)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     types = {name: precision if name == OURS else "fp32" for name in steps}

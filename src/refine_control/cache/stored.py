@@ -10,15 +10,18 @@ order. Each distinct prompt is stored once; prompt 0 is the empty one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
+from refine_control.cache.compact import BLOCK
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.photos.buckets import Size
+from refine_control.records import UNLABELED
 
 SAMPLES = "samples.jsonl"
 PromptStorage = Literal["full", "int8", "none"]
@@ -72,6 +75,23 @@ class Stored(NamedTuple):
         fields = {"dtype": str(self.dtype).removeprefix("torch."), "prompts": self.prompts, "completions": painted}
         fields |= {"path": self.path} if self.path else {}
         return fields if self.posterior == "mean" else {**fields, "posterior": self.posterior}
+
+
+def sample_bytes(
+    stored: Stored, role: str, channels: int, size: Size, tokens: Sequence[tuple[int, int]], width: int, pooled: int
+) -> float:
+    """Bytes of a sample with a region and a prompt of its own, without the text of `samples.jsonl`.
+
+    `tokens` are (number, width) of the prompt's embeddings that are not zero, `width` that of all of them."""
+    latents = channels * size[0] * size[1] * stored.dtype.itemsize
+    arrays = (role != UNLABELED) + 1
+    pictures = arrays * (2 if stored.posterior == "mean_std" else 1)
+    pictures += max(1, stored.path) if stored.completions else 0
+    numbers = sum(count * each for count, each in tokens)
+    whole = sum(count for count, _ in tokens) * width * stored.dtype.itemsize
+    text = {"int8": numbers * (1 + 2 / math.gcd(width, BLOCK)), "full": whole, "none": 0}[stored.prompts]
+    kept = pooled * stored.dtype.itemsize if stored.prompts != "none" else 0
+    return pictures * latents + size[0] * size[1] + text + kept + 4
 
 
 def row_groups(sizes: Mapping[Size, int]) -> dict[Size, range]:

@@ -12,7 +12,7 @@ import typer
 
 from refine_control.cli import options as opt
 from refine_control.cli.data import cache, data_app
-from refine_control.cli.evaluation import bench_app, cost, evaluate, reproduce, trim
+from refine_control.cli.evaluation import bench_app, cost, evaluate, plan, reproduce, trim
 from refine_control.cli.export import export
 from refine_control.cli.inpaint import inpaint
 from refine_control.cli.output import note, paired, progress_bar, show
@@ -230,7 +230,7 @@ def doctor(as_json: opt.Json = False) -> None:
         )
 
 
-for verb in (cache, evaluate, reproduce, cost, trim, export, push, serve):
+for verb in (cache, evaluate, reproduce, cost, plan, trim, export, push, serve):
     app.command()(verb)
 
 

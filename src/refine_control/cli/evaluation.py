@@ -1,4 +1,4 @@
-"""The verbs `evaluate`, `reproduce`, `cost`, `trim` and `bench`."""
+"""The verbs `evaluate`, `reproduce`, `cost`, `plan`, `trim` and `bench`."""
 
 from __future__ import annotations
 
@@ -153,6 +153,40 @@ def cost(
     from refine_control.study.model_cost import compare
 
     show(compare(model, named_folders(controlnet or [], "--controlnet"), teacher), as_json)
+
+
+@interruptible("nothing is written")
+def plan(
+    recipe: Annotated[list[str], typer.Argument(help="Packaged names or .yaml files, in the order of training.")],
+    machine: Annotated[
+        str, typer.Option(help="this, or a known device, with a count as in 8xH100; an unknown name lists them.")
+    ] = "this",
+    overrides: opt.Overrides = None,
+    chain: Annotated[bool, typer.Option("--chain", help="Plan data, caches and evaluation too.")] = False,
+    size: Annotated[int | None, opt.number("Side of the images in pixels; default: the model's own.", 16)] = None,
+    samples: Annotated[int, opt.number("Samples of both data sets together.", 2)] = 260_000,
+    pairs: Annotated[int, opt.number("Samples with the teacher's guided paths, for few steps.")] = 20_000,
+    test: Annotated[int, opt.number("Test samples of the evaluation.")] = 1000,
+    price: Annotated[float, opt.number("Price of one device for an hour.", 0)] = 0.0,
+    efficiency: Annotated[
+        float | None,
+        opt.number("Share of the product rate that a step reaches; default: 0.4, or measured.", 0.001, 1),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON of `bench step` with that share.")
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Print time, memory, disk and money of a training, by arithmetic; exit code 2 where it does not fit."""
+    from refine_control.bench.bill import Ask
+    from refine_control.bench.bill import plan as run
+    from refine_control.recipe_files import load_recipe
+
+    recipes = [load_recipe(each, overrides or []) for each in recipe]
+    bill = run(recipes, Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain))
+    show(bill if as_json else bill.text, as_json)
+    if bill.problems:
+        raise typer.Exit(2)
 
 
 @interruptible("nothing is written")

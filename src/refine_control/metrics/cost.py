@@ -98,6 +98,13 @@ def count_flops(fn: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """By operator, what `count_flops` counts: FLOPs from the arguments and, as `out_val`, the result."""
+    from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+    return {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in _missing_formulas().items()}}
+
+
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas, from shapes to FLOPs, for operators that torch 2.13's own registry lacks."""
     import torch

@@ -7,6 +7,7 @@ The CPU is asked for nothing here: there everything fits, and batches are what t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from itertools import chain
 
@@ -54,6 +55,13 @@ def free_bytes(device: torch.device) -> float:
         return math.inf
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserve
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The whole memory of a GPU or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def missing_bytes(device: torch.device, modules: Iterable[torch.nn.Module]) -> int:

@@ -223,7 +223,7 @@ def _classes() -> dict[str, type]:
     }
 
 
-def _read_index(path: Path) -> dict[str, str | None]:
+def read_index(path: Path) -> dict[str, str | None]:
     """The class of each component of an SD3 pipeline folder, None for one that it does without."""
     refuse_other_kind(path, A_MODEL)
     if not (path / INDEX).is_file():
@@ -257,7 +257,7 @@ def load_pipeline(
     The folder may lack a ControlNet (plain SD3) if one is given; unless `controlled`, the pipeline has none. Raises
     what `load_controlnet` raises."""
     path = resolve(model)
-    named = _read_index(path)
+    named = read_index(path)
     if controlled and controlnet is None and named["controlnet"] is None:
         raise InvalidInputError(
             f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
@@ -283,7 +283,7 @@ def read_geometry(model: str | Path) -> Geometry:
     """The sizes that a model paints, by its configs, without loading it. Raises what `resolve` does, and for a broken
     config what `load_network` does."""
     path = resolve(model)
-    _read_index(path)
+    read_index(path)
     vae = read_config(AutoencoderKL, path / "vae")
     return geometry(vae, read_config(SD3Transformer2DModel, path / "transformer"))
 

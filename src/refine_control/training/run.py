@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -37,28 +38,28 @@ from refine_control.models.controlnet import (
     own_layer_of_site,
     refuse_num_layers,
 )
-from refine_control.models.cpu_kernels import use_cpu_kernels
-from refine_control.models.devices import best_device
+from refine_control.models.devices import best_device, device_name, memory_bytes
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
-from refine_control.models.own_transformer import LORA, own_folder, set_lora, trainable_copy
+from refine_control.models.own_transformer import own_folder
 from refine_control.models.prompt_memory import PromptMemory
-from refine_control.photos.buckets import Size
 from refine_control.progress import Progress
 from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED
 from refine_control.storage import MANIFEST, only_writer, read_manifest, sha256_file, write_atomic
 from refine_control.threads import torch_threads
+from refine_control.training.assembly import asks_teacher, assemble, make_objective, reads_teacher, trainable_backbone
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.checkpoint import refuse_other_run
-from refine_control.training.few_step import FewStep, fields_read
-from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
-from refine_control.training.loop import Objective, fit
-from refine_control.training.objectives import KINDS, Distillation, Networks
+from refine_control.training.few_step import fields_read
+from refine_control.training.loop import fit
+from refine_control.training.memory import at_most, plan_memory, too_large
+from refine_control.training.objectives import Networks
 from refine_control.training.placement import relevant_placement
 from refine_control.training.validation import Validation
 
 STUDENT = "student"
+logger = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -107,7 +108,7 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
         start = config.num_layers, config.init, config.seed, _placement(recipe, backbone, device)
         named = _condition(recipe, backbone)
         student = build_student(backbone.transformer, backbone.pipeline.controlnet, *start, condition=named)
-        return _trainable(recipe, backbone, backbone, None), student
+        return trainable_backbone(recipe, backbone, backbone, None), student
     folder = student_folder(recipe.init_from)
     start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
     if len(student.transformer_blocks) != recipe.student.num_layers:
@@ -121,7 +122,7 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
             f"init_from {recipe.init_from} has the placement {placement} and student.placement is {config.placement}; "
             "make them agree"
         )
-    return _trainable(recipe, backbone, start, own_folder(folder)), student
+    return trainable_backbone(recipe, backbone, start, own_folder(folder)), student
 
 
 def _condition(recipe: Recipe, backbone: Backbone) -> str:
@@ -144,25 +145,6 @@ def _placement(recipe: Recipe, backbone: Backbone, device: torch.device | str) -
     refuse_num_layers(recipe.student.num_layers, backbone.transformer)
     cache = _cache(recipe, recipe.objective.roles[0], backbone, model_mark(backbone))
     return relevant_placement(recipe, backbone, cache, device)
-
-
-def _trainable(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
-    """`backbone`, or the one around the transformer to be trained: that of `start`, which is `saved` in a folder.
-
-    Raises InvalidInputError where the recipe does not train what was trained before."""
-    kind, held = recipe.student.backbone, saved and ("lora" if saved.name == LORA else "whole")
-    if held and kind not in (held, "whole"):
-        raise InvalidInputError(
-            f"init_from {recipe.init_from} was trained with student.backbone {held} and the recipe has {kind}; set "
-            f"student.backbone to {held}"
-        )
-    if kind == "frozen":
-        return backbone
-    transformer = start.transformer if kind == "whole" else backbone.transformer
-    trainable = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
-    if saved and kind == "lora":
-        set_lora(trainable, saved)
-    return backbone.with_transformer(trainable)
 
 
 def _cache(recipe: Recipe, role: str, backbone: Backbone, model: str, *controlnets: ControlNet) -> Cache:
@@ -246,25 +228,6 @@ def refuse_other_paths(cache: Cache, objective: ObjectiveConfig, networks: Netwo
         raise InvalidInputError(f"{cache.folder} has {why}; {again}")
 
 
-def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:
-    """The objective that a recipe names."""
-    if config.is_few_step:
-        return FewStep(networks, config)
-    return Distillation(networks, KINDS[config.kind], config.weights, config.feature_normalisation == "layer")
-
-
-def asks_teacher(config: ObjectiveConfig) -> bool:
-    """Whether the teacher runs in training."""
-    return few_step_asks_teacher(config) if config.is_few_step else config.kind != "from_scratch"
-
-
-def reads_teacher(recipe: Recipe) -> bool:
-    """Whether a run depends on a teacher. One for few steps that learns the ground truth from the prior does not."""
-    alone = recipe.objective.is_few_step and recipe.objective.x0_source == "truth" and not recipe.init_from
-    starts = recipe.student.init == "teacher" or recipe.student.placement == "relevance"
-    return not alone or starts or asks_teacher(recipe.objective)
-
-
 def student_card(recipe: Recipe) -> StudentCard | None:
     """The card of a student for few steps: it is sampled as its recipe says; None for other objectives.
 
@@ -285,33 +248,9 @@ def prepare(recipe: Recipe, device: torch.device) -> Networks:
     with_teacher = reads_teacher(recipe)
     teacher = load_controlnet(recipe.teacher) if recipe.teacher and with_teacher else None
     backbone = load_backbone(recipe.model, teacher, controlled=with_teacher)
-    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    student_backbone, student = new_student(recipe, backbone, device)
+    started = new_student(recipe, backbone, device)
     exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
-    teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
-    transformers: list[Any] = list(dict.fromkeys([backbone.transformer, student_backbone.transformer]))
-    controlnets: list[Any] = (
-        [student] if backbone.pipeline.controlnet is None else [backbone.pipeline.controlnet, student]
-    )
-    if device.type == "cpu":
-        use_cpu_kernels(*transformers, *controlnets)
-    for part in (*transformers, student, *([teacher] if teacher is not None else [])):
-        part.to(device)  # type: ignore[arg-type]
-    if recipe.training.validate_every or recipe.objective.few_step.distance != "latent":
-        backbone.vae.to(device)
-    if recipe.data.prompts == "encode":
-        for encoder in backbone.text_encoders:  # in fp32 whatever the precision, as `cache` runs them
-            encoder.to(device)
-    if recipe.training.gradient_checkpointing:
-        for part in (student, *transformers):
-            part.enable_gradient_checkpointing()
-    if recipe.training.compile:
-        for part in (*transformers, *controlnets):
-            for block in part.transformer_blocks:
-                block.compile()
-    options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
-    options |= {"student_backbone": student_backbone, "teacher_mark": exact}
-    return Networks(backbone, teacher, student, dtype=dtype, **options)
+    return assemble(recipe, backbone, *started, device, cpu_kernels=device.type == "cpu", teacher_mark=exact)
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
@@ -379,27 +318,21 @@ def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path], recipe: Recipe) -
     return None
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """The whole memory of a GPU or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def refuse_too_large(recipe: Recipe, device: torch.device, processes: int) -> None:
+    """Raises InvalidInputError where a step needs more than the whole memory of `device`; reads configs alone.
 
-
-def _refuse_too_large(recipe: Recipe, networks: Networks, sizes: Iterable[Size], device: torch.device) -> None:
-    """Raises InvalidInputError where the control residuals of a device batch alone exceed the whole memory."""
-    training, config = recipe.training, networks.student.config
-    samples = training.device_batch_size or training.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
-    tokens = max(math.prod(size) for size in sizes) // config["patch_size"] ** 2
-    width, layers = config["num_attention_heads"] * config["attention_head_dim"], networks.num_layers
-    layers += len(networks.teacher.transformer_blocks) if networks.teacher else 0
-    needed = samples * tokens * width * layers * networks.student.dtype.itemsize
-    memory = _memory_bytes(device)
-    if needed > memory:
-        raise InvalidInputError(
-            f"the control residuals of {samples} samples at once take {needed / 2**30:.0f} GiB, and {device.type} has "
-            f"{memory / 2**30:.0f} GiB; make training.device_batch_size smaller"
-        )
+    On a GPU the plan is logged. On the CPU a step that is far from the memory's size is not counted."""
+    paths = [path for role in recipe.objective.roles if (path := getattr(recipe.data, role))]
+    sizes = [size for path in paths for size in Cache(Path(path)).groups]
+    size, memory = max(sizes, key=math.prod, default=None), memory_bytes(device)
+    if device.type == "cpu" and at_most(recipe, size, processes) < memory:
+        return
+    on = {"size": size, "processes": processes, "cpu_kernels": device.type == "cpu"}
+    plan = plan_memory(recipe, **on)
+    if device.type != "cpu" and is_main_process():
+        logger.warning("memory: %s of %.3g GB", plan.text, memory / 1e9)
+    if plan.peak > memory:
+        raise InvalidInputError(too_large(recipe, plan, memory, device_name(device), **on))
 
 
 def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsewhere: Iterable[Path] = ()) -> Trained:
@@ -419,6 +352,7 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
     main = is_main_process()
     with torch_threads(recipe.training.threads), only_writer(run_dir) if main else nullcontext():
         device = training_device()
+        refuse_too_large(recipe, device, int(os.environ.get("WORLD_SIZE", "1")))
         networks = prepare(recipe, device)
         backbone = networks.backbone
         mark = run_mark(recipe, backbone)
@@ -426,7 +360,6 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
             return done
         objective = make_objective(recipe.objective, networks)
         batches = make_batches(recipe, networks, model_mark(backbone), device)
-        _refuse_too_large(recipe, networks, batches.sizes, device)
         if main:
             write_atomic(run_dir / "recipe.yaml", resolved_yaml(recipe))
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None

@@ -1,0 +1,112 @@
+"""The networks and the objective of a recipe, put together: from loaded parts, or by configs without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refine_control.config import ObjectiveConfig, Recipe
+from refine_control.errors import InvalidInputError
+from refine_control.models.backbone import Backbone
+from refine_control.models.controlnet import ControlNet, build_student
+from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.own_transformer import LORA, set_lora, trainable_copy
+from refine_control.models.skeleton import skeleton
+from refine_control.training.few_step import FewStep
+from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
+from refine_control.training.loop import Objective
+from refine_control.training.objectives import KINDS, Distillation, Networks
+
+
+def trainable_backbone(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
+    """`backbone`, or the one around the transformer to be trained: that of `start`, which is `saved` in a folder.
+
+    Raises InvalidInputError where the recipe does not train what was trained before."""
+    kind, held = recipe.student.backbone, saved and ("lora" if saved.name == LORA else "whole")
+    if held and kind not in (held, "whole"):
+        raise InvalidInputError(
+            f"init_from {recipe.init_from} was trained with student.backbone {held} and the recipe has {kind}; set "
+            f"student.backbone to {held}"
+        )
+    if kind == "frozen":
+        return backbone
+    transformer = start.transformer if kind == "whole" else backbone.transformer
+    trainable = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
+    if saved and kind == "lora":
+        set_lora(trainable, saved)
+    return backbone.with_transformer(trainable)
+
+
+def make_objective(config: ObjectiveConfig, networks: Networks) -> Objective:
+    """The objective that a recipe names."""
+    if config.is_few_step:
+        return FewStep(networks, config)
+    return Distillation(networks, KINDS[config.kind], config.weights, config.feature_normalisation == "layer")
+
+
+def asks_teacher(config: ObjectiveConfig) -> bool:
+    """Whether the teacher runs in training."""
+    return few_step_asks_teacher(config) if config.is_few_step else config.kind != "from_scratch"
+
+
+def reads_teacher(recipe: Recipe) -> bool:
+    """Whether a run depends on a teacher. One for few steps that learns the ground truth from the prior does not."""
+    alone = recipe.objective.is_few_step and recipe.objective.x0_source == "truth" and not recipe.init_from
+    starts = recipe.student.init == "teacher" or recipe.student.placement == "relevance"
+    return not alone or starts or asks_teacher(recipe.objective)
+
+
+def assemble(
+    recipe: Recipe,
+    backbone: Backbone,
+    student_backbone: Backbone,
+    student: ControlNet,
+    device: torch.device,
+    *,
+    cpu_kernels: bool,
+    teacher_mark: str = "",
+) -> Networks:
+    """The parts of a run on `device`, in its precision, as the recipe trains them."""
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
+    transformers: list[Any] = list(dict.fromkeys([backbone.transformer, student_backbone.transformer]))
+    controlnets: list[Any] = (
+        [student] if backbone.pipeline.controlnet is None else [backbone.pipeline.controlnet, student]
+    )
+    if cpu_kernels:
+        use_cpu_kernels(*transformers, *controlnets)
+    for part in (*transformers, student, *([teacher] if teacher is not None else []), *beside(recipe, backbone)):
+        part.to(device)  # type: ignore[arg-type]
+    if recipe.training.gradient_checkpointing:
+        for part in (student, *transformers):
+            part.enable_gradient_checkpointing()
+    if recipe.training.compile:
+        for part in (*transformers, *controlnets):
+            for block in part.transformer_blocks:
+                block.compile()
+    options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
+    options |= {"student_backbone": student_backbone, "teacher_mark": teacher_mark}
+    return Networks(backbone, teacher, student, dtype=dtype, **options)
+
+
+def beside(recipe: Recipe, backbone: Backbone) -> list[Any]:
+    """Networks that a run needs on its device beside transformer and ControlNets: VAE and text encoders, in fp32."""
+    shows = recipe.training.validate_every or recipe.objective.few_step.distance != "latent"
+    # as `cache` runs them, whatever the precision
+    encoders = backbone.text_encoders if recipe.data.prompts == "encode" else []
+    return [*([backbone.vae] if shows else []), *encoders]
+
+
+def shape_of_run(recipe: Recipe, cpu_kernels: bool) -> Networks:
+    """The networks of a recipe on the meta device, by configs alone: what `prepare` gives, without weights."""
+    backbone = skeleton(recipe.model, recipe.teacher, controlled=reads_teacher(recipe))
+    config, teacher = recipe.student, backbone.pipeline.controlnet
+    with torch.device("meta"):
+        # groups by relevance are measured on samples and have the sizes of equal ones
+        student = build_student(backbone.transformer, teacher, config.num_layers, config.init, config.seed)
+        started = trainable_backbone(recipe, backbone, backbone, None)
+    training = recipe.training.model_copy(update={"compile": False})
+    eager = recipe.model_copy(update={"training": training})
+    return assemble(eager, backbone, started, student, torch.device("meta"), cpu_kernels=cpu_kernels)
