@@ -111,7 +111,7 @@ VERBS = {
         *("--data", DRY, "--evaluation", JSON, "--out", "--private", "--revision", "--token-env", "repo_id", "student"),
     ],
     "plan": [
-        *("--chain", "--efficiency", JSON, "--machine", "--measured", "--pairs", "--price", "--samples", "--set"),
+        *("--chain", DRY, "--efficiency", JSON, "--machine", "--measured", "--pairs", "--price", "--samples", "--set"),
         *("--size", "--test", "recipe"),
     ],
     "reproduce": [

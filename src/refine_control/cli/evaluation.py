@@ -175,6 +175,7 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSON of `bench step` with that share.")
     ] = None,
+    dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
     """Print time, memory, disk and money of a training, by arithmetic; exit code 2 where it does not fit."""
@@ -183,7 +184,10 @@ def plan(
     from refine_control.recipe_files import load_recipe
 
     recipes = [load_recipe(each, overrides or []) for each in recipe]
-    bill = run(recipes, Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain))
+    ask = Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain)
+    if dry_run:
+        return show({"recipes": [each.name for each in recipes], **ask._asdict()}, as_json)
+    bill = run(recipes, ask)
     show(bill if as_json else bill.text, as_json)
     if bill.problems:
         raise typer.Exit(2)
