@@ -60,6 +60,7 @@ def made(tmp_path) -> dict[Kind, Path]:
         Kind.DOWNLOAD: written(tmp_path / "download", request={"urls_sha256": "0"}),
         Kind.EVALUATION: written(tmp_path / "evaluation", metrics__json={}, report__html=""),
         Kind.REPRODUCTION: written(tmp_path / "reproduced", tables__json={}, report__html=""),
+        Kind.EXPORT: published(tmp_path / "exported", "pipeline.json", kind="export"),
         Kind.UNFINISHED: written(tmp_path / ".cache.partial", state__json={}),
     }
 

@@ -96,7 +96,7 @@ VERBS = {
         *(*SAMPLING, "--baseline", DRY, JSON, "--model", "--noise-seeds", "--out", "--precision", "--student"),
         *("--teacher", "--test", "--weights"),
     ],
-    "export": ["--cache", DRY, JSON, "--model", "--out", "--separate", "--to", "student"],
+    "export": ["--cache", DRY, JSON, "--model", "--ort", "--out", "--separate", "--to", "student"],
     "generate": [
         *(*SAMPLING, "--control", DRY, "--model", "--out", "--prepared", "--preparer", "--prompt", "--size"),
     ],

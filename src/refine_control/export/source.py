@@ -71,11 +71,11 @@ class Source(NamedTuple):
 def load_source(student: str, model: str = "mini") -> Source:
     """A student named `edge` or another packaged ControlNet, by a folder or a hub id, or as the model itself for the
     model's own ControlNet. Raises what `load_painter` raises."""
-    own = student == model
-    backbone, controlnet = load_painter(model, None if own else student)
-    sampler = choose_sampler(model, None if own else student, {})
+    name = None if student == model else student
+    backbone, controlnet = load_painter(model, name)
+    sampler = choose_sampler(model, name, {})
     controlnet.requires_grad_(False).eval()
-    return Source(student, None if own else resolve(student), backbone, controlnet, sampler)
+    return Source(student, None if name is None else resolve(name), backbone, controlnet, sampler)
 
 
 def load_samples(source: Source, model: str, cache: Path | None, count: int = SAMPLES) -> Samples:

@@ -6,6 +6,7 @@ run can be planned before gigabytes are fetched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
-PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+Config = Mapping[str, Any]
+PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     SD3: {
         "scheduler": {"shift": 3.0},
         "transformer": {**_WIDTHS, "num_layers": 24},
@@ -87,7 +89,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 """By hub id and component, the options of the published configs."""
 
 
-def read_configs(name: str | Path) -> dict[str, dict[str, Any]]:
+def read_configs(name: str | Path) -> dict[str, Config]:
     """The configs of a model's components: as published, or as its folder has them."""
     if str(name) in PUBLISHED:
         return PUBLISHED[str(name)]
@@ -105,7 +107,7 @@ def read_configs(name: str | Path) -> dict[str, dict[str, Any]]:
     return configs | ({"card": {"max_sequence_length": length}} if length is not None else {})
 
 
-def _controlnet(name: str | Path) -> dict[str, Any]:
+def _controlnet(name: str | Path) -> Config:
     """The config of a ControlNet named by a hub id or a folder."""
     if str(name) in PUBLISHED and "controlnet" in PUBLISHED[str(name)]:
         return PUBLISHED[str(name)]["controlnet"]
@@ -114,7 +116,7 @@ def _controlnet(name: str | Path) -> dict[str, Any]:
     return dict(read_config(SD3ControlNetModel, folder))
 
 
-def _text_encoder(name: str, config: dict[str, Any]) -> Any:
+def _text_encoder(name: str, config: Config) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     if name == "text_encoder_3":

@@ -225,6 +225,20 @@ def _ways_table(baselines: Mapping[str, Any]) -> Table:
     return baseline_table(ways)
 
 
+def _add_baselines(*given: Any) -> Mapping[str, Any]:
+    from refine_control.study.compare_baselines import add_baselines
+
+    return add_baselines(*given)
+
+
+def _test_photos(test: Path, model: str) -> list[Photo]:
+    """The photos of test shards. Raises InvalidInputError for sizes that the model cannot paint."""
+    photos, sizes = read_test(test), read_geometry(model)
+    for height, width in sorted({photo.mask.shape for photo in photos}):
+        sizes.check(height, width)
+    return photos
+
+
 def evaluate(
     model: str,
     teacher: str | None,
@@ -253,9 +267,7 @@ def evaluate(
     in_torch = {name: folder for name, folder in students.items() if name not in exported}
     for folder in in_torch.values():
         refuse_other_kind(folder, A_CONTROLNET)
-    photos, sizes, condition = read_test(test), read_geometry(model), Shards(test).condition
-    for height, width in sorted({photo.mask.shape for photo in photos}):
-        sizes.check(height, width)
+    photos, condition = _test_photos(test, model), Shards(test).condition
     refuse_other_conditions(exported, condition)
     with only_writer(out):
         backbone, controlnets, own_backbones = load_models(model, teacher, in_torch)
@@ -265,16 +277,13 @@ def evaluate(
         networks = scene_networks(condition, photos, weights)
         samplers = samplers_by_name(sampler, [*controlnets, *exported])
         shared = samplers[TEACHER]
-        costs = model_costs(
-            backbone, controlnets, model, {TEACHER: teacher, **in_torch}, shared.precision, own_backbones=own_backbones
-        )
+        sources = {TEACHER: teacher, **in_torch}
+        costs = model_costs(backbone, controlnets, model, sources, shared.precision, own_backbones=own_backbones)
         result = compare(backbone, controlnets, photos, samplers, networks, progress, own_backbones)
         add_exported(result, exported, photos, samplers, networks, progress)
         tables = [sampling_table(samplers)] if any(each != shared for each in samplers.values()) else []
         if baselines:
-            from refine_control.study.compare_baselines import add_baselines
-
-            others = add_baselines(result, baselines, photos, shared, networks, progress)
+            others = _add_baselines(result, baselines, photos, shared, networks, progress)
             costs |= {name: row.cost.model for name, row in others.items()}
             tables.append(_ways_table(others))
         grids: dict[str, PictureGrid] = {}

@@ -46,8 +46,8 @@ def load(work: Work, folder: Path, change: Callable[[Any], Any] = lambda network
     backbone = work.source.backbone
     controlnet = ControlNet.from_pretrained(folder, variant="fp16").float().eval()
     layers = diffusers_layer_of_block(len(controlnet.controlnet_blocks), backbone.num_blocks)[:-1]
-    own = load_own_transformer(folder, backbone.transformer) if (folder / WHOLE).is_dir() else None
-    return velocity_by(work, change(controlnet), layers, transformer=change(own or backbone.transformer))
+    trained = load_own_transformer(folder, backbone.transformer) if (folder / WHOLE).is_dir() else None
+    return velocity_by(work, change(controlnet), layers, transformer=change(trained or backbone.transformer))
 
 
 FORMAT = Format(
