@@ -9,12 +9,13 @@ results and steps along the noise levels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, decode_latents, encode_images, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, equal_layer_of_site, injection_of
 from refine_control.models.families.sd3 import takes_shift
@@ -135,7 +136,7 @@ class Denoiser(nn.Module):
     def __init__(self, controlnet: ControlNet, transformer: Any):
         super().__init__()
         self.control, self.transformer = ControlNetGraph(controlnet), transformer
-        self.injection = injection_of(controlnet)
+        self.injection: Injection | Sequence[int] = injection_of(controlnet)
 
     def forward(
         self,

@@ -45,7 +45,7 @@ def convert_openvino(
     openvino.save_model(model, written, compress_to_fp16=False)
 
 
-def _calibration(work: Work) -> dict[str, list[Mapping[str, np.ndarray]]]:
+def _calibration(work: Work) -> Mapping[str, Sequence[Mapping[str, np.ndarray]]]:
     """The inputs of each denoising graph for the samples, one at a time."""
     arrays = work.samples.arrays
     single = [

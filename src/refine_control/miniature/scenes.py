@@ -247,7 +247,7 @@ def _orders(seed: int, indices: np.ndarray) -> list[np.ndarray]:
 def _render(seed: int, indices: np.ndarray, kind: str, recoloured: bool = False) -> Scenes:
     per_object = 2 + MAX_OBJECTS * _OBJECT_DRAWS
     draws = uniforms(seed, indices, per_object + 14 + 10 + 3 * _WAVES)
-    orders = _orders(seed, indices) if kind in _DISTINCT else ()
+    orders = _orders(seed, indices) if kind in _DISTINCT else []
     objects, target = _draw_objects(draws[:, :per_object], kind, orders)
     if recoloured:
         objects.colour[np.arange(len(indices)), target] = orders[0][:, MAX_OBJECTS]

@@ -52,7 +52,7 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
-Config = Mapping[str, Any]
+Config = dict[str, Any]
 PUBLISHED: Mapping[str, Mapping[str, Config]] = {
     SD3: {
         "scheduler": {"shift": 3.0},
@@ -89,7 +89,7 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
 """By hub id and component, the options of the published configs."""
 
 
-def read_configs(name: str | Path) -> dict[str, Config]:
+def read_configs(name: str | Path) -> Mapping[str, Config]:
     """The configs of a model's components: as published, or as its folder has them."""
     if str(name) in PUBLISHED:
         return PUBLISHED[str(name)]
