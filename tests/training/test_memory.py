@@ -117,6 +117,15 @@ def test_the_plan_is_the_peak_of_a_real_step_within_a_tenth(model, kind, options
     assert plan.flops == pytest.approx(flops, rel=0.01)
 
 
+def test_processes_that_share_parameters_hold_parts_of_the_sums(model):
+    plans = [plan_memory(make(model, precision="bf16", ema_decay=0.9, engine=e), processes=4) for e in ("ddp", "fsdp2")]
+    for name in ("masters", "moments", "average"):
+        assert getattr(plans[1], name) == pytest.approx(getattr(plans[0], name) / 4, rel=0.01)
+    assert plans[0].samples == plans[1].samples == 2
+    sums = sum(getattr(plans[0], name) for name in ("masters", "moments", "average"))
+    assert plans[0].peak - plans[1].peak >= 0.75 * sums - 16
+
+
 @pytest.mark.slow
 def test_the_plan_of_the_mini_model_is_the_peak_of_its_step():
     recipe = load_recipe("mini/balanced_stage1", ["training.batch_size=8"])

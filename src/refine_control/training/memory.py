@@ -108,7 +108,8 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
     """The plan of a recipe's step at a size in latents (h, w), by default the model's own.
 
     `cpu_kernels`: the operators of a CPU. Points that the student's own steps lead to (`rollout`) are counted as one
-    pass of the target network over the batch: they hold no more. Raises what `skeleton` raises."""
+    pass of the target network over the batch: they hold no more. Of several `processes` that share parameters (fsdp2)
+    each has its part of masters, moments and sums. Raises what `skeleton` raises."""
     networks = shape_of_run(recipe, cpu_kernels)
     few = recipe.objective.few_step.model_copy(update={"rollout": 0.0})
     objective = make_objective(recipe.objective.model_copy(update={"few_step": few}), networks)
@@ -123,7 +124,7 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
     samples, count = micro_batches(recipe, processes)
     side = networks.backbone.transformer.config["sample_size"]
     with fused_attention(), live:
-        with live.named("average"):
+        with live.named("mean"):
             master = MasterWeights(trained, recipe.optimizer, recipe.training.ema_decay)
         with live.named("moments"):  # of the fused update, which needs no more than these
             moments = [torch.empty_like(each) for each in (*master.masters, *master.masters)]
@@ -132,11 +133,14 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
             batch = _batch(recipe, networks, samples, size or (side, side))
         step.several = count * processes > 1
         step.run(*batch)
-        if processes > 1:
-            torch.cat([grad.flatten() for grad in master.grads])  # the message in which they are averaged
     gradients = sum(m.nbytes for m in master.masters) + (student if master.masters is not master.params else 0)
-    resident = frozen, student, masters, sum(each.nbytes for each in moments), live.alive["average"]
-    return MemoryPlan(samples, *resident, gradients, step.kept, live.peak, live.flops // samples)
+    sums = {"masters": masters, "moments": sum(each.nbytes for each in moments), "mean": live.alive["mean"]}
+    parts_of = processes if recipe.training.engine == "fsdp2" else 1  # each process has its rows of these
+    elsewhere = {name: size - size // parts_of for name, size in live.at_peak.items() if name in (*sums, "gradients")}
+    masters, held, mean = (size // parts_of for size in sums.values())
+    resident = frozen, student, masters, held, live.alive["average"] + mean
+    peak = live.peak - sum(elsewhere.values())
+    return MemoryPlan(samples, *resident, gradients, step.kept, peak, live.flops // samples)
 
 
 def at_most(recipe: Recipe, size: Size | None, processes: int) -> float:
