@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
                 self._count(value)
         return out
 
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The result; of an operator on the meta device that was called alike before, tensors like those of then.
 
         torch computes the shapes of many operators in Python, which takes most of the time."""

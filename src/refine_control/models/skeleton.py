@@ -24,11 +24,12 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD
 from refine_control.models.components import read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join
+from refine_control.models.families import Config
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import SD3_MAX_SEQUENCE_LENGTH, read_index, resolve
 
 SD3, SD3_TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers", "alimama-creative/SD3-Controlnet-Inpainting"
-_WIDTHS = {
+_WIDTHS: Config = {
     "sample_size": 128,
     "patch_size": 2,
     "in_channels": 16,
@@ -52,8 +53,7 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
-Config = dict[str, Any]
-PUBLISHED: Mapping[str, Mapping[str, Config]] = {
+PUBLISHED: dict[str, dict[str, Config]] = {
     SD3: {
         "scheduler": {"shift": 3.0},
         "transformer": {**_WIDTHS, "num_layers": 24},
@@ -104,7 +104,7 @@ def read_configs(name: str | Path) -> Mapping[str, Config]:
     }
     card = folder / CARD
     length = read_json(card, "").get("max_sequence_length") if card.is_file() else None
-    return configs | ({"card": {"max_sequence_length": length}} if length is not None else {})
+    return {**configs, **({"card": {"max_sequence_length": length}} if length is not None else {})}
 
 
 def _controlnet(name: str | Path) -> Config:
@@ -132,19 +132,19 @@ def skeleton(model: str | Path, teacher: str | Path | None = None, controlled: b
     configs = read_configs(model)
     control = _controlnet(teacher) if teacher else configs.get("controlnet")
     with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel.from_config(configs["transformer"])
-        vae = AutoencoderKL.from_config(configs["vae"])
+        transformer: Any = SD3Transformer2DModel.from_config(dict(configs["transformer"]))
+        vae = AutoencoderKL.from_config(dict(configs["vae"]))
         names = (f"text_encoder{suffix}" for suffix in ("", "_2", "_3"))
         encoders = {name: _text_encoder(name, configs[name]) if name in configs else None for name in names}
         controlnet: Any = None
         if controlled and control is not None:
             check_controlnet(control, transformer.config, teacher or model)
-            controlnet = SD3ControlNetModel.from_config(control)
+            controlnet = SD3ControlNetModel.from_config(dict(control))
             controlnet.register_to_config(
                 **{key: control[key] for key in ADDED_OPTIONS if control.get(key) is not None}
             )
             join(controlnet, transformer)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(configs["scheduler"]))
     tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
     parts: dict[str, Any] = {"scheduler": scheduler, "transformer": transformer, "vae": vae, "controlnet": controlnet}
     pipeline = StableDiffusion3ControlNetInpaintingPipeline(**parts, **encoders, **tokenizers)

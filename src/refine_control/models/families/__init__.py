@@ -11,7 +11,7 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.families import flux, sd3, sd35_large, sd35_medium
 from refine_control.models.families.family import Config, Family, Sites
 
-__all__ = ["FAMILIES", "Family", "Sites", "find_family"]
+__all__ = ["FAMILIES", "Config", "Family", "Sites", "find_family"]
 FAMILIES = (sd3, sd35_medium, sd35_large, flux)
 
 
