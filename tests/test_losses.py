@@ -82,7 +82,7 @@ def test_eq_5_is_zero_exactly_when_the_injected_totals_agree(count, seed):
     student = [torch.stack([teacher[s] for s in range(23) if feeds[s] == j]).mean(0) for j in range(count)]
     agreeing = feature_losses(teacher, student)
     assert agreeing.shape == (count,)
-    assert agreeing.max().item() < 1e-12
+    assert agreeing.max().item() < 1e-10  # the totals are summed in fp32
     wrong = seed % count
     student[wrong] = student[wrong] + 1
     parts = feature_losses(teacher, student)

@@ -55,7 +55,7 @@ class Exported(NamedTuple):
                 f"velocity of {self.samples} samples against PyTorch fp32: relative error {self.relative_error:.1e}, "
                 f"largest {self.max_error:.1e}",
                 f"denoiser call on one thread: {1000 * self.seconds:.1f} ms, PyTorch fp32 "
-                f"{1000 * self.torch_seconds:.1f} ms, {self.speedup.median:.1f} times faster",
+                f"{1000 * self.torch_seconds:.1f} ms: speed-up {self.speedup.median:.1f}",
             ]
         )
 

@@ -34,7 +34,7 @@ class Work:
     source: Source
     samples: Samples
     graphs: Path
-    """Folder of the fp32 ONNX graphs, which several formats start from; filled by `formats.onnx.fp32_graphs`."""
+    """Folder of the fp32 ONNX graphs, which several formats start from; filled by `pipeline_folder.fp32_graphs`."""
     separate: bool = False
     """Whether ControlNet and transformer are graphs by themselves."""
     ort: Path | None = None
