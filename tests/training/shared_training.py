@@ -30,6 +30,7 @@ class Stopped(Distillation):
 
     def losses(self, batch, draw, statistics=None):
         if draw.step == self.step:
+            self.step = -1  # once, whatever the number of micro-batches
             os.kill(os.getpid(), signal.SIGTERM)
         return super().losses(batch, draw, statistics)
 
