@@ -13,22 +13,12 @@ from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 
 from refine_control.injection import expand_residuals
 from refine_control.metrics.cost import count_flops, count_parameters
+from refine_control.models.skeleton import PUBLISHED
+from refine_control.models.skeleton import SD3 as MODEL
 from refine_control.recipe_files import load_recipe
 from refine_control.study.materials import PATH_STEPS
 
-SD3: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-}
+SD3 = PUBLISHED[MODEL]["transformer"]
 """stabilityai/stable-diffusion-3-medium-diffusers, transformer/config.json."""
 TOKENS = 333
 """77 of CLIP and 256 of T5."""
