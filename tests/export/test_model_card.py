@@ -11,16 +11,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError
-from refine_control.export.model_card import (
+from refine_control.export.card_facts import (
     _MARK,
     Run,
     describe_data,
-    model_card,
     public_name,
     public_recipe,
     read_evaluation,
     refuse_private,
 )
+from refine_control.export.model_card import model_card
 from refine_control.recipe_files import load_recipe
 from refine_control.storage import sha256_file, write_json
 from refine_control.study.evaluate import _hashed

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 from refine_control.conditions.condition import own_condition
 from refine_control.config import Recipe, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError, RefineControlError
-from refine_control.export.model_card import (
+from refine_control.export.card_facts import (
     KNOWN,
     Run,
     describe_data,
-    model_card,
     public_name,
     public_recipe,
     read_evaluation,
     refuse_private,
 )
+from refine_control.export.model_card import model_card
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
 from refine_control.models.card import CARD, choose_sampler, packaged, read_card
 from refine_control.models.components import find_weights, read_headers, read_json
