@@ -42,6 +42,7 @@ DOORS = {
         "metrics.features",
         "miniature.networks",
         "conditions.depth",
+        "conditions.pose",
     ],
     "accelerate": ["training", "models.components"],
     "peft": ["models.own_transformer"],

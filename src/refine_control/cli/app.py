@@ -102,7 +102,7 @@ def generate(
         bool, typer.Option("--prepared", help="The pictures are condition pictures: nothing is made of them.")
     ] = False,
     preparer: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth).")
+        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth, pose).")
     ] = None,
     model: opt.Model = "mini",
     size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,

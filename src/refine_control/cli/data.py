@@ -111,7 +111,7 @@ def data_build(
     ] = "webp",
     condition: Condition = "inpaint",
     preparer: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth).")
+        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth, pose).")
     ] = None,
     images: Images = None,
     engine: EngineName = "local",

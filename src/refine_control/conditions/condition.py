@@ -25,7 +25,7 @@ from refine_control.records import INPAINT, Photo
 if TYPE_CHECKING:  # imported where it is used: workers that prepare pictures need none
     import torch
 
-_NO_KINDS = {"condition"}
+_NO_KINDS = {"condition", "networks"}
 
 
 @dataclass(frozen=True)

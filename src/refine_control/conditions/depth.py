@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from refine_control.conditions.condition import Condition
-from refine_control.errors import InvalidInputError
+from refine_control.conditions.networks import load_preparer
 
 SIDE, MULTIPLE = 518, 14
 """Of Depth-Anything: a side of what it reads, and of what both sides are multiples."""
@@ -40,23 +40,12 @@ def picture(nearness: np.ndarray, height: int, width: int) -> np.ndarray:
 def depth_network(model: str) -> Callable[[np.ndarray], np.ndarray]:
     """A Depth-Anything by hub id or folder, on the GPU if there is one: (H,W,3) uint8 -> depth map (H,W,3) uint8.
 
-    Relative models give an inverse depth; of metric ones the inverse is taken. Raises MissingError for a model that is
-    not there, InvalidInputError for another kind of model."""
+    Relative models give an inverse depth; of metric ones the inverse is taken. Raises what `load_preparer` raises."""
     import torch
     from transformers import DepthAnythingForDepthEstimation
 
-    from refine_control.models.components import load_pretrained, read_json
-    from refine_control.models.devices import best_device
-    from refine_control.models.hub import folder_of
-
-    example = (
-        "a hub id such as depth-anything/Depth-Anything-V2-Small-hf, or the folder that `hf download` of it prints"
-    )
-    folder = folder_of(model, ["*.json", "*.safetensors"], example)
-    kind = read_json(folder / "config.json", f"fetch {example}").get("model_type")
-    if kind != "depth_anything":
-        raise InvalidInputError(f"{folder} holds a model of type {kind!r}, not a Depth-Anything; name {example}")
-    network = load_pretrained(DepthAnythingForDepthEstimation, folder).to(best_device()).eval().requires_grad_(False)
+    example = "depth-anything/Depth-Anything-V2-Small-hf"
+    network = load_preparer(model, DepthAnythingForDepthEstimation, "Depth-Anything", example)
     metric = network.config.depth_estimation_type == "metric"
 
     @torch.inference_mode()
