@@ -135,7 +135,9 @@ VERBS = {
         *("--workers", "target"),
     ],
     "serve": [DRY, "--host", JSON, "--model", "--port", "--student", "--teacher", "--user"],
-    "train": [DRY, JSON, "--nproc", "--run-dir", "--set", "recipe"],
+    "train": [
+        *(DRY, JSON, "--master", "--node-rank", "--nodes", "--nproc", "--patience", "--run-dir", "--set", "recipe"),
+    ],
     "trim": [JSON, "--model", "--out", "controlnet"],
 }
 

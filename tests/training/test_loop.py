@@ -133,28 +133,61 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted):
     assert not torch.equal(saved["ema/weight"], saved["weights/weight"])
 
 
-def test_two_processes_draw_what_one_draws_and_learn_the_same(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = toy.train(one, notes=tmp_path / "one.jsonl", steps=6)
-    options = [f"notes={json.dumps(str(tmp_path / 'two.jsonl'))}", "steps=6"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, str(SCRIPT), str(two), *options], capture_output=True, text=True, check=False, timeout=200
-    )
-    assert run.returncode == 0, run.stderr
+SEVERAL = {"steps": 6, "save_every": 2}
+LOST = {"SIGKILL": 25, "SIGSTOP": 4, "read": 4}
+"""How a process is lost, and the patience of the others in seconds."""
 
-    def notes(*names):
-        return sorted(line for name in names for line in (tmp_path / name).read_text().splitlines())
 
-    assert len(notes("two.jsonl.0")) == len(notes("two.jsonl.1")) == 12
-    assert notes("one.jsonl") == notes("two.jsonl.0", "two.jsonl.1")
-    for a, b in zip(logged(one), logged(two), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-        assert b["parts/01"] == pytest.approx(a["parts/01"], rel=1e-4)
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Runs of 2 and 4 processes, and of 2 that lose one and are started again: (folder, exit codes, what they said)."""
+    root = tmp_path_factory.mktemp("several")
+
+    def run(name, processes=2, **options):
+        return {"processes": processes, "run_dir": str(root / name), "options": {**SEVERAL, **options}}
+
+    whole = [run(str(count), count, notes=str(root / f"{count}.jsonl")) for count in (2, 4)]
+    lost = [
+        run(how, lost=str(root / "pipe") if how == "read" else how, patience=patience) for how, patience in LOST.items()
+    ]
+    (root / "plan.json").write_text(json.dumps([whole, lost, [run(how) for how in LOST]]))
+    command = [sys.executable, str(SCRIPT), "several", str(root / "plan.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert ended.returncode == 0, ended.stderr
+    codes = json.loads(ended.stdout)
+    assert [code for run in (*codes[:2], *codes[-len(LOST) :]) for code in run] == [0] * 12, ended.stderr
+    return root, dict(zip(LOST, codes[2:], strict=False)), ended.stderr
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_draw_what_one_draws_and_learn_the_same(tmp_path, several, count):
+    root, _, _ = several
+    alone = toy.train(tmp_path / "one", notes=tmp_path / "one.jsonl", **SEVERAL)
+
+    def notes(*paths):
+        return sorted(line for path in paths for line in path.read_text().splitlines())
+
+    parts = [root / f"{count}.jsonl.{rank}" for rank in range(count)]
+    assert {len(notes(part)) for part in parts} == {24 // count}
+    assert notes(tmp_path / "one.jsonl") == notes(*parts)
+    for a, b in zip(logged(tmp_path / "one"), logged(root / str(count)), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["parts/01"] == pytest.approx(a["parts/01"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    checkpoint = load_checkpoint(two, "fingerprint")
+    checkpoint = load_checkpoint(root / str(count), "fingerprint")
     for name, value in alone.weights.items():
         torch.testing.assert_close(checkpoint.tensors[f"ema/{name}"], value, rtol=1e-4, atol=1e-6)
+
+
+def test_processes_that_lose_one_end_with_71_and_continue_to_the_same_bytes(several):
+    root, codes, said = several
+    assert codes == {"SIGKILL": [71, -9], "SIGSTOP": [71, -9], "read": [71, 71]}
+    assert said.count("process 0 of 2 lost another one while computing the gradients of step 3") == 1
+    assert said.count("process 1 of 2 has made no progress for 4 s, last seen") == 2
+    assert said.count("last seen reading the samples of step 3") >= 1
+    assert said.count("run the same command to continue") == 3
+    for how in LOST:
+        assert state_of(root / how) == state_of(root / "2")
 
 
 class TwoProcesses:

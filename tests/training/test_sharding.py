@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from refine_control.cache.building import write_cache
-from refine_control.errors import InterruptedCleanlyError, WorkerDiedError
+from refine_control.errors import InterruptedCleanlyError, InvalidInputError, WorkerDiedError
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.records import LABELED
+from refine_control.training import launch as launching
 from refine_control.training.checkpoint import load_checkpoint
-from refine_control.training.launch import launch
+from refine_control.training.launch import Nodes, launch
 
 SCRIPT = Path(__file__).with_name("shared_training.py")
 spec = importlib.util.spec_from_file_location("shared_training", SCRIPT)
@@ -70,6 +71,43 @@ def test_the_others_end_where_one_process_is_killed(tmp_path):
     code = "import os, time, signal\nos.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)"
     with pytest.raises(WorkerDiedError, match="process 1 of 2 was ended by SIGKILL"):
         launch(2, ["-c", code])
+
+
+def test_a_process_that_is_stopped_goes_when_another_one_misses_it(monkeypatch):
+    monkeypatch.setattr(launching, "_LATE", 0.0)
+    monkeypatch.setattr(launching, "_PATIENCE", 1e9)
+    code = "import os, sys, signal\nsys.exit(71) if os.environ['RANK'] == '0' else os.kill(os.getpid(), signal.SIGSTOP)"
+    assert launch(2, ["-c", code]) == 71
+
+
+def test_the_cause_is_the_process_that_ended_not_those_that_lost_it():
+    assert [launching._cause(codes) for codes in ([71, -9], [71, 74], [-15, -9], [1, -9])] == [1, 1, 0, 1]
+    assert [launching._cause(codes) for codes in ([71, None], [None, 0], [0, 0])] == [0, None, None]
+
+
+def test_each_machine_starts_its_part_of_the_processes(tmp_path, monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    read = f"[os.environ[name] for name in {names}]"
+    code = f"import os, json\nopen(os.environ['RANK'], 'w').write(json.dumps({read}))"
+    monkeypatch.chdir(tmp_path)
+    assert launch(2, ["-c", code], Nodes(3, 1, "node-0:29500")) == 0
+    written = [json.loads(Path(name).read_text()) for name in sorted(os.listdir())]
+    assert written == [[rank, local, "6", "2", "node-0", "29500"] for rank, local in (("2", "0"), ("3", "1"))]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "refusal"),
+    [
+        (Nodes(2, 2, "a:1"), "--node-rank 2 is not below --nodes 2"),
+        (Nodes(1, 1), "not below --nodes 1"),
+        (Nodes(2, 0), "--nodes needs --master"),
+        (Nodes(2, 0, "host"), "--master host is not HOST:PORT"),
+        (Nodes(2, 0, "host:"), "not HOST:PORT"),
+    ],
+)
+def test_machines_that_cannot_find_each_other_are_refused(nodes, refusal):
+    with pytest.raises(InvalidInputError, match=refusal):
+        launch(1, ["-c", "raise SystemExit(1)"], nodes)
 
 
 def test_the_exit_code_and_words_of_the_process_that_fails(capfdbinary):

@@ -1,17 +1,20 @@
 """A real run of `fit` in seconds: one linear layer on cached random latents. Run as a script, or imported by the tests.
 
-python toy_training.py RUN_DIR KEY=VALUE ...
+python toy_training.py RUN_DIR KEY=VALUE ..., or python toy_training.py several PLAN.json (several.py).
 """
 
 import json
 import os
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from refine_control import flow
 from refine_control.config import OptimizerConfig, TrainingConfig
@@ -20,6 +23,7 @@ from refine_control.storage import only_writer
 from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Objective, fit, leave_process_group
 from refine_control.training.optimizer import Trainable
+from refine_control.training.watch import watched
 
 SAMPLES, CHANNELS = 20, 4
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=3, schedule="cosine")
@@ -50,6 +54,21 @@ class ToyCache:
 
     def take(self, name, rows):
         return torch.from_numpy(np.ascontiguousarray(self.arrays[name][np.asarray(rows)]))
+
+
+class Lost(CacheBatches):
+    """In the third step process 1 gets a signal, or reads a pipe that nobody writes."""
+
+    how = ""
+
+    def batch(self, draw):
+        if self.how and draw.step == 2 and os.environ.get("RANK") == "1":
+            if self.how.startswith("SIG"):
+                os.kill(os.getpid(), signal.Signals[self.how])
+            else:
+                os.mkfifo(self.how)
+                Path(self.how).read_bytes()
+        return super().batch(draw)
 
 
 class ToyLosses(NamedTuple):
@@ -88,7 +107,17 @@ class ToyObjective(Objective):
 
 
 def train(
-    run_dir, *, dtype="float32", pause=0.0, notes=None, broken_step=-1, broken_sample=None, unchecked=False, **training
+    run_dir,
+    *,
+    dtype="float32",
+    pause=0.0,
+    notes=None,
+    broken_step=-1,
+    broken_sample=None,
+    unchecked=False,
+    lost="",
+    patience=25.0,
+    **training,
 ):
     """`fit` with an EMA; fields of the recipe by name."""
     fields = {"stage": "toy", "steps": 12, "batch_size": 4, "ema_decay": 0.9, "save_every": 4, "log_every": 1}
@@ -98,24 +127,35 @@ def train(
     cache = ToyCache()
     if broken_sample is not None:
         cache.arrays["latents"][broken_sample, 0, 1, 1] = np.nan
-    batches = CacheBatches(cache, config.batch_size, prompt_dropout=0.3)
-    return fit(objective, batches, OPTIMIZER, config, Path(run_dir), "fingerprint")
+    batches = Lost(cache, config.batch_size, prompt_dropout=0.3)
+    batches.how = lost
+    PartialState(cpu=True)
+    with watched(patience):
+        return fit(objective, batches, OPTIMIZER, config, Path(run_dir), "fingerprint")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    options = {key: json.loads(value) for key, _, value in (word.partition("=") for word in sys.argv[2:])}
+def main(run_dir, **options):
+    """Trains by the options; the exit code."""
     rank = os.environ.get("RANK")
     if options.get("notes"):
         options["notes"] += f".{rank}" if rank else ""
     try:
-        if rank:
-            train(sys.argv[1], **options)
-        else:
-            with only_writer(Path(sys.argv[1])):
-                train(sys.argv[1], **options)
+        with nullcontext() if rank else only_writer(Path(run_dir)):
+            train(run_dir, **options)
     except RefineControlError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     finally:
         leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "several":
+        import several
+
+        several.main(main)
+    else:
+        options = {key: json.loads(value) for key, _, value in (word.partition("=") for word in sys.argv[2:])}
+        sys.exit(main(sys.argv[1], **options))

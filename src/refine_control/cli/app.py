@@ -58,6 +58,12 @@ def train(
     overrides: opt.Overrides = None,
     run_dir: Annotated[Path | None, opt.output_option("Folder of the run; default: runs/<name>.", "RUN")] = None,
     nproc: Annotated[int, opt.number("Processes on this machine, each with a GPU of its own where there are.", 1)] = 1,
+    nodes: Annotated[int, opt.number("Machines that train together, each with --nproc processes.", 1)] = 1,
+    node_rank: Annotated[int, opt.number("Which of them this is.", 0)] = 0,
+    master: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, a free port, for all machines.")] = None,
+    patience: Annotated[
+        float, opt.number("Seconds without progress of one process after which all end, to be continued.", 1)
+    ] = 25,
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -68,19 +74,20 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         return show(resolved, as_json) if as_json else print(resolved_yaml(resolved), end="")
-    if nproc > 1:
-        from refine_control.training.launch import launch, refuse_nested
+    if nproc > 1 or nodes > 1 or node_rank or master:
+        from refine_control.training.launch import Nodes, launch, refuse_nested
 
-        refuse_nested(nproc)
+        refuse_nested()
         folder = run_dir or Path("runs") / resolved.name
         settings = [argument for each in overrides or [] for argument in ("--set", each)]
-        again = ["train", recipe, *settings, "--run-dir", str(folder), *(["--json"] if as_json else [])]
-        raise typer.Exit(launch(nproc, ["-c", _MAIN, *again]))
+        again = ["train", recipe, *settings, "--run-dir", str(folder), "--patience", str(patience)]
+        again += ["--json"] if as_json else []
+        raise typer.Exit(launch(nproc, ["-c", _MAIN, *again], Nodes(nodes, node_rank, master)))
     from refine_control.training.run import train as run
 
     folder = run_dir or Path("runs") / resolved.name
     opt.output_folder("RUN")(folder)
-    show(run(resolved, folder, progress_bar("train")), as_json)
+    show(run(resolved, folder, progress_bar("train"), patience=patience), as_json)
 
 
 app.command()(inpaint)

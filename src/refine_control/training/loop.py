@@ -31,6 +31,7 @@ from refine_control.training.checkpoint import (
     save_checkpoint,
 )
 from refine_control.training.optimizer import MasterWeights, Trainable
+from refine_control.training.watch import doing
 
 
 class Draw(NamedTuple):
@@ -188,6 +189,7 @@ def _statistics(accelerator: Any, objective: Objective, batches: Batches, draws:
         return None
     total = None
     for draw, share in zip(draws, _shares(draws), strict=True):
+        doing(f"reading the samples of step {draw.step + 1}")
         part = objective.statistics(batches.batch(draw), draw)
         if part is None:
             return None
@@ -210,7 +212,10 @@ def _gradients(
     for draw, share in zip(draws, _shares(draws), strict=True):
         if average is not None:
             average(draw is draws[-1])
-        losses = objective.losses(batches.batch(draw), draw, statistics)
+        doing(f"reading the samples of step {draw.step + 1}")
+        batch = batches.batch(draw)
+        doing(f"computing the gradients of step {draw.step + 1}")
+        losses = objective.losses(batch, draw, statistics)
         (losses.loss * share).backward()
         master.accumulate()
         for name, value in _named_scalars(losses).items():
@@ -308,6 +313,7 @@ def fit(
         return [Draw(training.seed, training.stage, step, each) for each in slots]
 
     def save(step: int) -> None:
+        doing(f"saving the checkpoint of step {step}")
         part = _part(accelerator, master)
         if part or accelerator.is_main_process:
             save_checkpoint(run_dir, step, master.tensors(), fingerprint, part)
@@ -341,6 +347,7 @@ def fit(
             if saves:
                 save(done)
             if validate and training.validate_every and done % training.validate_every == 0 and not stop:
+                doing(f"validating after step {done}")
                 weights = dict(master.ema_state())  # of all processes where each has a part
                 if log:
                     log.picture(done, validate(done, weights))

@@ -57,6 +57,7 @@ from refine_control.training.memory import at_most, plan_memory, too_large
 from refine_control.training.objectives import Networks
 from refine_control.training.placement import relevant_placement
 from refine_control.training.validation import Validation
+from refine_control.training.watch import PATIENCE, doing, watched
 
 STUDENT = "student"
 logger = logging.getLogger(__name__)
@@ -335,12 +336,19 @@ def refuse_too_large(recipe: Recipe, device: torch.device, processes: int) -> No
         raise InvalidInputError(too_large(recipe, plan, memory, device_name(device), **on))
 
 
-def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsewhere: Iterable[Path] = ()) -> Trained:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    progress: Progress | None = None,
+    elsewhere: Iterable[Path] = (),
+    patience: float = PATIENCE,
+) -> Trained:
     """Trains a recipe in `run_dir`, from its last checkpoint if it has one; finished runs are left as they are.
 
     If one of the run folders `elsewhere` has the finished student of the same run, that student is returned.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
-    mean where the recipe has one; with a card for few steps). Raises what `fit`, `Cache` and the loaders raise."""
+    mean where the recipe has one; with a card for few steps). Several processes end `patience` seconds after one of
+    them hangs or dies (`watched`). Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.validate_every and not recipe.data.test:
         raise InvalidInputError(
             "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
@@ -350,8 +358,10 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
     if recipe.init_from:
         refuse_other_kind(student_folder(recipe.init_from), A_CONTROLNET)
     main = is_main_process()
-    with torch_threads(recipe.training.threads), only_writer(run_dir) if main else nullcontext():
+    writer = only_writer(run_dir) if main else nullcontext()
+    with torch_threads(recipe.training.threads), writer, watched(patience):
         device = training_device()
+        doing("loading the networks")
         refuse_too_large(recipe, device, int(os.environ.get("WORLD_SIZE", "1")))
         networks = prepare(recipe, device)
         backbone = networks.backbone
@@ -365,6 +375,7 @@ def train(recipe: Recipe, run_dir: Path, progress: Progress | None = None, elsew
         validate = Validation(recipe, networks, run_dir) if recipe.training.validate_every else None
         configs = recipe.optimizer, recipe.training
         fitted = fit(objective, batches, *configs, run_dir, mark, validate=validate, progress=progress)
+        doing("writing the student")
         student, transformer = networks.whole, networks.steered.get(networks.whole)
         for part in (student, transformer):
             if part is not None:
