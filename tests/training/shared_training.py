@@ -1,6 +1,6 @@
 """A real run of `fit` on tiny networks by one or several processes. Run as a script, or imported by the tests.
 
-python shared_training.py CACHE RUN_DIR KEY=VALUE ...
+python shared_training.py several PLAN.json (several.py).
 """
 
 import importlib.util
@@ -47,28 +47,34 @@ def train(backbone, student, cache, run_dir, stop=-1, dtype=torch.float32, **opt
 
 
 def main():
-    """Trains by the arguments; process 0 writes the student."""
+    """Trains by the plan; process 0 writes the student."""
+    import several
+    from accelerate import Accelerator
     from safetensors.torch import save_file
 
+    torch.set_num_threads(1)
+    assert Accelerator  # imported before processes are forked
     spec = importlib.util.spec_from_file_location("conftest", Path(__file__).parent.parent / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    cache, run_dir, *pairs = sys.argv[1:]
-    options = {key: value if key == "engine" else int(value) for key, value in (pair.split("=") for pair in pairs)}
     with tempfile.TemporaryDirectory() as folder:
         backbone = conftest.build_tiny_backbone(Path(folder))
     student = conftest.build_tiny_student(backbone, 3)
-    try:
-        weights, _ = train(backbone, student, Path(cache), Path(run_dir), **options)
-        if os.environ.get("RANK", "0") == "0":
-            save_file(weights, Path(run_dir) / "student.safetensors")
-    except RefineControlError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    finally:
-        leave_process_group()
-    return 0
+
+    def work(run_dir, cache, **options):
+        try:
+            weights, _ = train(backbone, student, Path(cache), Path(run_dir), **options)
+            if os.environ["RANK"] == "0":
+                save_file(weights, Path(run_dir) / "student.safetensors")
+        except RefineControlError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        finally:
+            leave_process_group()
+        return 0
+
+    several.main(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,23 @@ def logged(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def arguments(cache, run_dir, **options):
-    return [str(SCRIPT), str(cache), str(run_dir), *(f"{key}={value}" for key, value in options.items())]
+@pytest.fixture(scope="module")
+def several(cache, tmp_path_factory):
+    """Runs of 2 and 4 processes; the folder `stopped` is of 2 that got a signal, and `continued` of 4 after them."""
+    root = tmp_path_factory.mktemp("several")
+
+    def run(name, processes, **options):
+        return {"processes": processes, "run_dir": str(root / name), "options": {"cache": str(cache), **options}}
+
+    stopped = run("stopped", 2, engine="fsdp2", stop=1, device_batch_size=1)
+    continued = run("continued", 4, engine="fsdp2") | {"copy": str(root / "stopped")}
+    plan = [[stopped], [continued], [run("ddp", 4, engine="ddp")]]
+    (root / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, str(SCRIPT), "several", str(root / "plan.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [[75] * 2, [0] * 4, [0] * 4], ended.stderr
+    return root
 
 
 def compare(weights, lines, expected):
@@ -53,18 +70,21 @@ def compare(weights, lines, expected):
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_shards_are_continued_by_another_number_of_processes(tmp_path, tiny_backbone, tiny_student, cache, alone):
-    launch(2, arguments(cache, tmp_path, engine="fsdp2", stop=1, device_batch_size=1))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
-    files = sorted(path.name for path in (tmp_path / "checkpoints" / "step_00000002").glob("*.safetensors"))
-    assert files == ["state-00001-of-00002.safetensors", "state-00002-of-00002.safetensors"]
-    tensors = load_checkpoint(tmp_path, "fingerprint").tensors
-    parts = [load_file(tmp_path / "checkpoints" / "step_00000002" / name) for name in files]
-    name = "weights/pos_embed_input.proj.weight"
+def test_shards_are_continued_by_another_number_of_processes(several, tiny_backbone, tiny_student, cache, alone):
+    folder, name = several / "stopped", "weights/pos_embed_input.proj.weight"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000002"]
+    files = sorted((folder / "checkpoints" / "step_00000002").glob("*.safetensors"))
+    assert [path.name for path in files] == [f"state-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    tensors, parts = load_checkpoint(folder, "fingerprint").tensors, [load_file(path) for path in files]
     assert tensors[name].shape == alone[0][name.removeprefix("weights/")].shape
     assert 0 < len(parts[1][name]) < len(tensors[name])
-    weights, _ = shared.train(tiny_backbone, tiny_student(3), cache, tmp_path)
-    compare(weights, logged(tmp_path), alone)
+    weights, _ = shared.train(tiny_backbone, tiny_student(3), cache, folder)
+    compare(weights, logged(folder), alone)
+
+
+@pytest.mark.parametrize("name", ["continued", "ddp"])
+def test_four_processes_train_the_student_of_one(several, alone, name):
+    compare(load_file(several / name / "student.safetensors"), logged(several / name), alone)
 
 
 def test_the_others_end_where_one_process_is_killed(tmp_path):
@@ -125,8 +145,5 @@ def test_a_signal_is_passed_on_to_all(tmp_path):
         "import os, signal, time\n"
         f"while len(os.listdir({str(tmp_path)!r})) < 2: time.sleep(0.01)\nos.kill({os.getpid()}, 15)"
     )
-    import subprocess
-    import sys
-
     with subprocess.Popen([sys.executable, "-c", waiting]), pytest.raises(InterruptedCleanlyError):
         launch(2, ["-c", code])
