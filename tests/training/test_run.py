@@ -160,6 +160,26 @@ def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):
         train(moved, trained.student.parent)
 
 
+def test_on_gpus_processes_speak_nccl_and_each_has_a_gpu_of_its_own(monkeypatch):
+    from accelerate import PartialState
+
+    calls, environment = [], {"RANK": "7", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr("accelerate.state.check_cuda_p2p_ib_support", lambda: True)
+    for name, value in {"is_available": True, "device_count": 4, "set_device": None}.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *given, value=value, name=name: calls.append((name, *given)) or value
+        )
+    for name, value in {"init_process_group": None, "get_world_size": 8, "get_rank": 7}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value, **given: calls.append(given) or value)
+    assert run.training_device() == torch.device("cuda", 3)
+    assert not run.is_main_process()
+    assert {"backend": "nccl"} in calls
+    assert ("set_device", torch.device("cuda", 3)) in calls
+
+
 def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     (tmp_path / "train.py").write_text(CODE)
