@@ -20,9 +20,11 @@ from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import CARD, read_card
 from refine_control.models.loading import load_backbone
 from refine_control.models.prompt_memory import PromptMemory
+from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.storage import sha256_file, write_json
 from refine_control.training import loop, run
+from refine_control.training.assembly import shape_of_run
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
 from refine_control.training.memory import plan_memory
@@ -178,6 +180,13 @@ def test_on_gpus_processes_speak_nccl_and_each_has_a_gpu_of_its_own(monkeypatch)
     assert not run.is_main_process()
     assert {"backend": "nccl"} in calls
     assert ("set_device", torch.device("cuda", 3)) in calls
+
+
+def test_frozen_networks_are_in_bf16_and_what_is_trained_has_masters_in_fp32():
+    networks = shape_of_run(load_recipe("mini/balanced_stage1", ["training.precision=bf16"]), False)
+    frozen = [*networks.backbone.transformer.parameters(), *networks.teacher.parameters()]
+    assert {weight.dtype for weight in frozen} == {torch.bfloat16}
+    assert {master.dtype for master in networks.trainable.masters.values()} == {torch.float32}
 
 
 def test_two_processes_make_the_student_of_one(recipe, trained, tmp_path):

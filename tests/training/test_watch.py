@@ -1,7 +1,13 @@
 """Which process hangs, from what all of them say of themselves."""
 
-import pytest
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import pytest
+from torch import distributed
+
+from refine_control.errors import WorkerDiedError
 from refine_control.training import watch
 from refine_control.training.watch import Judge, Note, describe
 
@@ -86,3 +92,32 @@ def test_computing_and_reading_are_work(tmp_path):
     before = watch._work()
     assert (tmp_path / "file").read_bytes()
     assert watch._work() - before > 1.9
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["done", "with an error"])
+def test_a_process_says_that_it_leaves_only_where_its_work_is_done(monkeypatch, left):
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    with nullcontext() if left else pytest.raises(KeyError), watch.watched(600.0):
+        watch.doing("loading the networks")
+        if not left:
+            raise KeyError
+    turn, _, said, _ = json.loads(store.get("watch/1"))
+    assert (turn < 0) == left
+    assert said == "loading the networks" or not left
+    assert json.loads(store.get("watch/0"))[0] == 0  # not there yet
+
+
+def test_a_lost_connection_is_a_process_that_died_and_other_errors_stay(monkeypatch):
+    monkeypatch.setattr(watch, "_Watch", lambda patience: SimpleNamespace(rank=0, count=2, end=lambda left: None))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    for error in (RuntimeError("[third_party/gloo/pair.cc:1] closed by peer"), distributed.DistBackendError("NCCL")):
+        with pytest.raises(WorkerDiedError, match="process 0 of 2 lost another one while"), watch.watched():
+            raise error
+    with pytest.raises(RuntimeError, match="out of memory"), watch.watched():
+        raise RuntimeError("out of memory")

@@ -121,7 +121,7 @@ class _Watch:
         self.left = left
         self.ended.set()
         for thread in self.threads:
-            thread.join(1.0)
+            thread.join(5.0)
 
     def _exchange(self) -> None:
         turn = 0
