@@ -61,14 +61,14 @@ class Lost(CacheBatches):
 
     how = ""
 
-    def batch(self, draw):
+    def batch(self, draw, *rest):
         if self.how and draw.step == 2 and os.environ.get("RANK") == "1":
             if self.how.startswith("SIG"):
                 os.kill(os.getpid(), signal.Signals[self.how])
             else:
                 os.mkfifo(self.how)
                 Path(self.how).read_bytes()
-        return super().batch(draw)
+        return super().batch(draw, *rest)
 
 
 class ToyLosses(NamedTuple):
