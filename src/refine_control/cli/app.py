@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -247,9 +246,6 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # diffusers warns at every change of type and every cut prompt; the verbs warn about what matters.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # torch and torchao report at import what of torchao's extensions was not built; no verb needs them.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     set_up()
     try:
         app(prog_name="refine-control")
