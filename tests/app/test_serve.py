@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -75,16 +77,18 @@ def number_of(config: dict, name: str) -> int:
     return next(each["id"] for each in config["dependencies"] if each["api_name"].startswith(name))
 
 
-def ask(server: Server, config: dict, name: str, data: list, visit: str = "visit", trigger: int | None = None) -> dict:
-    """An event of the page, as its script sends it; the last message of the answer."""
-    body = {"data": data, "fn_index": number_of(config, name), "session_hash": visit, "trigger_id": trigger}
+def ask(
+    server: Server, config: dict, name: str, data: list, visit: str = "visit", until: str = "process_completed"
+) -> dict:
+    """An event of the page, as its script sends it; the message of the answer after which we stop listening."""
+    body = {"data": data, "fn_index": number_of(config, name), "session_hash": visit, "trigger_id": None}
     joined = httpx.post(f"{server.url}gradio_api/queue/join", json=body, timeout=60)
     if joined.status_code != 200:
         return {"refused": joined.status_code, "detail": joined.text}
     with httpx.stream("GET", f"{server.url}gradio_api/queue/data?session_hash={visit}", timeout=120) as lines:
         for line in lines.iter_lines():
             message = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
-            if message.get("msg") == "process_completed" and message["event_id"] == joined.json()["event_id"]:
+            if message.get("msg") == until and message["event_id"] == joined.json()["event_id"]:
                 return message
     raise AssertionError("the answer stopped")
 
@@ -220,7 +224,16 @@ def test_the_name_of_an_upload_cannot_be_computed_from_its_content(server, tmp_p
 # What people type
 
 
-def paint(server: Server, config: dict, prompt: str, mask: np.ndarray | None, tmp_path: Path, visit: str) -> dict:
+def paint(
+    server: Server,
+    config: dict,
+    prompt: str,
+    mask: np.ndarray | None,
+    tmp_path: Path,
+    visit: str,
+    steps: int = 1,
+    **listening: str,
+) -> dict:
     photograph = upload(server, png(np.full((64, 64, 3), 128, np.uint8), tmp_path / f"{visit}.png")).json()[0]
     file = {"path": photograph, "meta": {"_type": "gradio.FileData"}}
     assert ask(server, config, "upload", [file], visit)["success"]
@@ -229,7 +242,7 @@ def paint(server: Server, config: dict, prompt: str, mask: np.ndarray | None, tm
         strokes = upload(server, png(layer(mask), tmp_path / f"{visit}-strokes.png")).json()[0]
         layers = [{"path": strokes, "meta": {"_type": "gradio.FileData"}}]
     drawing = {"background": file, "layers": layers, "composite": None, "id": None}
-    return ask(server, config, "paint", [drawing, None, prompt, ["edge"], 0, 1, None], visit)
+    return ask(server, config, "paint", [drawing, None, prompt, ["edge"], 0, steps, None], visit, **listening)
 
 
 HOLE = np.pad(np.ones((128, 128), bool), 192)
@@ -282,6 +295,47 @@ def test_many_at_once_and_half_open_connections_are_answered_or_refused(server, 
     assert all(answer.get("success") or answer.get("refused") == 503 for answer in answers)
     assert any(answer.get("success") for answer in answers)
     assert httpx.get(server.url, timeout=60).status_code == 200
+
+
+def test_a_visitor_who_leaves_ends_the_painting_and_may_come_back(tmp_path):
+    from refine_control.app.page import Page, _LeftError
+    from refine_control.config import SamplerConfig
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    png(layer(HOLE), tmp_path / "strokes.png")
+    visits, steps = [SimpleNamespace(session_hash=name) for name in ("leaver", "stayer")], []
+
+    def repaint(photograph, mask, prompt, sampler, progress):
+        for done in range(3):
+            if len(steps) == 1:
+                page.leave(visits[0])
+            progress(done, 3)
+            steps.append(done)
+        return SimpleNamespace(save=lambda path: path, seconds=1.0, image=photograph.shown)
+
+    inpainter = SimpleNamespace(sampler=lambda **given: SamplerConfig(), repaint=repaint)
+    cost = SimpleNamespace(network_calls=1, gflops_picture=1.0)
+    page = Page({"edge": SimpleNamespace(inpainter=inpainter, cost=lambda sampler: cost)}, [], tmp_path)
+    handlers = list(logging.getLogger("refine_control").handlers)
+
+    def painting(visit):
+        asked = [tmp_path / "strokes.png"], str(tmp_path / "photo.png"), "a red star", ["edge"], 0, 0, []
+        return list(page.paint(*asked, visit, lambda *_, **__: None))
+
+    with pytest.raises(_LeftError):
+        painting(visits[0])
+    assert steps == [0]
+    assert logging.getLogger("refine_control").handlers == handlers
+    assert len(painting(visits[1])) == len(painting(visits[0])) == 1
+
+
+def test_the_slot_of_a_visitor_who_leaves_is_free_again(server, config, tmp_path):
+    with httpx.stream("GET", f"{server.url}gradio_api/heartbeat/leaver", timeout=60):  # closed, the page is
+        begun = paint(server, config, "a red star", HOLE, tmp_path, "leaver", steps=50, until="progress")
+        assert "refused" not in begun
+    answer = paint(server, config, "a red star", HOLE, tmp_path, "stayer")
+    assert answer["success"]
+    assert "Traceback" not in server.log.read_text()
 
 
 # The page itself, in a browser

@@ -151,6 +151,7 @@ class Page:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio passes it
     ) -> Iterator[list[Any]]:
         """Yields after each model: for each offer its slot, picture, facts and download; then gallery and history."""
+        self.gone.pop(str(request.session_hash), None)  # a phone that slept is back
         photograph = _chosen(file)
         number = _check(prompt, names, seed)
         mask, before = read_strokes(layers, photograph.header.size), view(photograph.shown)
