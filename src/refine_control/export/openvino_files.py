@@ -11,10 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from refine_control.export.format import Work
+from refine_control.export.format import Format, Work
 from refine_control.export.graphs import DENOISING, layers_of_sites
-from refine_control.export.pipeline_folder import write_pipeline
+from refine_control.export.pipeline_folder import load_velocity, write_pipeline
 from refine_control.runtime.engines import open_graph
+
+
+def openvino_format(name: str, title: str, bound: float, precision: str) -> Format:
+    """The record of a pipeline for OpenVINO in a precision of `write_openvino`; the rest as in `Format`."""
+    return Format(
+        name,
+        title,
+        bound,
+        write=lambda work, folder: write_openvino(work, folder, precision),
+        load=lambda work, folder: load_velocity(folder, "openvino", precision, ".xml"),
+    )
 
 
 def write_openvino(work: Work, folder: Path, precision: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from refine_control.config import CHOSEN_BY_MODEL
-from refine_control.export.format import Velocity, Work
+from refine_control.export.format import Format, Velocity, Work
 from refine_control.export.graphs import DENOISING, denoising_graphs, frame_graphs, layers_of_sites
 from refine_control.export.onnx_files import write_onnx
 from refine_control.runtime.description import DESCRIPTION, Description
@@ -116,6 +116,17 @@ def describe(
         sampling=source.sampler,
         **sizes._asdict(),
         **learnt,
+    )
+
+
+def onnx_format(name: str, title: str, bound: float, precision: str, convert: Convert) -> Format:
+    """The record of a pipeline for ONNX Runtime whose parts `convert` writes; the rest as in `Format`."""
+    return Format(
+        name,
+        title,
+        bound,
+        write=lambda work, folder: write_pipeline(work, folder, "onnx", precision, ".onnx", convert),
+        load=lambda work, folder: load_velocity(folder, "onnx", precision, ".onnx"),
     )
 
 

@@ -1,8 +1,8 @@
 """As `diffusers`, with how to load it through torchao: int8 weights, activations quantised as they come.
 
 torchao quantises after loading, so the files are the fp16 ones: its own tensors are stored as pickles, which this
-project does not write. The checked error is that of the quantised networks. Without `torch.compile` the int8 kernels
-of a CPU are slower than fp32.
+project does not write. The checked error is that of the quantised networks. It is for GPUs: on a CPU the int8 kernels
+take several times as long as fp32 without `torch.compile`, and `onnx-int8` is the format to use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from refine_control.storage import write_atomic
 
 _NOTE = """
 ## int8 by torchao
+
+For GPUs; on a CPU it is slower than fp32, and an export `--to onnx-int8` is faster.
 
 ```python
 from diffusers import SD3ControlNetModel
@@ -52,4 +54,4 @@ def _load(work: Work, folder: Path) -> Velocity:
     return diffusers.load(work, folder, quantized)
 
 
-FORMAT = Format("torchao", "diffusers with torchao, int8", 0.1, _write, _load, diffusers.FORMAT.refuse)
+FORMAT = Format("torchao", "diffusers with torchao, int8, for GPUs", 0.1, _write, _load, diffusers.FORMAT.refuse)
