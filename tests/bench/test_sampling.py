@@ -17,7 +17,7 @@ GUIDED, ONE = "teacher 20 steps guided", "student 1 step"
 def report(tiny_backbone):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "load_backbone", lambda model, device: tiny_backbone)
-        patch.setattr(sampling, "WAYS", {GUIDED: ("teacher", 2, True), ONE: ("student", 1, False)})
+        patch.setattr(sampling, "ways", lambda steps: {GUIDED: ("teacher", 2, True), ONE: ("student", 1, False)})
         return bench_sampling(layers=2, batches=(2,), repeats=1)
 
 
@@ -54,3 +54,15 @@ def test_measuring_leaves_the_modules_as_they_are(report, tiny_backbone):
 def test_a_teacher_without_guidance_is_refused():
     with pytest.raises(InvalidInputError, match="guidance is 1, which is none"):
         bench_sampling(guidance=1)
+
+
+def test_teacher_and_student_paint_in_the_usual_steps_and_in_few():
+    named = sampling.ways(28)
+    assert named["student 28 steps guided"] == ("student", 28, True)
+    assert list(named) == [
+        *("teacher 28 steps guided", "student 28 steps guided"),
+        *("teacher 4 steps guided", "student 4 steps", ONE),
+    ]
+    pairs = sampling._pairs(named)
+    assert ("teacher 4 steps guided", "student 28 steps guided") not in pairs
+    assert len(pairs) == 5

@@ -10,7 +10,7 @@ their own prompts; weights do not matter for speed, so without a student its siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import Spread, Timing, interleaved, ratio
 from refine_control.models.backbone import Backbone
+from refine_control.models.card import choose_sampler
 from refine_control.models.controlnet import build_student, join
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device, device_name
@@ -33,10 +34,22 @@ from refine_control.pipeline.painting import paint
 from refine_control.pipeline.picture_cost import PictureCost, painting_parts, picture_cost
 
 TEACHER, STUDENT, MODULES = "teacher", "student", "modules"
-_WAYS = {"20 steps guided": (TEACHER, 20, True), "4 steps guided": (TEACHER, 4, True)}
-_WAYS |= {"4 steps": (STUDENT, 4, False), "1 step": (STUDENT, 1, False)}
-WAYS = {f"{network} {name}": (network, steps, guided) for name, (network, steps, guided) in _WAYS.items()}
-"""By name: which network paints, in how many steps, and whether guided."""
+Way = tuple[str, int, bool]
+"""Which network paints, in how many steps, and whether guided."""
+
+
+def ways(steps: int) -> dict[str, Way]:
+    """By name; `steps` is the usual number of guided steps."""
+    chosen = [
+        (TEACHER, steps, True),
+        (STUDENT, steps, True),
+        (TEACHER, 4, True),
+        (STUDENT, 4, False),
+        (STUDENT, 1, False),
+    ]
+    return {f"{who} {n} step{'s' * (n > 1)}{' guided' * guided}": (who, n, guided) for who, n, guided in chosen}
+
+
 _PARTS = {"text": "text", "encode": "encode", "call": "teacher's call", "decode": "decode"}
 
 
@@ -118,17 +131,18 @@ def _pictures(batch: int, side: int) -> tuple[Shown, list[str]]:
     return Shown(images, masks), [("a red circle", "a blue ring")[number % 2] for number in range(batch)]
 
 
-def _pairs() -> list[tuple[str, str]]:
-    """Each way of the teacher against each of the student."""
-    ways = {network: [name for name, way in WAYS.items() if way[0] == network] for network in (TEACHER, STUDENT)}
-    return [(slow, fast) for slow in ways[TEACHER] for fast in ways[STUDENT]]
+def _pairs(chosen: Mapping[str, Way]) -> list[tuple[str, str]]:
+    """Each way of the teacher against those of the student that take no more steps."""
+    slow, fast = ({n: way for n, way in chosen.items() if way[0] == network} for network in (TEACHER, STUDENT))
+    return [(a, b) for a in slow for b in fast if fast[b][1] <= slow[a][1]]
 
 
-def _speedups(times: dict[str, Timing]) -> dict[str, Spread]:
+def _speedups(times: dict[str, Timing], chosen: Mapping[str, Way]) -> dict[str, Spread]:
     """Teacher over student, both packed and both as modules; modules over packed."""
-    pairs = [*_pairs(), *((f"{MODULES}, {a}", f"{MODULES}, {b}") for a, b in _pairs())]
-    pairs += [(f"{MODULES}, {name}", name) for name in WAYS]
-    pairs += [(f"{MODULES}, {a}", b) for a, b in _pairs()]
+    both = _pairs(chosen)
+    pairs = [*both, *((f"{MODULES}, {a}", f"{MODULES}, {b}") for a, b in both)]
+    pairs += [(f"{MODULES}, {name}", name) for name in chosen]
+    pairs += [(f"{MODULES}, {a}", b) for a, b in both]
     return {f"{a} / {b}": ratio(times[a], times[b]).spread for a, b in pairs}
 
 
@@ -142,19 +156,20 @@ def bench_sampling(
     batches: Sequence[int] = (1, 8),
     repeats: int = 3,
 ) -> SamplingBench:
-    """Times every way of `WAYS` with a student of `layers` layers, or the one in the folder `student`.
+    """Times every one of `ways` with a student of `layers` layers, or the one in the folder `student`.
 
     Raises InvalidInputError for no guidance and for a student that does not fit the model."""
     if guidance <= 1:
         raise InvalidInputError(f"guidance is {guidance:g}, which is none; give more than 1")
     backbone, networks, fast, of_fast = _networks(model, student, layers, precision)
-    samplers = {name: _sampler(steps, guided, guidance, precision) for name, (_, steps, guided) in WAYS.items()}
-    cost = {name: picture_cost(backbone, networks[way[0]], samplers[name]) for name, way in WAYS.items()}
+    chosen = ways(choose_sampler(model, None, {}).num_inference_steps)
+    samplers = {name: _sampler(steps, guided, guidance, precision) for name, (_, steps, guided) in chosen.items()}
+    cost = {name: picture_cost(backbone, networks[way[0]], samplers[name]) for name, way in chosen.items()}
     results = {}
     for batch in batches:
         given = _pictures(batch, backbone.geometry.side)
         calls: dict[str, Callable[[], Any]] = {}
-        for name, (network, *_) in WAYS.items():
+        for name, (network, *_) in chosen.items():
             calls[f"{MODULES}, {name}"] = partial(paint, backbone, networks[network], *given, samplers[name])
             calls[name] = partial(paint, fast, of_fast[network], *given, samplers[name])
         parts = {_PARTS[name]: part for name, part in painting_parts(fast, of_fast[TEACHER], batch).items()}
@@ -164,9 +179,9 @@ def bench_sampling(
             {name: times[name].spread for name in calls},
             {name: times[name].median / batch for name in calls},
             {name: times[name].spread for name in parts},
-            _speedups(times),
+            _speedups(times, chosen),
         )
-    operations = {f"{a} / {b}": cost[a].gflops_picture / cost[b].gflops_picture for a, b in _pairs()}
+    operations = {f"{a} / {b}": cost[a].gflops_picture / cost[b].gflops_picture for a, b in _pairs(chosen)}
     counts = {name: len(network.transformer_blocks) for name, network in networks.items()}
     device = device_name(backbone.device)
     return SamplingBench(device, torch.get_num_threads(), precision, counts, cost, operations, results)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +12,9 @@ from refine_control.cli import options as opt
 from refine_control.cli.output import named_folders, named_sources, progress_bar, show
 from refine_control.errors import InvalidInputError
 from refine_control.signals import interruptible
+
+if TYPE_CHECKING:
+    from refine_control.metrics.cost import Spread
 
 bench_app = opt.make_app(help="Benchmarks of this machine.")
 Figure = Literal["table1", "table2", "table3", "figure2", "figure3"]
@@ -209,6 +213,13 @@ def trim(
     show(result if as_json else result.text, as_json)
 
 
+def _draw(file: Path | None, title: str, bars: Mapping[str, Spread]) -> None:
+    from refine_control.bench.bars import draw_bars
+
+    if file is not None:
+        draw_bars(file, title, bars)
+
+
 @bench_app.command("data")
 @interruptible("nothing is written")
 def bench_data(
@@ -232,13 +243,16 @@ def bench_step(
     recipe: opt.Recipe = "mini/ours_stage1",
     overrides: opt.Overrides = None,
     repeats: Annotated[int, opt.number("Number of timed steps.")] = 5,
+    plot: opt.Bars = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Print time, memory and operations of one training step."""
+    """Time the training step of any recipe against a plain loop and diffusers' script, with equal losses."""
     from refine_control.bench.step import bench_step as run
     from refine_control.recipe_files import load_recipe
 
-    show(run(load_recipe(recipe, overrides or []), repeats=repeats), as_json)
+    result = run(load_recipe(recipe, overrides or []), repeats=repeats)
+    _draw(plot, f"{result.recipe} on {result.device}, seconds a step", result.seconds)
+    show(result if as_json else result.text, as_json)
 
 
 @bench_app.command("sampling")
@@ -251,13 +265,21 @@ def bench_sampling(
     guidance: Annotated[float, opt.number("Guidance scale of the teacher.", 1, 100)] = 3,
     batch: Annotated[list[int] | None, opt.number("Batch size; may be repeated; default: 1 and 8.")] = None,
     repeats: opt.Rounds = 3,
+    plot: opt.Bars = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Time whole pictures: the teacher in 20 and 4 guided steps against a student in 4 and 1 unguided ones."""
+    """Time whole pictures: teacher and student in the model's usual number of guided steps, the teacher in 4, and a
+    student in 4 and 1 unguided ones."""
     from refine_control.bench.sampling import bench_sampling as run
 
     options: Any = {"layers": layers, "precision": precision, "guidance": guidance, "repeats": repeats}
     result = run(model, controlnet, batches=batch or (1, 8), **options)
+    shown = {
+        f"{name}, batch {count}": spread
+        for count, each in result.batches.items()
+        for name, spread in each.seconds.items()
+    }
+    _draw(plot, f"{model} on {result.device}, seconds a batch", shown)
     show(result if as_json else result.text, as_json)
 
 

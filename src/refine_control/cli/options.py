@@ -65,14 +65,17 @@ def output_option(help: str, *kinds: str) -> Any:
     return typer.Option(callback=output_folder(*kinds), help=help)
 
 
-def output_file(help: str) -> Any:
-    """An option for a file to write, checked before anything is loaded."""
+def output_file(help: str, *endings: str) -> Any:
+    """An option for a file to write, checked before anything is loaded; with one of the `endings` if any are given."""
 
     def check(path: Path | None) -> Path | None:
+        from refine_control.errors import InvalidInputError
         from refine_control.storage import check_output_file
 
         if path is not None:
             check_output_file(path)
+            if endings and path.suffix not in endings:
+                raise InvalidInputError(f"{path} does not end with {', '.join(endings)}; choose one of them")
         return path
 
     return typer.Option(callback=check, help=help)
@@ -102,6 +105,7 @@ Named = typer.Option(help="NAME=FOLDER, or NAME=edge; may be repeated.")
 Recipe = Annotated[str, typer.Argument(help="A packaged name or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 Precision = Literal["fp32", "bf16"]
+Bars = Annotated[Path | None, output_file("Draw the times as bars.", ".svg", ".png", ".pdf")]
 Rounds = Annotated[int, number("Number of rounds.")]
 Seed = Annotated[int, number("Seed of all random numbers.", 0, 2**63 - 1)]
 MetricWeights = Annotated[

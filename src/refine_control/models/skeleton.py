@@ -124,14 +124,19 @@ def _text_encoder(name: str, config: Config) -> Any:
     return CLIPTextModelWithProjection(CLIPTextConfig(**config))
 
 
-def skeleton(model: str | Path, teacher: str | Path | None = None, controlled: bool = True) -> Backbone:
+def skeleton(
+    model: str | Path,
+    teacher: str | Path | None = None,
+    controlled: bool = True,
+    device: torch.device | str = "meta",
+) -> Backbone:
     """The frozen parts of a model on the meta device, with the teacher's ControlNet or its own; unless `controlled`
-    with none. It has no tokenizers.
+    with none. It has no tokenizers. On another `device` its weights are drawn at random, in torch's default type.
 
     Raises what the loaders raise for configs that are not there or do not fit."""
     configs = read_configs(model)
     control = _controlnet(teacher) if teacher else configs.get("controlnet")
-    with torch.device("meta"):
+    with torch.device(device):
         transformer: Any = SD3Transformer2DModel.from_config(dict(configs["transformer"]))
         vae = AutoencoderKL.from_config(dict(configs["vae"]))
         names = (f"text_encoder{suffix}" for suffix in ("", "_2", "_3"))

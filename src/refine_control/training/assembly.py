@@ -19,6 +19,8 @@ from refine_control.training.few_step import asks_teacher as few_step_asks_teach
 from refine_control.training.loop import Objective
 from refine_control.training.objectives import KINDS, Distillation, Networks
 
+META = torch.device("meta")
+
 
 def trainable_backbone(recipe: Recipe, backbone: Backbone, start: Backbone, saved: Path | None) -> Backbone:
     """`backbone`, or the one around the transformer to be trained: that of `start`, which is `saved` in a folder.
@@ -99,14 +101,18 @@ def beside(recipe: Recipe, backbone: Backbone) -> list[Any]:
     return [*([backbone.vae] if shows else []), *encoders]
 
 
-def shape_of_run(recipe: Recipe, cpu_kernels: bool) -> Networks:
-    """The networks of a recipe on the meta device, by configs alone: what `prepare` gives, without weights."""
-    backbone = skeleton(recipe.model, recipe.teacher, controlled=reads_teacher(recipe))
+def shape_of_run(recipe: Recipe, cpu_kernels: bool, device: torch.device = META) -> Networks:
+    """The networks of a recipe on the meta device, by configs alone: what `prepare` gives, without weights.
+
+    On another `device` with random weights, for measurements."""
+    backbone = skeleton(recipe.model, recipe.teacher, controlled=reads_teacher(recipe), device=device)
     config, teacher = recipe.student, backbone.pipeline.controlnet
-    with torch.device("meta"):
+    with torch.device(device):
         # groups by relevance are measured on samples and have the sizes of equal ones
         student = build_student(backbone.transformer, teacher, config.num_layers, config.init, config.seed)
         started = trainable_backbone(recipe, backbone, backbone, None)
-    training = recipe.training.model_copy(update={"compile": False})
-    eager = recipe.model_copy(update={"training": training})
-    return assemble(eager, backbone, started, student, torch.device("meta"), cpu_kernels=cpu_kernels)
+    compiled = recipe.training.compile and device != META
+    training = recipe.training.model_copy(update={"compile": compiled})
+    return assemble(
+        recipe.model_copy(update={"training": training}), backbone, started, student, device, cpu_kernels=cpu_kernels
+    )

@@ -244,14 +244,17 @@ def student_card(recipe: Recipe) -> StudentCard | None:
     )
 
 
-def prepare(recipe: Recipe, device: torch.device) -> Networks:
-    """The networks of a recipe on `device`, in its precision, with the operators that are fast there."""
+def prepare(recipe: Recipe, device: torch.device, *, cpu_kernels: bool = True) -> Networks:
+    """The networks of a recipe on `device`, in its precision, with the operators that are fast there.
+
+    Without `cpu_kernels` a CPU runs diffusers' own modules."""
     with_teacher = reads_teacher(recipe)
     teacher = load_controlnet(recipe.teacher) if recipe.teacher and with_teacher else None
     backbone = load_backbone(recipe.model, teacher, controlled=with_teacher)
     started = new_student(recipe, backbone, device)
     exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
-    return assemble(recipe, backbone, *started, device, cpu_kernels=device.type == "cpu", teacher_mark=exact)
+    kernels = cpu_kernels and device.type == "cpu"
+    return assemble(recipe, backbone, *started, device, cpu_kernels=kernels, teacher_mark=exact)
 
 
 def run_mark(recipe: Recipe, backbone: Backbone) -> str:
