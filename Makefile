@@ -8,7 +8,7 @@ ORT_WEB := onnxruntime-web-1.30.0
 ARGS ?=
 PYTHONS := $(PYTHON) python3.12 python3.11 python3.13 python3
 
-.PHONY: demo test lint docs site clean browser
+.PHONY: demo test lint docs site gpu clean browser
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(VENV)/bin/python docs/drawings.py
 	$(VENV)/bin/python -m refine_control.study.docs_tables README.md docs/*.md
+
+# What needs a GPU, with random weights, in 10 minutes: a table, and runs/bench_gpu/bench_gpu.json.
+gpu: $(VENV)/.installed
+	$(VENV)/bin/refine-control bench gpu $(ARGS)
 
 # The site of README and docs/, as files in build/site that load nothing from elsewhere.
 site: $(VENV)/.installed-dev

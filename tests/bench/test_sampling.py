@@ -23,7 +23,7 @@ def report(tiny_backbone):
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 3.0), (2, 1.0)])
 def test_the_counted_operations_are_those_of_painting(tiny_backbone, steps, guidance):
-    shown, prompts = sampling._pictures(1, tiny_backbone.geometry.side)
+    shown, prompts = sampling.make_shown(1, tiny_backbone.geometry.side)
     sampler = SamplerConfig(num_inference_steps=steps, guidance_scale=guidance)
     controlnet = tiny_backbone.pipeline.controlnet
     counted = count_flops(lambda: paint(tiny_backbone, controlnet, shown, prompts, sampler))

@@ -123,7 +123,7 @@ def _sampler(steps: int, guided: bool, guidance: float, precision: Precision) ->
     return SamplerConfig(num_inference_steps=steps, guidance_scale=scale, precision=precision, sigmas="even")
 
 
-def _pictures(batch: int, side: int) -> tuple[Shown, list[str]]:
+def make_shown(batch: int, side: int) -> tuple[Shown, list[str]]:
     """Random images, masks of a quarter of them, prompts."""
     images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     masks = np.zeros((batch, side, side), bool)
@@ -167,7 +167,7 @@ def bench_sampling(
     cost = {name: picture_cost(backbone, networks[way[0]], samplers[name]) for name, way in chosen.items()}
     results = {}
     for batch in batches:
-        given = _pictures(batch, backbone.geometry.side)
+        given = make_shown(batch, backbone.geometry.side)
         calls: dict[str, Callable[[], Any]] = {}
         for name, (network, *_) in chosen.items():
             calls[f"{MODULES}, {name}"] = partial(paint, backbone, networks[network], *given, samplers[name])

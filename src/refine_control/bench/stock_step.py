@@ -162,6 +162,13 @@ def make_pictures(recipe: Recipe, side: int, device: torch.device) -> Pictures:
     return Pictures(pixels, cond, [("a red circle", "a blue ring")[slot % 2] for slot in draw.slots])
 
 
+@torch.no_grad()
+def encode_pictures(batch: Batch, pictures: Pictures, vae: Any) -> Batch:
+    """The batch with the latents of `pictures`, fp32."""
+    latents, cond_latents = (encode_images(vae, each).float() for each in (pictures.pixels, pictures.cond_pixels))
+    return batch._replace(latents=latents, cond_latents=cond_latents)
+
+
 class ScriptStep(StockStep):
     """`StockStep` that encodes the pictures of its batch in every step; `text`: the prompts too.
 
@@ -181,12 +188,11 @@ class ScriptStep(StockStep):
     @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
         """The batch with the latents of the pictures and, where `text`, the embeddings of the prompts."""
-        backbone, (pixels, cond, prompts) = self.networks.backbone, self.pictures
-        latents, cond_latents = (encode_images(backbone.vae, each).float() for each in (pixels, cond))
-        batch = batch._replace(latents=latents, cond_latents=cond_latents)
+        backbone = self.networks.backbone
+        batch = encode_pictures(batch, self.pictures, backbone.vae)
         if not self.text:
             return batch
-        texts = backbone.readable(prompts)
+        texts = backbone.readable(self.pictures.prompts)
         pairs = encode_prompts(backbone.pipeline, texts, backbone.max_sequence_length)
-        embeds, pooled = (each.to(latents.device, torch.float32) for each in pairs)
+        embeds, pooled = (each.to(batch.latents.device, torch.float32) for each in pairs)
         return batch._replace(prompt_embeds=embeds, pooled_prompt_embeds=pooled)

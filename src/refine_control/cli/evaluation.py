@@ -228,13 +228,14 @@ def bench_data(
     many: Annotated[
         int, opt.number("Number of photos of the memory measurement besides 1,000 and 8,000; 0: none.", 0)
     ] = 0,
+    cached: Annotated[int, opt.number("Number of samples of a cache to read for one epoch; 0: none.", 0)] = 0,
     repeats: opt.Rounds = 3,
     as_json: opt.Json = False,
 ) -> None:
     """Time build, cache and batches against the unavoidable work alone."""
     from refine_control.bench.data import bench_data as run
 
-    show(run(source, photos, many, repeats)._asdict(), as_json)
+    show(run(source, photos, many, repeats, cached=cached)._asdict(), as_json)
 
 
 @bench_app.command("step")
@@ -252,6 +253,32 @@ def bench_step(
 
     result = run(load_recipe(recipe, overrides or []), repeats=repeats)
     _draw(plot, f"{result.recipe} on {result.device}, seconds a step", result.seconds)
+    show(result if as_json else result.text, as_json)
+
+
+@bench_app.command("gpu")
+@interruptible("what is measured is kept")
+def bench_gpu(
+    recipe: opt.Recipe = "sd3/balanced_stage1",
+    overrides: opt.Overrides = None,
+    out: Annotated[Path, opt.output_option("Folder of the results, which the next call continues.")] = Path(
+        "runs/bench_gpu"
+    ),
+    minutes: Annotated[float, opt.number("Time for all of it.", 0)] = 10,
+    small: Annotated[
+        bool, typer.Option("--small", help="Two samples at once, on a CPU where there is no GPU.")
+    ] = False,
+    plot: opt.Bars = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure all that needs a GPU with random weights: steps, peers, memory, attention, compilation, pictures."""
+    from refine_control.bench.gpu import bench_gpu as run
+    from refine_control.recipe_files import load_recipe
+
+    chosen, bar = load_recipe(recipe, overrides or []), progress_bar("bench gpu")
+    result = run(chosen, out, minutes, small=small, progress=bar)
+    measured = {name: each.seconds for name, each in result.outcomes.items() if not each.problem}
+    _draw(plot, f"{result.recipe} on {result.device}, seconds of a step or picture", measured)
     show(result if as_json else result.text, as_json)
 
 

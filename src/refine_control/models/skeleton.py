@@ -131,16 +131,18 @@ def skeleton(
     device: torch.device | str = "meta",
 ) -> Backbone:
     """The frozen parts of a model on the meta device, with the teacher's ControlNet or its own; unless `controlled`
-    with none. It has no tokenizers. On another `device` its weights are drawn at random, in torch's default type.
+    with none. It has no tokenizers. On another `device` the weights, but those of the text encoders, are drawn at
+    random in torch's default type.
 
     Raises what the loaders raise for configs that are not there or do not fit."""
     configs = read_configs(model)
     control = _controlnet(teacher) if teacher else configs.get("controlnet")
+    names = (f"text_encoder{suffix}" for suffix in ("", "_2", "_3"))
+    with torch.device("meta"):
+        encoders = {name: _text_encoder(name, configs[name]) if name in configs else None for name in names}
     with torch.device(device):
         transformer: Any = SD3Transformer2DModel.from_config(dict(configs["transformer"]))
         vae = AutoencoderKL.from_config(dict(configs["vae"]))
-        names = (f"text_encoder{suffix}" for suffix in ("", "_2", "_3"))
-        encoders = {name: _text_encoder(name, configs[name]) if name in configs else None for name in names}
         controlnet: Any = None
         if controlled and control is not None:
             check_controlnet(control, transformer.config, teacher or model)

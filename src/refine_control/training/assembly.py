@@ -77,7 +77,7 @@ def assemble(
     controlnets: list[Any] = (
         [student] if backbone.pipeline.controlnet is None else [backbone.pipeline.controlnet, student]
     )
-    if cpu_kernels:
+    if cpu_kernels and not recipe.training.compile:  # inductor takes no oneDNN product whose weights change
         use_cpu_kernels(*transformers, *controlnets)
     for part in (*transformers, student, *([teacher] if teacher is not None else []), *beside(recipe, backbone)):
         part.to(device)  # type: ignore[arg-type]
