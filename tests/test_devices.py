@@ -25,6 +25,7 @@ from refine_control.models import backbone as backbone_module
 from refine_control.models import devices, loading
 from refine_control.models.backbone import Backbone
 from refine_control.models.cpu_kernels import in_precision
+from refine_control.models.devices import send
 from refine_control.pipeline import files as pipeline_module
 from refine_control.pipeline.files import inpaint_file
 from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline
@@ -386,3 +387,25 @@ def test_the_best_device_is_a_gpu_where_there_is_one(monkeypatch):
         assert devices.best_device().type == kind
     assert devices.free_bytes(torch.device("cpu")) == float("inf")
     assert devices.device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_tensor_goes_to_a_gpu_through_pinned_memory_and_is_cast_there():
+    calls = []
+
+    class Recorded:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            calls.append("pin")
+            return self
+
+        def to(self, *given, **options):
+            calls.append((*given, *options))
+            return self
+
+    send(Recorded(), "cuda:1", torch.float32)
+    assert calls == ["pin", ("cuda:1", "non_blocking"), (torch.float32,)]
+    sent = send(torch.ones(2, dtype=torch.bfloat16), "cpu", torch.float32)
+    assert sent.dtype == torch.float32
+    same = torch.ones(2)
+    assert send(same, torch.device("cpu")) is same

@@ -53,6 +53,20 @@ def test_the_steps_have_equal_losses_and_the_plan_of_their_memory(recipe):
     assert (ours.planned, outcomes[SCRIPT].planned) == (50, 0)
 
 
+def test_compiled_blocks_have_the_loss_of_eager_ones(recipe, monkeypatch):
+    compiled, compile_as_usual = [], torch.compile
+
+    def traced(call, **_):
+        compiled.append(call)
+        return compile_as_usual(call, backend="aot_eager")  # as inductor's graphs, without a compiler
+
+    monkeypatch.setattr(torch, "compile", traced)
+    eager, other = (measure(Measurement(OURS, {**WHOLE, "compile": on}), recipe, RATES) for on in (False, True))
+    assert (eager.problem, other.problem) == ("", "")
+    assert other.loss == pytest.approx(eager.loss, rel=1e-5)
+    assert len(compiled) == 24 + 23 + 2
+
+
 def test_prompts_are_encoded_and_pictures_painted_with_random_text_encoders(recipe):
     for each in (
         Measurement(SCRIPT_TEXT, WHOLE, SCRIPT_TEXT),

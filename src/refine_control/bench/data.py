@@ -145,8 +145,8 @@ def _batch_reader(cache: Cache) -> Callable[[], Any]:
 
 def _loader_reader(cache: Cache) -> Callable[[], Any]:
     """The same by torch's DataLoader in this process."""
-    options: dict[str, Any] = {"shuffle": True, "drop_last": len(cache) >= _STEP_SAMPLES}
-    loader = torch.utils.data.DataLoader(_Samples(cache), _STEP_SAMPLES, **options)
+    whole = len(cache) >= _STEP_SAMPLES
+    loader = torch.utils.data.DataLoader(_Samples(cache), _STEP_SAMPLES, shuffle=True, drop_last=whole)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     return lambda: next(endless)
 

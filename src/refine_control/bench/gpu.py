@@ -183,7 +183,7 @@ def _waits(call: Callable[[], Any]) -> int:
 
 def _measure_step(each: Measurement, recipe: Recipe, rates: dict[str, float]) -> Outcome:
     device, precision = best_device(), recipe.training.precision
-    mixed: dict[str, Any] = {} if each.step == OURS else {"mixed": precision == "bf16"}
+    mixed: dict[str, bool] = {} if each.step == OURS else {"mixed": precision == "bf16"}
     given = (precision,) if each.step == OURS else ()
     load = partial(random_networks, text=each.step == SCRIPT_TEXT)
     step = _STEPS[each.step](recipe, device, *given, load=load, **mixed)
@@ -257,7 +257,7 @@ def measure_alone(each: Measurement, recipe: Recipe, rates: dict[str, float], se
         process.join()
 
 
-def _kept(file: Path, head: dict[str, Any]) -> dict[str, Outcome]:
+def _kept(file: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
     """The outcomes of an earlier call on the same device with the same recipe, without those worth another try."""
     if not file.is_file():
         return {}
@@ -268,7 +268,7 @@ def _kept(file: Path, head: dict[str, Any]) -> dict[str, Outcome]:
     return {name: outcome for name, outcome in read.items() if outcome.problem in ("", _OUT_OF_MEMORY)}
 
 
-def _as_json(report: GpuBench) -> dict[str, Any]:
+def _as_json(report: GpuBench) -> Mapping[str, Any]:
     outcomes = {n: {**o._asdict(), "seconds": o.seconds._asdict()} for n, o in report.outcomes.items()}
     return {**report._asdict(), "outcomes": outcomes}
 
@@ -295,7 +295,12 @@ def bench_gpu(
     if device.type != "cuda" and not small:
         raise MissingError("torch sees no GPU on this machine; --small runs the same measurements on the CPU")
     batch, largest = (2, 2) if small else _batches(recipe, memory_bytes(device))
-    head = {"recipe": recipe.name, "device": device_name(device), "torch": torch.__version__, "batch_size": batch}
+    head: Mapping[str, Any] = {
+        "recipe": recipe.name,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "batch_size": batch,
+    }
     file = folder / RESULTS
     kept, listed = _kept(file, head), measurements(batch, largest)
     config = read_configs(recipe.model)["transformer"]

@@ -21,11 +21,11 @@ _ZERO_AT_BIRTH = ("controlnet_blocks.", "pos_embed_input.")
 """Layers of a ControlNet that start at zero."""
 
 
-class _Ids(dict[str, Any]):
+class _Ids(dict[str, object]):
     """What a tokenizer returns: an entry, and an attribute of the same name."""
 
     @property
-    def input_ids(self) -> Any:
+    def input_ids(self) -> object:
         return self["input_ids"]
 
 

@@ -44,6 +44,15 @@ def compute_type(network: torch.nn.Module) -> torch.dtype:
     return getattr(network, "compute_type", None) or first_weight(network).dtype
 
 
+def send(tensor: torch.Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on a device, in a type; to a GPU through pinned memory, and cast there.
+
+    From other memory of the host a copy begins when the GPU has done all its work, and the host waits for it."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True).to(dtype)
+    return tensor.to(device, dtype)
+
+
 def device_name(device: torch.device) -> str:
     """As its maker calls a GPU, else the device's kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -12,6 +12,7 @@ import torch
 from refine_control.cache.building import path_noise
 from refine_control.cache.reader import Cache
 from refine_control.errors import InvalidInputError
+from refine_control.models.devices import send
 from refine_control.models.prompt_memory import Encode
 from refine_control.photos.buckets import Size
 from refine_control.training.loop import Batches, Draw
@@ -58,7 +59,7 @@ class CacheBatches(Batches):
             batch = batch._replace(empty=self._embedded(np.zeros(1, int)))
         if "noise" in self.adds:
             noise = path_noise(clean.shape[1:], rows.tolist(), self.cache.manifest["completions"]["seed"])
-            batch = batch._replace(noise=noise.to(self.device))
+            batch = batch._replace(noise=send(noise, self.device))
         return batch._replace(path=self._take("path", rows)) if "path" in self.adds else batch
 
     def not_finite(self, draw: Draw, turn: Turn | None = None) -> list[str]:
@@ -97,14 +98,15 @@ class CacheBatches(Batches):
         return embeds.to(self.device, torch.float32), pooled.to(self.device, torch.float32)
 
     def _take(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        return self.cache.take(name, rows).to(self.device, torch.float32)
+        return send(self.cache.take(name, rows), self.device, torch.float32)
 
     def _clean(self, rows: np.ndarray, draw: Draw) -> torch.Tensor:
         """Clean latents: the posterior's mean, or a draw of (seed, stage, step, slot) where its deviation is cached."""
         mean = self._take(self.x0, rows)
         if not self.cache.has(f"{self.x0}_std"):
             return mean
-        return mean + self._take(f"{self.x0}_std", rows) * draw.normals("posterior", *mean.shape[1:]).to(self.device)
+        drawn = send(draw.normals("posterior", *mean.shape[1:]), self.device)
+        return mean + self._take(f"{self.x0}_std", rows) * drawn
 
 
 class MixedBatches(Batches):

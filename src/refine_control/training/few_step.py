@@ -27,6 +27,7 @@ from refine_control.consistency import (
     velocity_consistency,
 )
 from refine_control.models.backbone import decode_latents, encode_images, encoder_features
+from refine_control.models.devices import send
 from refine_control.training.loop import Draw, Objective
 from refine_control.training.objectives import Batch, Networks, Point, region_weight
 from refine_control.training.optimizer import Trainable
@@ -80,7 +81,7 @@ class FewStep(Objective):
     def uniforms(self, draw: Draw, purpose: str, latents: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1): one a sample or, with `shared_level`, one for the whole batch."""
         slots = [0] * len(draw.slots) if self.config.shared_level else draw.slots
-        return draw._replace(slots=slots).uniforms(purpose).to(latents.device)
+        return send(draw._replace(slots=slots).uniforms(purpose), latents.device)
 
     def levels(self, draw: Draw, latents: torch.Tensor) -> torch.Tensor:
         """Uniform levels in (0, 1], a share of `first` at 1."""
@@ -93,7 +94,7 @@ class FewStep(Objective):
 
     def fresh_noise(self, batch: Batch, draw: Draw) -> torch.Tensor:
         """(B,16,h,w) of the draw's slots."""
-        return draw.normals("noise", *batch.latents.shape[1:]).to(batch.latents.device)
+        return send(draw.normals("noise", *batch.latents.shape[1:]), batch.latents.device)
 
     def student_velocity(self, at: Point, batch: Batch) -> torch.Tensor:
         """With a graph, fp32."""

@@ -39,6 +39,7 @@ from refine_control.models.controlnet import (
     site_groups,
     trainable_parameters,
 )
+from refine_control.models.devices import send
 from refine_control.models.own_transformer import sharing_copy
 from refine_control.training.loop import Draw, Objective
 from refine_control.training.optimizer import Trainable, compute_in
@@ -89,8 +90,8 @@ def noised(latents: torch.Tensor, draw: Draw, sigmas: SigmaConfig | None = None,
     """x_t of clean latents (B,16,h,w) at logit-normal sigmas, shifted, with the noise of the draw's slots."""
     sigmas = sigmas or SigmaConfig()
     drawn = flow.logit_normal_sigmas(draw.normals("sigmas"), sigmas.logit_mean, sigmas.logit_std, shift)
-    drawn = drawn.to(latents.device)
-    noise = draw.normals("noise", *latents.shape[1:]).to(latents.device)
+    drawn = send(drawn, latents.device)
+    noise = send(draw.normals("noise", *latents.shape[1:]), latents.device)
     return Point(flow.interpolate(latents, noise, drawn), noise, drawn, flow.velocity(latents, noise))
 
 
