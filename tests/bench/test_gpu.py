@@ -53,6 +53,7 @@ def test_the_steps_have_equal_losses_and_the_plan_of_their_memory(recipe):
     assert (ours.planned, outcomes[SCRIPT].planned) == (50, 0)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_the_loss_of_eager_ones(recipe, monkeypatch):
     compiled, compile_as_usual = [], torch.compile
 
