@@ -60,7 +60,7 @@ DOORS = {
     "onnxruntime": ["runtime", "export"],
     "openvino": ["runtime", "export"],
     "nncf": ["export"],
-    "torchao": ["export"],
+    "torchao": ["export", "training.optimizer"],
     "tokenizers": ["runtime", "miniature.networks", "export.web"],
     "gradio": ["app"],
     "torchvision": [],

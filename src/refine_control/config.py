@@ -22,6 +22,8 @@ class Section(BaseModel):
 
 Precision = Literal["fp32", "bf16"]
 Engine = Literal["ddp", "fsdp2"]
+Frozen = Literal["precision", "int8", "fp8"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -187,6 +189,9 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate, a pure function of the step."""
 
+    kind: OptimizerKind = Field(
+        default="adamw", description="moments in fp32, or in 8 bits with a scale for each block (needs torchao)"
+    )
     learning_rate: float = Field(default=1e-5, gt=0, le=1, description="AdamW step size after the warm-up")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
@@ -224,6 +229,18 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, 1.25 times the work"
     )
+    checkpointed_blocks: int = Field(
+        default=0, ge=0, description="blocks that recompute, the student's first, then the transformer's; 0 is all"
+    )
+    frozen: Frozen = Field(
+        default="precision",
+        description="weights of frozen transformer and teacher: in the type of precision; or in 8 bits, a scale for "
+        "each row: int8, whose products are in that type, or fp8, whose forward products are in fp8",
+    )
+    memory: Literal["recipe", "auto"] = Field(
+        default="recipe",
+        description="auto chooses device_batch_size, checkpointing, optimizer.kind and frozen for the device",
+    )
     compile: bool = Field(default=False, description="torch.compile the networks")
     engine: Engine = Field(
         default="ddp",
@@ -240,6 +257,14 @@ class TrainingConfig(Section):
     def _device_batch_divides(self) -> TrainingConfig:
         if self.device_batch_size and self.batch_size % self.device_batch_size:
             raise ValueError(f"device_batch_size {self.device_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainingConfig:
+        if self.checkpointed_blocks and not self.gradient_checkpointing:
+            raise ValueError("checkpointed_blocks needs gradient_checkpointing true")
+        if self.frozen == "fp8" and self.precision != "bf16":
+            raise ValueError("frozen fp8 needs precision bf16")
         return self
 
 
@@ -337,6 +362,8 @@ class Recipe(Section):
         if self.student.backbone != "frozen" and not self.objective.is_few_step:
             kind = self.objective.kind
             raise ValueError(f"student.backbone {self.student.backbone} is for few steps; kind {kind} needs frozen")
+        if self.student.backbone != "frozen" and self.training.frozen != "precision":
+            raise ValueError(f"training.frozen {self.training.frozen} needs student.backbone frozen")
         return self
 
 

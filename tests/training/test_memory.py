@@ -1,4 +1,4 @@
-"""The plan of memory against torch's own allocator in real steps, and what fits."""
+"""The plan of memory against torch's own allocator in real steps, what fits, and steps in other types."""
 
 import copy
 import math
@@ -16,19 +16,25 @@ from refine_control.storage import write_json
 from refine_control.training.assembly import make_objective
 from refine_control.training.few_step import fields_read
 from refine_control.training.loop import Draw
-from refine_control.training.memory import at_most, micro_batches, plan_memory, smallest_change
+from refine_control.training.memory import at_most, micro_batches, plan_memory
+from refine_control.training.memory_choice import choose, fitted, smallest_change, with_settings
 from refine_control.training.objectives import Batch
 from refine_control.training.optimizer import MasterWeights
 from refine_control.training.run import prepare
 
+EIGHT_BITS = {"optimizer": {"kind": "adamw8bit"}, "frozen": "int8"}
+
 
 @pytest.fixture(scope="module")
 def model(tiny_backbone, tmp_path_factory):
-    """Of four blocks."""
+    """Of four blocks, its teacher's residuals not zero."""
     folder, pipeline = tmp_path_factory.mktemp("model") / "tiny", copy.copy(tiny_backbone.pipeline)
+    torch.manual_seed(0)
     for name, layers in (("transformer", 4), ("controlnet", 3)):
         network = getattr(pipeline, name)
         setattr(pipeline, name, type(network).from_config({**network.config, "num_layers": layers}))
+    for parameter in pipeline.controlnet.controlnet_blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     pipeline.save_pretrained(folder)
     write_json(folder / "refine_control.json", {"max_sequence_length": 0})
     return str(folder)
@@ -41,6 +47,7 @@ def make(model, kind="supervised", **more):
         "model": model,
         "student": {"num_layers": 2, **more.pop("student", {})},
         "objective": {"kind": kind, "feature_normalisation": "layer", **few, "few_step": {"first": 0.3}},
+        "optimizer": more.pop("optimizer", {}),
         "training": {"batch_size": 8, **more},
     }
     return Recipe.model_validate(values)
@@ -102,13 +109,14 @@ def measured(recipe):
         ("supervised", {}),
         ("supervised", {"precision": "bf16", "ema_decay": 0.9}),
         ("supervised", {"gradient_checkpointing": True}),
+        ("supervised", {**EIGHT_BITS, "gradient_checkpointing": True, "checkpointed_blocks": 3, "precision": "bf16"}),
         ("self_supervised", {"device_batch_size": 2, "precision": "bf16"}),
         ("from_scratch", {}),
         ("guidance", {}),
         ("phases", {"student": {"backbone": "whole"}}),
         ("end_points", {"student": {"backbone": "lora"}}),
     ],
-    ids=["stage 1", "bf16, mean", "checkpointing", "stage 2, split", "fc", "guidance", "whole", "lora"],
+    ids=["stage 1", "bf16, mean", "checkpointing", "8 bits", "stage 2, split", "fc", "guidance", "whole", "lora"],
 )
 def test_the_plan_is_the_peak_of_a_real_step_within_a_tenth(model, kind, options):
     recipe = make(model, kind, **options)
@@ -124,6 +132,15 @@ def test_processes_that_share_parameters_hold_parts_of_the_sums(model):
     assert plans[0].samples == plans[1].samples == 2
     sums = sum(getattr(plans[0], name) for name in ("masters", "moments", "average"))
     assert plans[0].peak - plans[1].peak >= 0.75 * sums - 16
+
+
+def test_blocks_that_recompute_save_what_they_keep(model):
+    counts = 0, 1, 4
+    recomputed = [{"gradient_checkpointing": True, "checkpointed_blocks": count} for count in counts]
+    plans = [plan_memory(make(model, **each), cpu_kernels=True) for each in ({}, *recomputed[1:], recomputed[0])]
+    kept, flops = ([fn(each) for each in plans] for fn in (lambda p: sum(p.activations.values()), lambda p: p.flops))
+    assert kept == sorted(set(kept), reverse=True)
+    assert flops == sorted(set(flops))
 
 
 @pytest.mark.slow
@@ -160,6 +177,99 @@ def test_the_smallest_change_takes_the_most_samples_and_then_checkpointing():
     assert change(0.1) == []
 
 
+def test_auto_changes_first_what_changes_no_number():
+    recipe = load_recipe("mini/ours_stage1", ["training.batch_size=12", "training.gradient_checkpointing=true"])
+    asked = []
+
+    def chosen(limit):
+        """A step takes 10 and 8 for each sample; moments 6 of the former, frozen weights 3."""
+
+        def fits(other):
+            asked.append(t := other.training)
+            recomputed = t.gradient_checkpointing * (t.checkpointed_blocks or 36) / 36
+            fixed = 10 - 4 * (other.optimizer.kind == "adamw8bit") - 2 * (t.frozen == "int8")
+            return fixed + t.device_batch_size * (8 - 6 * recomputed) <= limit
+
+        if (other := choose(recipe, fits)) is None:
+            return None
+        t = other.training
+        return t.device_batch_size, t.gradient_checkpointing, t.checkpointed_blocks, other.optimizer.kind, t.frozen
+
+    assert chosen(106) == (12, False, 0, "adamw", "precision")
+    assert chosen(45) == (4, False, 0, "adamw", "precision")
+    assert chosen(15) == (1, True, 18, "adamw", "precision")
+    assert chosen(12) == (1, True, 0, "adamw", "precision")
+    assert chosen(11.5) == (1, True, 15, "adamw8bit", "precision")
+    assert chosen(7.9) == (1, True, 25, "adamw8bit", "int8")
+    assert chosen(5) is None
+    assert len(asked) < 60
+
+
+SD3 = ["training.memory=auto", "training.batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("side", "memory", "settings", "spared"),
+    [
+        (64, 24e9, {"device_batch_size": 8, "frozen": "int8"}, "adamw8bit"),
+        pytest.param(128, 48e9, {"device_batch_size": 1}, "adamw", marks=pytest.mark.slow),
+        pytest.param(128, 141e9, {"device_batch_size": 8}, "adamw", marks=pytest.mark.slow),
+    ],
+    ids=["512 px on 24 GB", "1024 px on 48 GB", "8 at 1024 px on 141 GB"],
+)
+def test_stage_1_of_sd3_fits(side, memory, settings, spared):
+    """By arithmetic, without checkpointing."""
+    chosen = fitted(load_recipe("sd3/balanced_stage1", SD3), memory, "a GPU", size=(side, side))
+    assert chosen.training.model_copy(update=settings) == chosen.training
+    assert chosen.optimizer.kind == spared
+    assert not chosen.training.gradient_checkpointing
+
+
 def test_the_bound_that_spares_small_steps_their_plan_is_above_it(model):
     for recipe in (make(model), make(model, precision="bf16")):
         assert plan_memory(recipe, cpu_kernels=True).peak < at_most(recipe, None, 1) < math.inf
+
+
+BF16 = {"training.precision": "bf16"}
+
+
+def train(recipe):
+    """Losses and gradient norms of three steps on one batch, and how the weights moved."""
+    networks = prepare(recipe, torch.device("cpu"))
+    objective = make_objective(recipe.objective, networks)
+    master = MasterWeights(objective.trainable(), recipe.optimizer)
+    start, values = [each.detach().clone() for each in master.masters], []
+    batch, draw = real_batch(recipe, networks.backbone, 4)
+    for step in range(3):
+        losses = objective.losses(batch, draw)
+        losses.loss.backward()
+        master.accumulate()
+        values.append((float(losses.loss.detach()), float(master.step(1e-4, step))))
+    moved = torch.cat([(m.detach() - s).flatten() for m, s in zip(master.masters, start, strict=True)])
+    return torch.tensor(values), moved
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    recipe = with_settings(make(model, student={"init": "teacher"}), {"objective.feature_normalisation": "none"})
+    return recipe, *train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scalars", "update"),
+    [
+        (BF16, 0.02, 0.25),
+        ({"optimizer.kind": "adamw8bit"}, 0.005, 0.1),
+        ({"training.frozen": "int8"}, 0.02, 0.15),
+        ({**BF16, "training.frozen": "fp8"}, 0.05, 0.4),
+        pytest.param({"training.compile": True}, 1e-4, 0.01, marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "8-bit moments", "int8", "fp8", "compiled"],
+)
+def test_a_variant_is_near_the_step_in_fp32(reference, settings, scalars, update):
+    """Loss and gradient norm of each step, and the update of all of them, relative."""
+    recipe, values, moved = reference
+    other_values, other_moved = train(with_settings(recipe, settings))
+    assert torch.allclose(other_values, values, rtol=scalars)
+    error = float((other_moved - moved).norm() / moved.norm())
+    assert 0 < error < update

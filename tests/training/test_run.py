@@ -23,7 +23,7 @@ from refine_control.models.prompt_memory import PromptMemory
 from refine_control.recipe_files import load_recipe
 from refine_control.records import LABELED, UNLABELED, Photo
 from refine_control.storage import sha256_file, write_json
-from refine_control.training import loop, run
+from refine_control.training import loop, memory_choice, run
 from refine_control.training.assembly import shape_of_run
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
@@ -125,19 +125,19 @@ def test_a_run_of_another_recipe_is_refused_with_what_changed(recipe, trained, t
 
 def test_a_step_that_no_memory_holds_is_refused_before_a_weight_is_read(recipe, tmp_path, monkeypatch):
     whole = plan_memory(recipe, cpu_kernels=True).peak
-    monkeypatch.setattr(run, "memory_bytes", lambda device: whole - 1)
+    monkeypatch.setattr(memory_choice, "memory_bytes", lambda device: whole - 1)
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(InvalidInputError, match=r"4 samples at once .* --set training\.device_batch_size=2$"):
         train(recipe, tmp_path)
 
 
-def test_a_gpu_that_is_too_small_is_refused_and_the_plan_is_logged(recipe, monkeypatch, caplog):
+def test_a_gpu_that_is_too_small_is_refused_and_the_plan_is_logged(recipe, tmp_path, monkeypatch, caplog):
     plan = plan_memory(recipe)
     for memory, refused in ((plan.peak, False), (plan.peak - 1, True)):
-        monkeypatch.setattr(run, "memory_bytes", lambda device, memory=memory: memory)
-        monkeypatch.setattr(run, "device_name", lambda device: "a small GPU")
+        monkeypatch.setattr(memory_choice, "memory_bytes", lambda device, memory=memory: memory)
+        monkeypatch.setattr(memory_choice, "device_name", lambda device: "a small GPU")
         with pytest.raises(InvalidInputError, match="a small GPU has") if refused else nullcontext():
-            run.refuse_too_large(recipe, torch.device("cuda"), 1)
+            memory_choice.fit_to_device(recipe, tmp_path, torch.device("cuda"), 1)
     assert caplog.text.count(plan.text) == 2
 
 

@@ -25,11 +25,14 @@ from refine_control.metrics.cost import count_parameters
 from refine_control.metrics.live_bytes import LiveBytes
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import build_student, control_residuals
+from refine_control.models.devices import device_name, memory_bytes
 from refine_control.models.skeleton import skeleton, text_tokens
 from refine_control.photos.buckets import Size
 from refine_control.records import LABELED, UNLABELED
 from refine_control.training.assembly import reads_teacher
-from refine_control.training.memory import MemoryPlan, fused_attention, plan_memory, too_large
+from refine_control.training.memory import MemoryPlan, fused_attention, plan_memory
+from refine_control.training.memory_choice import chosen_settings, fitted, too_large
+from refine_control.training.run import training_device
 
 SAMPLES = 260_000
 """Of both data sets together, half of them each, as in the paper."""
@@ -72,6 +75,8 @@ class Bill(NamedTuple):
     stages: list[Stage]
     memory: dict[str, MemoryPlan]
     """By recipe."""
+    chosen: dict[str, list[str]]
+    """By recipe with `training.memory: auto`, its settings for this machine."""
     operations: float
     hours: float
     disk: float
@@ -98,6 +103,7 @@ class Bill(NamedTuple):
                 f"{devices:>9}{memory:>8}{stage.disk / 1e9:9.3g}{stage.money:10,.2f}"
             )
         lines += [f"{name}: {plan.text}" for name, plan in self.memory.items()]
+        lines += [f"{name}: chosen {' '.join(settings)}" for name, settings in self.chosen.items()]
         return "\n".join([*lines, *(f"does not fit: {problem}" for problem in self.problems)])
 
 
@@ -127,7 +133,9 @@ def plan(recipes: Sequence[Recipe], ask: Ask) -> Bill:
     if ask.size:
         backbone.geometry.check(ask.size, ask.size)
     side = (ask.size or backbone.geometry.side) // backbone.pipeline.vae_scale_factor
+    recipes = [_on_machine(each, ask, (side, side)) for each in recipes]
     machine, plans = _machine(recipes, ask, (side, side))
+    chosen = {each.name: chosen_settings(each) for each in recipes if each.training.memory == "auto"}
     pricing = _Pricing(machine, ask.price)
     stages = [_training(recipe, plans[recipe.name], pricing, (side, side)) for recipe in recipes]
     if ask.chain:
@@ -135,7 +143,21 @@ def plan(recipes: Sequence[Recipe], ask: Ask) -> Bill:
         stages = [*before, *stages, *after]
     sums = (sum(getattr(stage, name) for stage in stages) for name in ("operations", "seconds", "disk", "money"))
     operations, seconds, disk, money = sums
-    return Bill(machine, ask.price, stages, plans, operations, seconds / 3600, disk, money)
+    return Bill(machine, ask.price, stages, plans, chosen, operations, seconds / 3600, disk, money)
+
+
+def _on_machine(recipe: Recipe, ask: Ask, size: Size) -> Recipe:
+    """The recipe as it runs on the machine: `training.memory: auto` chooses.
+
+    Raises InvalidInputError where nothing fits."""
+    if recipe.training.memory != "auto":
+        return recipe
+    if ask.machine == "this":
+        device = training_device()
+        name, memory, processes, cpu = device_name(device), memory_bytes(device), 1, device.type == "cpu"
+    else:
+        name, processes, memory, cpu = *named_machine(ask.machine)[:3], False
+    return fitted(recipe, memory, name, size=size, processes=processes, cpu_kernels=cpu)
 
 
 def _machine(recipes: Sequence[Recipe], ask: Ask, size: Size) -> tuple[Machine, dict[str, MemoryPlan]]:
@@ -184,7 +206,8 @@ def _training(recipe: Recipe, plan: MemoryPlan, pricing: _Pricing, size: Size) -
     if plan.peak > machine.memory:
         on = {"size": size, "processes": machine.count, "cpu_kernels": machine.cpu}
         problem = too_large(recipe, plan, machine.memory, machine.name, **on)
-    saved = 2 * (plan.masters or plan.student) * (3 + bool(training.ema_decay))  # two checkpoints while one is replaced
+    weights = (plan.masters or plan.student) * (1 + bool(training.ema_decay))
+    saved = 2 * (weights + plan.moments)  # two checkpoints while one is replaced
     return pricing.stage(
         f"train {recipe.name}",
         training.steps * training.batch_size,

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -111,12 +112,9 @@ class LiveBytes(TorchDispatchMode):
         """The result; of an operator on the meta device that was called alike before, tensors like those of then.
 
         torch computes the shapes of many operators in Python, which takes most of the time."""
-        if self.device != "meta" or any(each.alias_info for each in (*func._schema.arguments, *func._schema.returns)):
+        if self.device != "meta" or _has_alias(func):
             return func(*args, **kwargs)
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        if any(tensor.device.type != "meta" for tensor in tensors):
-            return func(*args, **kwargs)
-        key = func, repr(tree_map_only(torch.Tensor, _Spec.of, (args, kwargs)))
+        key = func, *map(_key, args), *map(_key, kwargs.items())
         if key not in self._specs:
             out = func(*args, **kwargs)
             results = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
@@ -125,6 +123,21 @@ class LiveBytes(TorchDispatchMode):
                 self._specs[key] = tree_map_only(torch.Tensor, _Spec.of, out)
             return out
         return _new_tensors(self._specs[key])
+
+
+@cache
+def _has_alias(func: Any) -> bool:
+    """Whether an operator writes to its arguments or returns a view of one."""
+    return any(each.alias_info for each in (*func._schema.arguments, *func._schema.returns))
+
+
+def _key(value: Any) -> Any:
+    """What an argument is, without values of tensors: hashable. 1 is another argument than 1.0 or True."""
+    if isinstance(value, torch.Tensor):
+        return value.device.type, value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    return type(value), value
 
 
 def _new_tensors(specs: Any) -> Any:

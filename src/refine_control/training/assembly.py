@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from refine_control.config import ObjectiveConfig, Recipe
 from refine_control.errors import InvalidInputError
@@ -13,6 +14,7 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import ControlNet, build_student
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.own_transformer import LORA, set_lora, trainable_copy
+from refine_control.models.quantised import quantise, refuse_fp8
 from refine_control.models.skeleton import skeleton
 from refine_control.training.few_step import FewStep
 from refine_control.training.few_step import asks_teacher as few_step_asks_teacher
@@ -70,7 +72,11 @@ def assemble(
     cpu_kernels: bool,
     teacher_mark: str = "",
 ) -> Networks:
-    """The parts of a run on `device`, in its precision, as the recipe trains them."""
+    """The parts of a run on `device`, in its precision, as the recipe trains them.
+
+    Raises InvalidInputError for frozen weights in a type that the device does not compute in."""
+    if recipe.training.frozen == "fp8":
+        refuse_fp8(device)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     teacher = backbone.pipeline.controlnet if asks_teacher(recipe.objective) else None
     transformers: list[Any] = list(dict.fromkeys([backbone.transformer, student_backbone.transformer]))
@@ -79,11 +85,14 @@ def assemble(
     )
     if cpu_kernels and not recipe.training.compile:  # inductor takes no oneDNN product whose weights change
         use_cpu_kernels(*transformers, *controlnets)
+    for part in (backbone.transformer, *([teacher] if teacher is not None else [])):
+        part.to(dtype)  # type: ignore[arg-type]
+        if recipe.training.frozen != "precision":  # before they go to a device that may not hold them whole
+            quantise(part, recipe.training.frozen)
     for part in (*transformers, student, *([teacher] if teacher is not None else []), *beside(recipe, backbone)):
         part.to(device)  # type: ignore[arg-type]
     if recipe.training.gradient_checkpointing:
-        for part in (student, *transformers):
-            part.enable_gradient_checkpointing()
+        recompute(recipe.training.checkpointed_blocks, student, *transformers)
     if recipe.training.compile:
         for part in (*transformers, *controlnets):
             for block in part.transformer_blocks:
@@ -91,6 +100,18 @@ def assemble(
     options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
     options |= {"student_backbone": student_backbone, "teacher_mark": teacher_mark}
     return Networks(backbone, teacher, student, dtype=dtype, **options)
+
+
+def recompute(count: int, *networks: Any) -> None:
+    """Checkpoints the first `count` blocks of the networks in the order that they are given; of 0 all."""
+    blocks = [block for network in networks for block in network.transformer_blocks]
+    chosen = {id(block) for block in (blocks[:count] if count else blocks)}
+
+    def run(block: Any, *inputs: Any) -> Any:
+        return checkpoint(block.__call__, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
+
+    for network in networks:
+        network.enable_gradient_checkpointing(run)
 
 
 def beside(recipe: Recipe, backbone: Backbone) -> list[Any]:

@@ -9,8 +9,7 @@ optimizer, on the meta device. What an operator needs inside of it, and what the
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from refine_control.training.assembly import beside, make_objective, shape_of_ru
 from refine_control.training.few_step import fields_read, needs_target
 from refine_control.training.loop import Draw, Objective
 from refine_control.training.objectives import Batch, Networks
-from refine_control.training.optimizer import MasterWeights
+from refine_control.training.optimizer import MasterWeights, new_moments
 
 _PATH = 8
 """Least levels of a cached path."""
@@ -127,17 +126,18 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
         with live.named("mean"):
             master = MasterWeights(trained, recipe.optimizer, recipe.training.ema_decay)
         with live.named("moments"):  # of the fused update, which needs no more than these
-            moments = [torch.empty_like(each) for each in (*master.masters, *master.masters)]
+            moments = [new_moments(each, recipe.optimizer.kind) for each in master.masters]
         step = _Step(live, networks, objective, master, target if rolls else None)
         with live.named("batch"):
             batch = _batch(recipe, networks, samples, size or (side, side))
         step.several = count * processes > 1
         step.run(*batch)
     gradients = sum(m.nbytes for m in master.masters) + (student if master.masters is not master.params else 0)
-    sums = {"masters": masters, "moments": sum(each.nbytes for each in moments), "mean": live.alive["mean"]}
+    sums = {"masters": masters, "moments": live.alive["moments"], "mean": live.alive["mean"]}
     parts_of = processes if recipe.training.engine == "fsdp2" else 1  # each process has its rows of these
     elsewhere = {name: size - size // parts_of for name, size in live.at_peak.items() if name in (*sums, "gradients")}
     masters, held, mean = (size // parts_of for size in sums.values())
+    del moments
     resident = frozen, student, masters, held, live.alive["average"] + mean
     peak = live.peak - sum(elsewhere.values())
     return MemoryPlan(samples, *resident, gradients, step.kept, peak, live.flops // samples)
@@ -154,40 +154,6 @@ def at_most(recipe: Recipe, size: Size | None, processes: int) -> float:
     tokens, blocks = h * w / config["patch_size"] ** 2 + 400, 3 * config["num_layers"]
     alive = micro_batches(recipe, processes)[0] * tokens * (160 * width + 4 * heads * tokens)
     return 4 * blocks * (24 * width**2 * 5 * (2 if backbone == "whole" else 1) + alive)
-
-
-def smallest_change(recipe: Recipe, fits: Callable[[Recipe], bool], processes: int = 1) -> list[str]:
-    """The settings, as `--set` takes them, with which a recipe that does not fit does; empty where none do.
-
-    Fewer samples at once cost nothing; then checkpointing, which costs a quarter of the work; then bf16."""
-    samples, each = micro_batches(recipe, processes)[0], max(1, recipe.training.batch_size // processes)
-    step = 2 if recipe.objective.kind == "mixed" else 1
-    counts = [n for n in range(step, samples + 1, step) if each % n == 0 and recipe.training.batch_size % n == 0]
-    ways = {"gradient_checkpointing": True}, {"precision": "bf16"}
-    for more in ({}, *ways, ways[0] | ways[1]):
-        changed = {key: value for key, value in more.items() if getattr(recipe.training, key) != value}
-        if len(changed) < len(more):
-            continue
-
-        def with_count(count: int, changed: Mapping[str, Any] = changed) -> Recipe:
-            update = {"device_batch_size": count, **changed}
-            return recipe.model_copy(update={"training": recipe.training.model_copy(update=update)})
-
-        # more samples take more memory, so the first count that is too large ends the search
-        most = bisect_left(counts, True, key=lambda count: not fits(with_count(count)))
-        if most:
-            settings = {"device_batch_size": counts[most - 1]} if counts[most - 1] != samples else {}
-            return [f"training.{key}={str(value).lower()}" for key, value in {**settings, **changed}.items()]
-    return []
-
-
-def too_large(recipe: Recipe, plan: MemoryPlan, memory: float, device: str, **on: Any) -> str:
-    """Why a recipe does not run on a device and the smallest change with which it would; `on` as `plan_memory`."""
-    change = smallest_change(recipe, lambda other: plan_memory(other, **on).peak <= memory, on.get("processes", 1))
-    advice = " ".join(f"--set {setting}" for setting in change)
-    return f"a step of {recipe.name} needs {plan.text}, and {device} has {memory / 1e9:.3g} GB; " + (
-        f"it fits with {advice}" if change else "no batch and no checkpointing make it fit: use a larger device"
-    )
 
 
 class _Step:

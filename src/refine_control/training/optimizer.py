@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from refine_control.config import OptimizerConfig
+from refine_control.config import OptimizerConfig, OptimizerKind
 
 
 class Rows(Protocol):
@@ -68,6 +68,32 @@ def compute_in(
     return trainable
 
 
+LEAST_BLOCK, MOST_BLOCK = 32, 256
+"""Numbers of a moment that share a scale."""
+
+
+def new_moments(master: torch.Tensor, kind: OptimizerKind) -> list[torch.Tensor]:
+    """Both moments of AdamW, zero: like the master, or torchao's `OptimState8bit` where its rows are whole blocks.
+
+    Blocks that cross no row keep a checkpoint exact at any number of processes, which have rows of their own. Raises
+    ModuleNotFoundError for adamw8bit without torchao."""
+    block = math.gcd(math.prod(master.shape[1:]), MOST_BLOCK)
+    if kind == "adamw" or master.ndim < 2 or block < LEAST_BLOCK:
+        return [torch.zeros_like(master) for _ in range(2)]
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return [OptimState8bit.zeros(master.shape, signed, block, master.device, master.dtype) for signed in (True, False)]
+
+
+def _new_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    options = {"betas": config.betas, "eps": config.eps}
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True, **options)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=torch.tensor(0.0), **options)  # type: ignore[arg-type]
+
+
 class MasterWeights:
     """The fp32 masters of a module's trainable parameters, their gradients, AdamW moments and EMA.
 
@@ -92,7 +118,8 @@ class MasterWeights:
         flat = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+        self.kind: OptimizerKind = config.kind
+        self.adamw = _new_optimizer(groups, config)
         self.ema_decay = ema_decay
         self.ema = [m.detach().clone() for m in self.masters] if ema_decay else []
 
@@ -119,9 +146,7 @@ class MasterWeights:
             norm = self.rows.sum(norm.square()).sqrt()
         if math.isfinite(max_grad_norm):
             torch._foreach_mul_(self.grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
+        self._update(learning_rate)
         for master in self.masters:
             master.grad = None
         if self.copies:
@@ -131,16 +156,41 @@ class MasterWeights:
             torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - decay)
         return norm
 
+    def _update(self, learning_rate: float) -> None:
+        if self.kind == "adamw":
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate
+            self.adamw.step()
+            return
+        for master in self.masters:
+            if not self.adamw.state[master]:
+                self._set_moments(master, 0, new_moments(master, self.kind))
+        for group in self.adamw.param_groups:
+            group["lr"].fill_(learning_rate)
+        # torchao compiles its update for each shape, which on a CPU takes longer than a short run
+        with torch.compiler.set_stance("force_eager" if self.masters[0].device.type == "cpu" else "default"):
+            self.adamw.step()
+
+    def _set_moments(self, master: torch.Tensor, step: int, moments: Sequence[torch.Tensor]) -> None:
+        device = master.device if self.kind == "adamw" else "cpu"
+        values = torch.tensor(float(step), device=device), *moments
+        self.adamw.state[master] = dict(zip(("step", "exp_avg", "exp_avg_sq"), values, strict=True))
+
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint needs, by name: `weights/`, `ema/`, `moment1/`, `moment2/`."""
+        """Everything a checkpoint needs, by name: `weights/`, `ema/`, `moment1/`, `moment2/`; of moments in 8 bits the
+        codes, and `scale1/`, `scale2/`."""
         out = {}
         for index, (name, master) in enumerate(zip(self.named, self.masters, strict=True)):
             out[f"weights/{name}"] = master.detach()
             if self.ema:
                 out[f"ema/{name}"] = self.ema[index]
-            state = self.adamw.state.get(master)
-            if state:
-                out[f"moment1/{name}"], out[f"moment2/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+            state: Any = self.adamw.state.get(master)
+            for number, moment in enumerate((state["exp_avg"], state["exp_avg_sq"]) if state else (), 1):
+                if (codes := getattr(moment, "codes", None)) is None:
+                    out[f"moment{number}/{name}"] = moment
+                else:
+                    scales = moment.scale.view(len(codes), -1)
+                    out |= {f"moment{number}/{name}": codes, f"scale{number}/{name}": scales}
         return out
 
     @torch.no_grad()
@@ -155,11 +205,15 @@ class MasterWeights:
             if self.ema:
                 self.ema[index].copy_(rows(f"ema/{name}"))
             if f"moment1/{name}" in tensors:
-                self.adamw.state[master] = {
-                    "step": torch.tensor(float(step), device=master.device),
-                    "exp_avg": rows(f"moment1/{name}").to(master.device).clone(),
-                    "exp_avg_sq": rows(f"moment2/{name}").to(master.device).clone(),
-                }
+                moments: list[Any] = new_moments(master, self.kind)
+                for number, moment in enumerate(moments, 1):
+                    values = rows(f"moment{number}/{name}")
+                    if hasattr(moment, "codes"):
+                        moment.codes.copy_(values)
+                        moment.scale.copy_(rows(f"scale{number}/{name}").flatten())
+                    else:
+                        moment.copy_(values)
+                self._set_moments(master, step, moments)
         if self.copies:
             torch._foreach_copy_(self.params, self.masters)
 

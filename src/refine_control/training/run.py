@@ -38,7 +38,7 @@ from refine_control.models.controlnet import (
     own_layer_of_site,
     refuse_num_layers,
 )
-from refine_control.models.devices import best_device, device_name, memory_bytes
+from refine_control.models.devices import best_device
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
 from refine_control.models.own_transformer import own_folder
@@ -53,7 +53,7 @@ from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.checkpoint import refuse_other_run
 from refine_control.training.few_step import fields_read
 from refine_control.training.loop import fit
-from refine_control.training.memory import at_most, plan_memory, too_large
+from refine_control.training.memory_choice import fit_to_device
 from refine_control.training.objectives import Networks
 from refine_control.training.placement import relevant_placement
 from refine_control.training.validation import Validation
@@ -322,23 +322,6 @@ def _done(run_dir: Path, mark: str, elsewhere: Iterable[Path], recipe: Recipe) -
     return None
 
 
-def refuse_too_large(recipe: Recipe, device: torch.device, processes: int) -> None:
-    """Raises InvalidInputError where a step needs more than the whole memory of `device`; reads configs alone.
-
-    On a GPU the plan is logged. On the CPU a step that is far from the memory's size is not counted."""
-    paths = [path for role in recipe.objective.roles if (path := getattr(recipe.data, role))]
-    sizes = [size for path in paths for size in Cache(Path(path)).groups]
-    size, memory = max(sizes, key=math.prod, default=None), memory_bytes(device)
-    if device.type == "cpu" and at_most(recipe, size, processes) < memory:
-        return
-    on = {"size": size, "processes": processes, "cpu_kernels": device.type == "cpu"}
-    plan = plan_memory(recipe, **on)
-    if device.type != "cpu" and is_main_process():
-        logger.warning("memory: %s of %.3g GB", plan.text, memory / 1e9)
-    if plan.peak > memory:
-        raise InvalidInputError(too_large(recipe, plan, memory, device_name(device), **on))
-
-
 def train(
     recipe: Recipe,
     run_dir: Path,
@@ -365,7 +348,7 @@ def train(
     with torch_threads(recipe.training.threads), writer, watched(patience):
         device = training_device()
         doing("loading the networks")
-        refuse_too_large(recipe, device, int(os.environ.get("WORLD_SIZE", "1")))
+        recipe = fit_to_device(recipe, run_dir, device, int(os.environ.get("WORLD_SIZE", "1")), main)
         networks = prepare(recipe, device)
         backbone = networks.backbone
         mark = run_mark(recipe, backbone)
