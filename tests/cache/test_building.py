@@ -1,5 +1,6 @@
 """The cache holds what the model would encode, knows what made it, and is made once."""
 
+import copy
 import json
 from functools import partial
 from itertools import pairwise
@@ -158,6 +159,18 @@ def test_completions_fill_the_holes_once(shards, tmp_path, tiny_backbone):
     assert cache.take("completions", range(6)).shape == (6, 16, 8, 8)
     assert cache.manifest["completions"]["guidance_scale"] == 2.0
     assert build_cache(shards, tmp_path / "cache", tiny_backbone)
+
+
+def test_completions_in_bf16_are_those_in_fp32_up_to_rounding(shards, tmp_path, tiny_backbone):
+    painted = {}
+    for precision in ("fp32", "bf16"):
+        backbone, out = copy.deepcopy(tiny_backbone), tmp_path / precision
+        assert build_cache(shards, out, backbone, completions=completion_sampler(1, precision=precision))
+        assert backbone.vae.dtype == torch.float32
+        painted[precision] = Cache(out)
+    exact, near = (each.take("completions", range(6)) for each in painted.values())
+    assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
+    assert painted["fp32"].manifest["teacher"] == painted["bf16"].manifest["teacher"]
 
 
 def test_a_folder_of_something_else_is_not_replaced(shards, tmp_path, tiny_backbone):

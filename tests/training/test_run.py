@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from refine_control.cache.building import completion_sampler, write_cache
 from refine_control.cache.reader import Cache
-from refine_control.config import Recipe, SamplerConfig
+from refine_control.config import Recipe, SamplerConfig, resolved_yaml
 from refine_control.errors import InvalidInputError, MissingError
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.card import CARD, read_card
@@ -139,6 +139,25 @@ def test_a_gpu_that_is_too_small_is_refused_and_the_plan_is_logged(recipe, tmp_p
         with pytest.raises(InvalidInputError, match="a small GPU has") if refused else nullcontext():
             memory_choice.fit_to_device(recipe, tmp_path, torch.device("cuda"), 1)
     assert caplog.text.count(plan.text) == 2
+
+
+def test_auto_is_chosen_once_and_a_run_that_goes_on_keeps_it(recipe, tmp_path, monkeypatch, caplog):
+    auto, cpu = memory_choice.with_settings(recipe, {"training.memory": "auto"}), torch.device("cpu")
+    whole = plan_memory(recipe, cpu_kernels=True).peak
+    monkeypatch.setattr(memory_choice, "at_most", lambda *_: whole)  # no step is counted where there is room for it
+    chosen = memory_choice.fit_to_device(auto, tmp_path, cpu, 1)
+    assert (chosen.training.device_batch_size, chosen.optimizer.kind) == (4, "adamw")
+    monkeypatch.setattr(memory_choice, "memory_bytes", lambda device: whole - 1)
+    smaller = memory_choice.fit_to_device(auto, tmp_path, cpu, 1)
+    assert 1 <= smaller.training.device_batch_size < 4
+    assert "training.device_batch_size=" in caplog.text
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(smaller))
+    monkeypatch.setattr(memory_choice, "memory_bytes", lambda device: 100 * whole)
+    assert memory_choice.fit_to_device(auto, tmp_path, cpu, 1) == smaller
+    assert memory_choice.fit_to_device(auto, tmp_path / "new", cpu, 1) == chosen
+    monkeypatch.setattr(memory_choice, "memory_bytes", lambda device: whole / 100)
+    with pytest.raises(InvalidInputError, match=r"90% of cpu has .* use a larger device$"):
+        memory_choice.fit_to_device(auto, tmp_path / "new", cpu, 1)
 
 
 def test_a_run_is_known_by_what_lies_at_its_paths(recipe, trained, tmp_path):

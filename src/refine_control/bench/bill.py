@@ -19,7 +19,7 @@ import torch
 from refine_control.bench.machines import Machine, named_machine, this_machine
 from refine_control.cache.building import completion_sampler
 from refine_control.cache.stored import Stored, sample_bytes
-from refine_control.config import Recipe, SamplerConfig
+from refine_control.config import Precision, Recipe, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.metrics.cost import count_parameters
 from refine_control.metrics.live_bytes import LiveBytes
@@ -64,6 +64,11 @@ class Stage(NamedTuple):
     money: float
     problem: str = ""
     """Why it does not fit, and the smallest change with which it does."""
+
+    def with_more(self, other: Stage) -> Stage:
+        """With the work of another one for the same samples."""
+        summed = {name: getattr(self, name) + getattr(other, name) for name in ("operations", "seconds", "money")}
+        return self._replace(**summed)
 
 
 class Bill(NamedTuple):
@@ -293,10 +298,11 @@ def _around(
     before += [Stage("data build", ask.samples, 0, seconds, 0, None, written, 0.0)]
     for name, role, count, stored in dict.fromkeys(_caches(recipes, ask)):
         flops, sampler = passes.text + passes.encoding * (1 + (role == LABELED)), stored.completions
-        if sampler:
-            flops += sampler.num_inference_steps * (1 + (sampler.guidance_scale > 1)) * passes.teacher
         disk, peak = count * _cached_bytes(backbone, stored, role, size), passes.peaks[bool(sampler)]
         before.append(pricing.stage(f"cache {name}", count, flops, "fp32", memory=peak, disk=disk))
+        if sampler:
+            flops = sampler.num_inference_steps * (1 + (sampler.guidance_scale > 1)) * passes.teacher
+            before[-1] = before[-1].with_more(pricing.stage("", count, flops, sampler.precision))
     return before, _evaluation(recipes, ask, passes, pricing)
 
 
@@ -304,6 +310,7 @@ def _caches(recipes: Sequence[Recipe], ask: Ask) -> Iterator[tuple[str, str, int
     """Name, role, samples and options of the caches that recipes read, as docs/sd3.md makes them."""
     mini, half = recipes[0].model == "mini", ask.samples // 2
     plain = Stored() if mini else Stored(torch.bfloat16, "int8")
+    precision: Precision = "fp32" if mini else "bf16"
     for recipe in recipes:
         objective, few = recipe.objective, recipe.objective.few_step
         for role in objective.roles:
@@ -313,10 +320,11 @@ def _caches(recipes: Sequence[Recipe], ask: Ask) -> Iterator[tuple[str, str, int
             elif objective.is_few_step:
                 path = PATH_LEVELS if objective.reads_paths else 0
                 steps = PATH_STEPS["mini" if mini else "sd3"] if path else 8
-                painted = completion_sampler(steps, few.teacher_guidance, even=path > 0)
+                painted = completion_sampler(steps, few.teacher_guidance, path > 0, precision)
                 yield "paths of the teacher", role, ask.pairs, plain._replace(completions=painted, path=path)
             else:
-                yield "completions of the teacher", role, half, plain._replace(completions=completion_sampler())
+                painted = completion_sampler(precision=precision)
+                yield "completions of the teacher", role, half, plain._replace(completions=painted)
 
 
 def _cached_bytes(backbone: Backbone, stored: Stored, role: str, size: Size) -> float:

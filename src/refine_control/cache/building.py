@@ -39,10 +39,11 @@ from refine_control.conditions.condition import (
     mask_at_latents,
     show,
 )
-from refine_control.config import SamplerConfig
+from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_output_kind
 from refine_control.models.backbone import Backbone, by_parts
+from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device, pictures_at_once
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.fit import geometry
@@ -63,13 +64,16 @@ Note = Callable[[str], object]
 """Called once with what completions cost, before any work is done."""
 
 
-def completion_sampler(steps: int = 8, guidance: float = 1.0, even: bool = False) -> SamplerConfig:
+def completion_sampler(
+    steps: int = 8, guidance: float = 1.0, even: bool = False, precision: Precision = "fp32"
+) -> SamplerConfig:
     """The sampler of the teacher's completions: unscaled residuals, as in training, no guidance by default.
 
     28 guided steps would cost as much as nineteen epochs of the stage that reads them. `even` noise levels are those
     of paths."""
     sigmas: Literal["even", "scheduler"] = "even" if even else "scheduler"
-    return SamplerConfig(num_inference_steps=steps, guidance_scale=guidance, conditioning_scale=1.0, sigmas=sigmas)
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "sigmas": sigmas}
+    return SamplerConfig(**options, conditioning_scale=1.0, precision=precision)
 
 
 def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -> None:
@@ -177,9 +181,11 @@ def write_completions(
 ) -> None:
     """The teacher's completion of every sample and, with `stored.path`, its way there below pure noise, (N,K-1,16,h,w).
 
-    The noise of a sample is `path_noise`."""
+    The noise of a sample is `path_noise`. Casts transformer and teacher where the sampler's precision is bf16."""
     memory, prompts = PromptMemory(backbone.encode_prompts), numbered_prompts(writer.folder / SAMPLES)[1]
     factor, teacher = backbone.pipeline.vae_scale_factor, cast(Any, backbone.pipeline.controlnet)
+    if sampler.precision == "bf16":
+        in_precision("bf16", backbone, teacher)
     index = writer.read("prompt_index", range(sum(map(len, writer.groups.values())))).long().numpy()
 
     def batch(rows: range) -> None:
@@ -229,6 +235,7 @@ def cache_folder(
     guidance: float = 1.0,
     path: int = 0,
     posterior: Posterior = "mean",
+    precision: Precision = "fp32",
     progress: Progress | None = None,
     note: Note = logger.info,
 ) -> bool:
@@ -236,7 +243,7 @@ def cache_folder(
 
     Folders and options are checked before the model is loaded. Raises what `build_cache` and the loaders raise."""
     check_folders(source, out)
-    sampler = completion_sampler(complete, guidance, even=path > 0) if complete else None
+    sampler = completion_sampler(complete, guidance, path > 0, precision) if complete else None
     stored, painting = Stored(_DTYPES[dtype], prompts, sampler, path, posterior).check(), sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)

@@ -301,12 +301,15 @@ def cache(
     path: Annotated[
         int, opt.number("Noise levels of each completion's path to keep, a divisor of --complete; 0: none.", 0, 1000)
     ] = 0,
+    precision: Annotated[
+        opt.Precision, typer.Option(help="Precision of transformer and teacher in --complete; the rest is fp32.")
+    ] = "fp32",
     dry_run: opt.DryRun = False,
     as_json: opt.Json = False,
 ) -> None:
     """Encode SHARDS into the cache OUT: latents, prompt embeddings and, with --complete, the teacher's completions."""
     options: dict[str, Any] = {"model": model, "dtype": dtype, "prompts": prompts, "complete": complete}
-    options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher, "path": path}
+    options |= {"guidance": guidance, "posterior": posterior, "teacher": teacher, "path": path, "precision": precision}
     if dry_run:
         return show({"verb": "cache", "shards": shards, "out": out, **options}, as_json)
     from refine_control.cache.building import cache_folder

@@ -168,7 +168,7 @@ def plan(
     overrides: opt.Overrides = None,
     chain: Annotated[bool, typer.Option("--chain", help="Plan data, caches and evaluation too.")] = False,
     size: Annotated[int | None, opt.number("Side of the images in pixels; default: the model's own.", 16)] = None,
-    samples: Annotated[int, opt.number("Samples of both data sets together.", 2)] = 260_000,
+    samples: Annotated[int, opt.number("Samples of both data sets; a training has its recipe's steps.", 2)] = 260_000,
     pairs: Annotated[int, opt.number("Samples with the teacher's guided paths, for few steps.")] = 20_000,
     test: Annotated[int, opt.number("Test samples of the evaluation.")] = 1000,
     price: Annotated[float, opt.number("Price of one device for an hour.", 0)] = 0.0,

@@ -45,7 +45,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return grads[0] @ _unpacked(*ctx.saved_tensors, grads[0].dtype), None, None, None
+        codes, scale = ctx.saved_tensors
+        return grads[0] @ _unpacked(codes, scale, grads[0].dtype), None, None, None
 
 
 def _unpacked(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The tables of the documentation, computed from the finished rows under results/ without training anything.
+"""The tables of the documentation, computed from the finished rows under results/ or by arithmetic, without training.
 
 A table stands between two lines, `<!-- table: NAME -->` and `<!-- end -->`. `make docs` runs
 
@@ -37,11 +37,14 @@ from refine_control.study.plan import (
 )
 from refine_control.study.row_results import RowFacts, RowResult, read_row
 from refine_control.study.row_tables import HEADINGS, NOT_BOUNDED, NOT_BOUNDED_WHY, numerics_note, share_cell
+from refine_control.study.small_devices import small_devices_table
 from refine_control.study.step_tables import STEP_METRICS, step_table
 from refine_control.study.summary import GAP_METRICS, HEADLINES, common_seeds, ratio_of_means, summarise
 from refine_control.study.tables import Table, markdown_rows
 
 RESULTS = Path("results")
+BY_ARITHMETIC: Mapping[str, Callable[[], Table]] = {"small_devices": small_devices_table}
+"""Tables that need no results, by name."""
 HEADLINE = (TEACHER, "balanced", "inherit", "fc_inherit", "ours", BASELINE)
 END = "<!-- end -->"
 _BLOCK = re.compile(rf"(<!-- table: (\S+) -->\n)(.*?)({END}|<!-- table: |\Z)", re.DOTALL)
@@ -223,13 +226,17 @@ def doc_tables() -> dict[str, DocTable]:
 def doc_table(name: str, results: Path = RESULTS) -> str:
     """The markdown of a table. Raises InvalidInputError for an unknown name and where no row is finished."""
     tables = doc_tables()
-    if name not in tables:
-        raise InvalidInputError(f"there is no table {name} for documents; the names are {', '.join(tables)}")
-    folder, rows, layout = tables[name]
-    study = read_study(results / folder, rows)
-    if not study.results:
-        raise InvalidInputError(f"{results / folder} has no finished rows of {name}; name the folder results")
-    table = layout(study)
+    if name not in {**tables, **BY_ARITHMETIC}:
+        names = ", ".join((*tables, *BY_ARITHMETIC))
+        raise InvalidInputError(f"there is no table {name} for documents; the names are {names}")
+    if name in BY_ARITHMETIC:
+        table = BY_ARITHMETIC[name]()
+    else:
+        folder, rows, layout = tables[name]
+        study = read_study(results / folder, rows)
+        if not study.results:
+            raise InvalidInputError(f"{results / folder} has no finished rows of {name}; name the folder results")
+        table = layout(study)
     return "\n\n".join([markdown_rows(table), *table.notes])
 
 
@@ -250,7 +257,7 @@ def rewrite(text: str, results: Path = RESULTS) -> str:
 def main(paths: Sequence[str]) -> None:
     """Rewrites the documents; without any it prints the names of the tables."""
     if not paths:
-        print("\n".join(doc_tables()))
+        print("\n".join((*doc_tables(), *BY_ARITHMETIC)))
     for path in map(Path, paths):
         try:
             text = rewrite(path.read_text())
