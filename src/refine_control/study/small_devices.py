@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -86,9 +86,8 @@ def _count() -> tuple[_Parts, dict[int, _Work]]:
             predict_velocity(transformer, *given, pooled, control_residuals(student, *given, new(17, *size), pooled))
 
         latents = torch.empty(1, 16, *size, dtype=bf16, device="meta")
-        return _Work(
-            *(_peak(lambda n=n: step(n), *painters) for n in (2, 1)), _peak(lambda: decode_latents(vae, latents), vae)
-        )
+        guided, plain = (_peak(partial(step, count), *painters) for count in (2, 1))
+        return _Work(guided, plain, _peak(partial(decode_latents, vae, latents), vae))
 
     works, whole = {side: work(side) for side in SIDES}, _bytes(painters)
     for each in painters:
@@ -124,7 +123,7 @@ def small_devices_table() -> Table:
     sizes = ", ".join(f"{name.replace('_', ' in ')} {size / 1e9:.2f}" for name, size in parts._asdict().items())
     cards = ", ".join(str(card) for card in CARDS)
     notes = [
-        f"GB at the peak, and the smallest card of {cards} GB of which it takes at most {USED:.0%}. Weights in GB, bf16 where "
-        f"nothing is said: {sizes}."
+        f"GB at the peak, and the smallest card of {cards} GB of which it takes at most {USED:.0%}. Weights in GB, "
+        f"bf16 where nothing is said: {sizes}."
     ]
     return Table("Painting with a student on small devices", ["transformer and student", *columns], rows, notes)
