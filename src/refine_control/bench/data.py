@@ -213,10 +213,10 @@ def bench_data(
         build(source, work / "shards", size=64, limit=photos, test_fraction=0.0, unlabeled_fraction=0.0)
         shards, backbone = Shards(work / "shards" / LABELED), load_backbone("mini")
 
-        def cached() -> None:
+        def encoded() -> None:
             build_cache(work / "shards" / LABELED, work / f"cache-{next(numbers)}", backbone)
 
-        cache_times = interleaved({"bare": lambda: _encoders(shards, backbone), "cache": cached}, repeats)
+        cache_times = interleaved({"bare": lambda: _encoders(shards, backbone), "cache": encoded}, repeats)
         build_cache(work / "shards" / LABELED, work / "cache", backbone)
         cache = Cache(work / "cache")
         readers = {"loader": _loader_reader(cache), "batches": _batch_reader(cache)}

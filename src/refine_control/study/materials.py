@@ -6,7 +6,7 @@ budget's (`Row.data`), or on the teacher's completions, has its own caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,7 +241,7 @@ def prepare_data(comparison: Comparison, rows: Iterable[Row], bar: Bar) -> None:
             source = changed
         stored: dict[str, Any] = {"completions": None, "path": cache.path}
         if cache.guidance is not None:
-            steps = {"steps": PATH_STEPS[comparison.scale]} if cache.path else {}
+            steps: Mapping[str, Any] = {"steps": PATH_STEPS[comparison.scale]} if cache.path else {}
             stored["completions"] = completion_sampler(guidance=cache.guidance, even=cache.path > 0, **steps)
         if comparison.scale == "sd3":  # 2.3 MB a sample at 1024 px in place of 9
             stored |= {"dtype": torch.bfloat16, "prompts": "int8"}
