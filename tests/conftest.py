@@ -116,3 +116,68 @@ def build_tiny_student(backbone: Backbone, num_layers: int, seed: int = 2) -> Co
     from refine_control.models.controlnet import from_transformer
 
     return _disturb(from_transformer(backbone.transformer, num_layers), seed).eval()
+
+
+# FLUX's own classes: 7 double and 4 single blocks of width 16, in the published layout of folders.
+
+FLUX_SIZES = {"in_channels": 64, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8}
+FLUX_SIZES |= {"pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": [2, 2, 4]}
+
+
+def _randomised(network: Any, seed: int) -> Any:
+    """The network with noise in every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pipeline `model`, and ControlNets with a mask (`inpaint`) and without one (`plain`)."""
+    root = tmp_path_factory.mktemp("flux")
+    build_tiny_flux(root)
+    return root
+
+
+def build_tiny_flux(root: Path) -> None:
+    """What the fixture builds."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxControlNetModel,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+
+    from refine_control.miniature import networks as mini
+    from refine_control.models.flux import FluxInpaintingControlNet
+    from refine_control.storage import write_json
+
+    tokenizer = mini.write_tokenizer(root / "words")
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    t5_tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**{**mini.VAE, "block_out_channels": (8, 8, 16, 16)})
+        vae.register_to_config(scaling_factor=0.36, shift_factor=0.12)
+        with torch.no_grad():
+            vae.encoder.conv_out.bias[16:] = -60  # log variance: stock's draw is the mean
+        clip: Any = mini.build_text_encoder(len(tokenizer)).config.to_dict()
+        t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**clip)),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel(t5),
+            tokenizer_2=t5_tokenizer,
+            transformer=_randomised(FluxTransformer2DModel(num_layers=7, num_single_layers=4, **FLUX_SIZES), 0),
+        ).save_pretrained(root / "model")
+    write_json(root / "model" / "refine_control.json", {"max_sequence_length": 12})
+    teacher = FluxInpaintingControlNet(num_layers=6, num_single_layers=0, **FLUX_SIZES)
+    _randomised(teacher, 1).save_pretrained(root / "inpaint")
+    plain = FluxControlNetModel(num_layers=4, num_single_layers=2, **FLUX_SIZES)
+    _randomised(plain, 2).save_pretrained(root / "plain")

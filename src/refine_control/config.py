@@ -36,6 +36,9 @@ class StudentConfig(Section):
     num_layers: int = Field(
         default=12, ge=1, le=1024, description="control layers of the student; the paper has 12 for a teacher of 23"
     )
+    num_single_layers: int = Field(
+        default=0, ge=0, le=1024, description="FLUX: layers for single blocks, beside num_layers for double ones"
+    )
     init: Literal["transformer", "teacher", "random"] = Field(
         default="transformer",
         description="first layers of the transformer (the paper), last layer of each teacher group, or random",

@@ -1,24 +1,32 @@
 """FLUX students of tiny random models of the exact classes, held against the installed diffusers."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxControlNetModel,
-    FluxControlNetPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxTransformer2DModel
 
-from refine_control import flow, losses
-from refine_control.baselines.flux import schedule
-from refine_control.config import LossWeights
+from refine_control import losses
+from refine_control.config import LossWeights, SamplerConfig
 from refine_control.errors import InvalidInputError
+from refine_control.export.source import load_source
+from refine_control.injection import sites_of_layer
 from refine_control.models import flux
-from refine_control.models.families import find_family
-from refine_control.models.loading import load_controlnet, load_painter
+from refine_control.models.backbone import predict_velocity
+from refine_control.models.controlnet import (
+    Control,
+    build_student,
+    control_residuals,
+    equal_layer_of_site,
+    injection_of,
+    join,
+    own_layer_of_site,
+    site_groups,
+    site_residuals,
+    trainable_parameters,
+)
+from refine_control.models.families import find_family, layer_counts
+from refine_control.models.fit import check_controlnet
+from refine_control.models.loading import load_controlnet, load_painter, load_student, save_controlnet
+from refine_control.pipeline.painting import complete_latents
 
 SIZE = {"in_channels": 16, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8}
 SIZE |= {"pooled_projection_dim": 8, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4)}
@@ -34,9 +42,12 @@ def randomised(network, seed):
     return network.eval()
 
 
-def controlnet(double, single, seed=1, **more):
+def controlnet(double, single, seed=1, transformer=None, **more):
     component = flux.FluxInpaintingControlNet if "extra_condition_channels" in more else FluxControlNetModel
-    return randomised(component(num_layers=double, num_single_layers=single, **{**SIZE, **more}), seed)
+    net = randomised(component(num_layers=double, num_single_layers=single, **{**SIZE, **more}), seed)
+    if transformer is not None:
+        join(net, transformer)
+    return net
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +57,36 @@ def transformer():
     return network.requires_grad_(False)
 
 
-def family_of(transformer, net=None):
-    return find_family(transformer.config, None if net is None else net.config)
-
-
 @pytest.fixture(scope="module")
 def drawn():
-    """Noisy tokens (2,4,16), a sigma for each, and a condition."""
+    """Noisy latents (2,4,4,4), a sigma for each, prompt embeddings, a condition, and pooled embeddings."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    condition = flux.Condition(draw(2, 4, 16), draw(2, 3, 8), draw(2, 8), 3.5, 0.7, (4, 4))
-    return draw(2, 4, 16), torch.tensor([0.3, 0.8]), condition
+    return draw(2, 4, 4, 4), torch.tensor([0.3, 0.8]), draw(2, 3, 8), draw(2, 4, 4, 4), draw(2, 8)
 
 
-def injected(transformer, net, drawn):
-    """Residuals one for each block, and the velocity with them."""
-    maps = flux.site_maps(net, family_of(transformer))
-    residuals = flux.control_residuals(net, *drawn)
-    return residuals, flux.velocity(transformer, flux.at_sites(residuals, maps), *drawn)
+def answer(transformer, net, drawn, injection="exact"):
+    """Residuals by layer, and the velocity with them."""
+    latents, sigmas, embeds, _, pooled = drawn
+    residuals = control_residuals(net, *drawn, conditioning_scale=0.7, guidance=3.5)
+    asked = latents, sigmas, embeds, pooled, residuals, injection_of(net, injection)
+    return residuals, predict_velocity(transformer, *asked, guidance=3.5)
+
+
+def by_stock(transformer, net, drawn):
+    """The velocity as stock's pipeline computes it of packed tokens."""
+    latents, sigmas, embeds, cond, pooled = drawn
+    given = {"timestep": sigmas, "guidance": torch.full((2,), 3.5), "encoder_hidden_states": embeds}
+    given |= {"pooled_projections": pooled, "txt_ids": torch.zeros(3, 3), "return_dict": False}
+    given |= {"img_ids": FluxControlNetPipeline._prepare_latent_image_ids(2, 2, 2, "cpu", torch.float32)}
+    tokens, control = (FluxControlNetPipeline._pack_latents(each, 2, each.shape[1], 4, 4) for each in (latents, cond))
+    double, single = net(hidden_states=tokens, controlnet_cond=control, conditioning_scale=0.7, **given)
+    injected = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+    tokens = transformer(hidden_states=tokens, **injected, **given)[0]
+    return FluxControlNetPipeline._unpack_latents(tokens, 4, 4, 1)
 
 
 # families
@@ -94,7 +114,7 @@ def test_published_flux_controlnets_are_known(layers, reads, scale):
         ({"extra_condition_channels": 3}, "reads 3 channels beside"),
         ({"num_layers": 20}, "has 20 double layers"),
         ({"num_single_layers": 39}, "has 39 single layers"),
-        ({"num_layers": 0}, "has no layers"),
+        ({"num_layers": 0}, "has no double layers"),
     ],
 )
 def test_unknown_flux_controlnets_are_refused(changed, message):
@@ -106,40 +126,56 @@ def test_unknown_flux_controlnets_are_refused(changed, message):
 def test_controlnets_of_sd3_and_flux_are_not_exchanged(transformer, tiny_backbone):
     teacher = tiny_backbone.pipeline.controlnet
     with pytest.raises(InvalidInputError, match="has no single layers in its config"):
-        family_of(transformer, teacher)
+        check_controlnet(teacher.config, transformer.config, "here")
     with pytest.raises(InvalidInputError, match="has single layers beside double ones"):
-        find_family(tiny_backbone.transformer.config, controlnet(2, 3).config)
+        check_controlnet(controlnet(2, 3).config, tiny_backbone.transformer.config, "here")
 
 
 # injection
 
 
-@pytest.mark.parametrize("layers", [(6, 0), (5, 8), (1, 1), (0, 4), (7, 9)])
+@pytest.mark.parametrize("layers", [(6, 0), (5, 8), (1, 1), (7, 9)])
 def test_a_published_controlnet_is_injected_as_stock_does_it(transformer, drawn, layers):
-    net = controlnet(*layers)
+    net = controlnet(*layers, transformer=transformer)
     with torch.no_grad():
-        residuals, ours = injected(transformer, net, drawn)
-        stock = flux.velocity(transformer, residuals, *drawn)
-        silent = flux.velocity(transformer, flux.Residuals(None, None), *drawn)
-    assert torch.equal(ours, stock)
+        _, ours = answer(transformer, net, drawn)
+        stock = by_stock(transformer, net, drawn)
+        silent = predict_velocity(transformer, *drawn[:3], drawn[4], guidance=3.5)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-6)
     assert not torch.allclose(ours, silent, atol=1e-3)
 
 
-@pytest.mark.parametrize("layers", [(4, 5), (2, 3), (3, 9), (7, 1), (5, 6)])
+@pytest.mark.parametrize("layers", [(4, 5), (2, 3), (3, 9), (7, 1), (5, 6), (5, 0)])
 def test_a_student_has_stocks_groups_where_they_use_every_layer_else_even_ones(transformer, drawn, layers):
-    student = randomised(flux.build_student(transformer, None, *layers, "transformer", 0), 3)
-    family = family_of(transformer)
-    maps = flux.site_maps(student, family)
-    for sites, count, layer_of_site in zip(family.sites, layers, maps, strict=True):
-        stock = sites.stock(count)
-        dead = sites.dead_layers(count)
-        assert sorted(set(layer_of_site)) == list(range(count))
-        assert (layer_of_site == stock) == (not dead)
-        assert (f"layer_of_{sites.blocks}" in student.config) == bool(dead)
+    teacher = controlnet(6, bool(layers[1]), transformer=transformer)
+    student = randomised(build_student(transformer, teacher, layers[0], "random", 0, num_single_layers=layers[1]), 3)
+    placed, kinds, first = own_layer_of_site(student), find_family(transformer.config).sites, 0
+    assert sites_of_layer(placed) == site_groups(student, sum(BLOCKS))
+    assert sorted(set(placed)) == list(range(sum(layers)))
+    for kind, count in zip(kinds, layers, strict=True):
+        of_kind, placed = placed[: kind.count], placed[kind.count :]
+        if count:
+            assert ([layer - first for layer in of_kind] == kind.stock(count)) == (not kind.dead_layers(count))
+        first += count
     with torch.no_grad():
-        residuals, ours = injected(transformer, student, drawn)
-        stock = flux.velocity(transformer, residuals, *drawn)
-    assert torch.equal(ours, stock) == all(not s.dead_layers(n) for s, n in zip(family.sites, layers, strict=True))
+        ours, stock = (answer(transformer, student, drawn, rule)[1] for rule in ("exact", "diffusers"))
+        torch.testing.assert_close(stock, by_stock(transformer, student, drawn), rtol=0, atol=1e-6)
+    dead = any(kind.dead_layers(count) for kind, count in zip(kinds, layers, strict=True) if count)
+    assert torch.allclose(ours, stock, atol=1e-6) == (not dead)
+
+
+def test_residuals_of_several_controlnets_are_added_site_by_site(transformer, drawn):
+    """One has no single layers: its residuals are those of the double blocks alone."""
+    nets = [controlnet(6, 0, transformer=transformer), controlnet(3, 2, seed=2, transformer=transformer)]
+    latents, sigmas, embeds, cond, pooled = drawn
+    asked = latents, sigmas, embeds, pooled, sum(BLOCKS)
+    with torch.no_grad():
+        alone = [site_residuals([Control(net, cond)], *asked) for net in nets]
+        for order in ((0, 1), (1, 0)):
+            both = site_residuals([Control(nets[number], cond) for number in order], *asked)
+            assert len(both) == sum(BLOCKS)
+            torch.testing.assert_close(both[:7], [a + b for a, b in zip(*alone, strict=False)])
+            assert all(torch.equal(a, b) for a, b in zip(both[7:], alone[1][7:], strict=True))
 
 
 # students
@@ -149,10 +185,9 @@ def test_a_student_has_stocks_groups_where_they_use_every_layer_else_even_ones(t
 @pytest.mark.parametrize("extra", [0, 4])
 def test_a_student_is_born_of_the_transformer_the_teacher_or_nothing(transformer, init, extra):
     more = {"extra_condition_channels": extra} if extra else {}
-    teacher = controlnet(6, 5, **more)
+    teacher = controlnet(6, 5, transformer=transformer, **more)
     config = dict(transformer.config)
-    student = flux.build_student(transformer, teacher, 2, 3, init, 4)
-    again = flux.build_student(transformer, teacher, 2, 3, init, 4)
+    student, again = (build_student(transformer, teacher, 2, init, 4, num_single_layers=3) for _ in range(2))
     assert dict(transformer.config) == config
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
     assert student.controlnet_x_embedder.in_features == 16 + extra
@@ -179,47 +214,24 @@ def test_a_student_is_born_of_the_transformer_the_teacher_or_nothing(transformer
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ((8, 0), "8 double layers: this transformer admits 0 to 7"),
-        ((2, 3), "3 single layers and the teacher 0"),
-        ((0, 0), "at least one"),
+        ((8, 0), r"student\.num_layers is 8; this transformer admits 1 to 7"),
+        ((2, 10), r"student\.num_single_layers is 10; this transformer admits 0 to 9"),
+        ((2, 3), "num_single_layers is 3 and the teacher has 0 single layers"),
     ],
 )
 def test_numbers_of_layers_that_do_not_suit_are_refused(transformer, layers, message):
     with pytest.raises(InvalidInputError, match=message):
-        flux.build_student(transformer, controlnet(6, 0), *layers, "transformer", 0)
+        build_student(transformer, controlnet(6, 0), layers[0], "transformer", 0, num_single_layers=layers[1])
+
+
+def test_sd3_has_no_single_layers(tiny_backbone):
+    with pytest.raises(InvalidInputError, match=r"num_single_layers is 1; this transformer admits 0 to 0"):
+        build_student(tiny_backbone.transformer, None, 2, "transformer", 0, num_single_layers=1)
 
 
 def test_a_teacher_of_another_width_is_refused(transformer):
-    with pytest.raises(InvalidInputError, match="teacher's num_attention_heads is 3 and the transformer's 2"):
-        flux.build_student(transformer, controlnet(6, 0, num_attention_heads=3), 2, 0, "random", 0)
-
-
-@pytest.mark.parametrize("extra", [0, 4])
-def test_a_saved_student_is_loaded_strictly_and_by_stock(transformer, drawn, tmp_path, extra):
-    tokens, sigma, condition = drawn
-    more = {"extra_condition_channels": extra} if extra else {}
-    teacher = controlnet(6, 5, **more)
-    condition = condition._replace(control=torch.cat([condition.control, torch.ones(2, 4, extra)], 2))
-    student = randomised(flux.build_student(transformer, teacher, 5, 2, "transformer", 0), 3)
-    flux.save_flux_controlnet(student, tmp_path / "student", kind="student")
-    family = family_of(transformer)
-    loaded = flux.load_flux_controlnet(tmp_path / "student", family)
-    with torch.no_grad():
-        _, ours = injected(transformer, student, (tokens, sigma, condition))
-        assert torch.equal(injected(transformer, loaded, (tokens, sigma, condition))[1], ours)
-    assert flux.site_maps(loaded, family) == flux.site_maps(student, family)
-    assert flux.site_maps(student, family)[0] != family.sites[0].stock(5)
-    if not extra:
-        stock = FluxControlNetModel.from_pretrained(tmp_path / "student")
-        assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), student.parameters(), strict=True))
-
-
-def test_a_folder_whose_map_is_none_is_refused(transformer, tmp_path):
-    student = flux.build_student(transformer, None, 5, 2, "transformer", 0)
-    student.register_to_config(layer_of_transformer_blocks=[0, 1, 2, 3, 4])
-    flux.save_flux_controlnet(student, tmp_path / "student")
-    with pytest.raises(InvalidInputError, match="layer_of_transformer_blocks is no map of 7 blocks to 5 layers"):
-        flux.load_flux_controlnet(tmp_path / "student", family_of(transformer))
+    with pytest.raises(InvalidInputError, match="its width is 24, that of the transformer 16"):
+        check_controlnet(controlnet(6, 0, num_attention_heads=3).config, transformer.config, "here")
 
 
 # training
@@ -227,22 +239,21 @@ def test_a_folder_whose_map_is_none_is_refused(transformer, tmp_path):
 
 def losses_of(transformer, teacher, student, drawn, feature=1.0):
     """Eq. 4 and Eq. 5 of one batch."""
-    family = family_of(transformer)
     with torch.no_grad():
-        taught, target = injected(transformer, teacher, drawn)
-    learnt, answer = injected(transformer, student, drawn)
-    maps = [flux.site_maps(net, family) for net in (teacher, student)]
-    features = flux.feature_losses(taught, learnt, *maps)
-    weights = LossWeights(task=0, output=1, feature=feature)
-    return losses.combine(weights, output=losses.output_loss(target, answer), features=features)
+        taught, target = answer(transformer, teacher, drawn)
+    learnt, velocity = answer(transformer, student, drawn)
+    at_sites = [taught[layer] for layer in own_layer_of_site(teacher)]
+    targets = losses.group_targets(at_sites, site_groups(student, sum(BLOCKS)))
+    weights, features = LossWeights(task=0, output=1, feature=feature), losses.layer_losses(targets, learnt)
+    return losses.combine(weights, output=losses.output_loss(target, velocity), features=features)
 
 
 @pytest.mark.parametrize("feature", [0.0, 1.0])
 @pytest.mark.parametrize(("taught", "learnt"), [((6, 5), (2, 3)), ((6, 0), (3, 0))])
 def test_a_training_step_lowers_the_loss_and_reaches_every_parameter(transformer, drawn, taught, learnt, feature):
-    teacher = controlnet(*taught).requires_grad_(False)
-    student = flux.build_student(transformer, teacher, *learnt, "teacher", 0)
-    parameters = flux.trainable_parameters(student)
+    teacher = controlnet(*taught, transformer=transformer).requires_grad_(False)
+    student = build_student(transformer, teacher, learnt[0], "teacher", 0, num_single_layers=learnt[1])
+    parameters = trainable_parameters(student)
     frozen = {name for name, _ in student.named_parameters()} - parameters.keys()
     assert {name.split(".")[2] for name in frozen} == (set() if learnt[1] else {"attn", "ff_context"})
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
@@ -257,79 +268,103 @@ def test_a_training_step_lowers_the_loss_and_reaches_every_parameter(transformer
 
 
 def test_equation_5_holds_for_each_kind_of_block_by_itself(transformer):
-    family = family_of(transformer)
-    teacher, student = controlnet(6, 5), flux.build_student(transformer, None, 2, 3, "random", 0)
-    generator = torch.Generator().manual_seed(0)
-    given = flux.Residuals(*(list(torch.randn(n, 1, 2, 3, generator=generator)) for n in (6, 5)))
-    maps = flux.site_maps(teacher, family), flux.site_maps(student, family)
+    teacher = controlnet(6, 5, transformer=transformer)
+    student = build_student(transformer, teacher, 2, "random", 0, num_single_layers=3)
+    f = list(torch.randn(11, 1, 2, 3, generator=torch.Generator().manual_seed(0)))
     # 7 double blocks read the teacher's layers 0 0 1 1 2 2 3, the student's 0 0 0 0 1 1 1;
-    # 9 single ones 0 0 1 1 2 2 3 3 4 and 0 0 0 1 1 1 2 2 2
-    double, single = given
-    means = [
-        [(2 * double[0] + 2 * double[1]) / 4, (2 * double[2] + double[3]) / 3],
-        [(2 * single[0] + single[1]) / 3, (single[1] + 2 * single[2]) / 3, (2 * single[3] + single[4]) / 3],
-    ]
-    assert flux.feature_losses(given, flux.Residuals(*means), *maps).max() < 1e-10
-    moved = flux.Residuals(means[0], [means[1][0], means[1][1], means[1][2] + 1])
-    torch.testing.assert_close(flux.feature_losses(given, moved, *maps), torch.tensor([0, 0, 0, 0, 9.0]))
+    # 9 single ones 6 6 7 7 8 8 9 9 10 and 2 2 2 3 3 3 4 4 4
+    assert own_layer_of_site(teacher) == [0, 0, 1, 1, 2, 2, 3, 6, 6, 7, 7, 8, 8, 9, 9, 10]
+    means = [(2 * f[0] + 2 * f[1]) / 4, (2 * f[2] + f[3]) / 3]
+    means += [(2 * f[6] + f[7]) / 3, (f[7] + 2 * f[8]) / 3, (2 * f[9] + f[10]) / 3]
+    targets = losses.group_targets([f[layer] for layer in own_layer_of_site(teacher)], site_groups(student, 16))
+    assert losses.layer_losses(targets, means).max() < 1e-10
+    moved = losses.layer_losses(targets, [*means[:4], means[4] + 1])
+    torch.testing.assert_close(moved, torch.tensor([0, 0, 0, 0, 9.0]))
 
 
-# pictures
+# folders and pictures, of the model in a folder
 
 
-@pytest.mark.parametrize("layers", [(2, 3), (6, 0)])
-def test_a_picture_is_that_of_the_stock_pipeline(transformer, layers):
-    torch.manual_seed(2)
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.36,
-        shift_factor=0.12,
-    ).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    net = controlnet(*layers)
-    pipeline = FluxControlNetPipeline(scheduler, vae, None, None, None, None, transformer, net)
+@pytest.fixture(scope="module")
+def painters(tiny_flux):
+    """The model around each teacher."""
+    return {kind: load_painter(tiny_flux / "model", tiny_flux / kind) for kind in ("inpaint", "plain")}
+
+
+def student_of(painters, kind, *layers):
+    backbone, teacher = painters[kind]
+    single = {"num_single_layers": layers[1]}
+    return randomised(build_student(backbone.transformer, teacher, layers[0], "transformer", 0, **single), 3)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("inpaint", (3, 0)), ("inpaint", (5, 0)), ("plain", (2, 1))])
+def test_a_saved_student_is_loaded_strictly_and_by_stock(painters, tmp_path, caplog, kind, layers):
+    backbone, student = painters[kind][0], student_of(painters, kind, *layers)
+    save_controlnet(student, tmp_path / "student", backbone.num_blocks, kind="student")
+    assert ("stock diffusers injects" in caplog.text) == (layers == (5, 0))
+    _, loaded = load_student(backbone, tmp_path / "student")
+    assert type(loaded) is type(student)
+    assert layer_counts(loaded.config) == layers
+    assert own_layer_of_site(loaded) == own_layer_of_site(student) == equal_layer_of_site(layers, backbone.transformer)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), student.parameters(), strict=True))
+    if kind == "plain":
+        stock = FluxControlNetModel.from_pretrained(tmp_path / "student")
+        assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), student.parameters(), strict=True))
+
+
+def test_a_folder_whose_map_is_none_is_refused(painters, tmp_path):
+    student = student_of(painters, "plain", 2, 1)
+    student.register_to_config(layer_of_site=[0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2])  # a single layer at a double block
+    save_controlnet(student, tmp_path / "student", 7)
+    with pytest.raises(InvalidInputError, match=r"layer_of_site .* is not the layer of each of 11 sites"):
+        load_student(painters["plain"][0], tmp_path / "student")
+
+
+def test_folders_of_other_models_are_refused(tiny_flux, tiny_backbone):
+    with pytest.raises(InvalidInputError, match="has single layers beside double ones"):
+        load_student(tiny_backbone, tiny_flux / "inpaint")
+    for net, words in (("edge", "has no single layers in its config"), (None, "holds no ControlNet; name one")):
+        with pytest.raises(InvalidInputError, match=words):
+            load_painter(tiny_flux / "model", net)
+    with pytest.raises(InvalidInputError, match="is a FLUX model, and exports are of SD3's"):
+        load_source(str(tiny_flux / "plain"), str(tiny_flux / "model"))
+    assert load_controlnet(tiny_flux / "inpaint").config["extra_condition_channels"] == 4
+
+
+@pytest.mark.parametrize("layers", [(4, 2), (2, 1)])
+def test_a_picture_is_that_of_the_stock_pipeline(painters, layers):
+    """A teacher and a student whose groups are stock's."""
+    backbone, teacher = painters["plain"]
+    net = teacher if layers == (4, 2) else student_of(painters, "plain", *layers)
     generator = torch.Generator().manual_seed(3)
-    noise, picture = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 16, 16, generator=generator)
-    embeds, pooled = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 8, generator=generator)
+    noise, pixels = torch.randn(1, 16, 4, 8, generator=generator), torch.rand(1, 3, 32, 64, generator=generator) * 2 - 1
+    text, prompt = backbone.encode_prompts(["a red circle"]), "a red circle"
+    sampler = SamplerConfig(num_inference_steps=3, guidance_scale=3.5, conditioning_scale=0.6)
+    stock = FluxControlNetPipeline(**{**backbone.pipeline.components, "controlnet": net})
+    stock.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        stock = pipeline(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            control_image=picture,
-            height=16,
-            width=16,
+        latents = complete_latents(backbone, net, backbone.encode_images(pixels), text, None, sampler, noise)
+        ours = (backbone.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
+        theirs = stock(
+            prompt,
+            control_image=pixels,
+            height=32,
+            width=64,
             num_inference_steps=3,
             guidance_scale=3.5,
             controlnet_conditioning_scale=0.6,
             latents=flux.pack(noise),
-            generator=torch.Generator().manual_seed(4),
+            max_sequence_length=12,
             output_type="pt",
         ).images
-        drawn = vae.encode(picture).latent_dist.sample(torch.Generator().manual_seed(4))
-        condition = flux.Condition(flux.pack((drawn - 0.12) * 0.36), embeds, pooled, 3.5, 0.6, (8, 8))
-        tokens, sigmas = flux.pack(noise), schedule(scheduler, 3, 16)
-        for sigma, following in pairwise(sigmas):
-            v = injected(transformer, net, (tokens, sigma, condition))[1]
-            tokens = flow.euler_step(tokens, v, sigma[None], following[None])
-        ours = vae.decode(flux.unpack(tokens, 8, 8) / 0.36 + 0.12).sample
-    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), stock, rtol=0, atol=1e-5)
-
-
-# folders
-
-
-def test_a_flux_folder_is_refused_where_sd3_is_needed(tmp_path):
-    controlnet(2, 0).save_pretrained(tmp_path / "net")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for refused in (
-        lambda: load_controlnet(tmp_path / "net"),
-        lambda: load_painter("mini", tmp_path / "net"),
-        lambda: load_painter(tmp_path / "model"),
-    ):
-        with pytest.raises(InvalidInputError, match=r"holds a Flux\w+: FLUX has single blocks.*SD3 is needed here"):
-            refused()
+        other = complete_latents(
+            backbone,
+            net,
+            backbone.encode_images(pixels),
+            text,
+            None,
+            sampler.model_copy(update={"guidance_scale": 1.0}),
+            noise,
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    assert not torch.allclose(other, latents, atol=1e-2)

@@ -297,7 +297,9 @@ def test_an_index_of_other_parts_is_refused(folder, entry):
     put_json(folder / "model_index.json", vae=entry)
     refused(lambda: load_pipeline(folder), "model_index.json", "AutoencoderKL")
     put_json(folder / "model_index.json", _class_name="FluxPipeline")
-    refused(lambda: load_pipeline(folder), "FluxPipeline")
+    refused(lambda: load_pipeline(folder), "names CLIPTokenizer as tokenizer_2; FLUX has a T5Tokenizer there")
+    put_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    refused(lambda: load_pipeline(folder), "StableDiffusionPipeline")
 
 
 def as_variant(folder, component, variant="fp16"):

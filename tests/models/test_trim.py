@@ -45,7 +45,7 @@ def test_a_controlnet_that_embeds_its_picture_has_each_layer_read_again_and_agai
 
 def test_a_layer_that_a_map_of_its_own_reads_stays(tmp_path):
     layers = [block * 6 // 19 for block in range(19)]
-    config = {**FLUX, "num_layers": 6, "num_single_layers": 0, "layer_of_transformer_blocks": layers}
+    config = {**FLUX, "num_layers": 6, "num_single_layers": 0, "layer_of_site": layers}
     assert find(tmp_path, **config)[0] == ([5], 6)
     with pytest.raises(InvalidInputError, match="double layer 5 stays: refine-control reads it"):
         trim(tmp_path, out=tmp_path / "out")

@@ -154,7 +154,7 @@ def test_the_student_is_noised_where_the_scheduler_would(networks, caches):
     shifted = Networks(networks.backbone, None, networks.student, sigmas=SigmaConfig(shift=3.0, logit_mean=0.5))
     expected = flow.logit_normal_sigmas(DRAW.normals("sigmas"), 0.5, 1.0, 3.0)
     assert torch.equal(shifted.noised(batch, DRAW).sigmas, expected)
-    assert networks.shift == networks.backbone.pipeline.scheduler.config.shift
+    assert networks.shift_at((8, 8)) == networks.backbone.pipeline.scheduler.config.shift
     turned = networks.noised(batch._replace(slots=[1, 0]), DRAW)  # the noise is that of the batch's own slots
     assert torch.equal(turned.noise, at.noise.flip(0))
 

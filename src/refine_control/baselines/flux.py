@@ -1,59 +1,26 @@
 """FLUX.1 inpainting by a ControlNet that sees the masked picture and its mask, as alimama-creative publishes it.
 
 Published with FLUX.1-dev-Controlnet-Inpainting-Beta: six double blocks and no single ones, trained at 1024 pixels;
-control input as in `control_tokens`; 28 Euler steps, embedded guidance 3.5, conditioning scale 0.9 to 1, no true
-guidance.
+28 Euler steps, embedded guidance 3.5, conditioning scale 0.9 to 1, no true guidance. The published code draws the
+masked picture's latents from the VAE's posterior; here they are its mean.
 """
 
-# B batch, H W pixels, h w latents, N = h w / 4 image tokens, T text tokens
+# B batch, H W pixels, h w latents
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
-from refine_control import flow
 from refine_control.conditions.condition import control_cond, masked_pixels
 from refine_control.config import SamplerConfig
-from refine_control.models.backbone import encode_images
-from refine_control.models.flux import Condition, control_residuals, pack, unpack, velocity
-
-MAX_SEQUENCE_LENGTH = 512
-"""T5 tokens of a prompt, padding included."""
-
-
-def control_tokens(vae: Any, pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The control input: pixels (B,3,H,W) in [-1,1] and mask (B,1,H,W), 1 = inpaint -> (B,N,68).
-
-    64 numbers of the latents of the picture whose hole is -1, then 4 of the mask at the latents' size, 1 = keep. The
-    published code draws the latents from the VAE's posterior; here they are its mean."""
-    masked_latents = encode_images(vae, masked_pixels(pixel_values, mask)).float()
-    return pack(control_cond(masked_latents, mask))
-
-
-def schedule(scheduler: Any, num_inference_steps: int, num_tokens: int) -> torch.Tensor:
-    """The sigmas (steps + 1,) from 1 to 0: even steps, shifted the more the more tokens a picture has."""
-    from diffusers.pipelines.flux.pipeline_flux_controlnet import calculate_shift
-
-    fresh, config = scheduler.__class__.from_config(scheduler.config), scheduler.config
-    ends = [config[f"{which}_{what}"] for what in ("image_seq_len", "shift") for which in ("base", "max")]
-    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    fresh.set_timesteps(sigmas=sigmas, mu=calculate_shift(num_tokens, *ends))
-    return fresh.sigmas
-
-
-def predict_velocity(pipeline: Any, tokens: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-    """v (B,N,64) in fp32 for noisy tokens (B,N,64) and one sigma for all.
-
-    Residual j of the ControlNet's L feeds the transformer's blocks i with i // ceil(blocks / L) = j: stock diffusers
-    does as the published code."""
-    residuals = control_residuals(pipeline.controlnet, tokens, sigma, condition)
-    return velocity(pipeline.transformer, residuals, tokens, sigma, condition)
+from refine_control.models.backbone import Backbone, encode_images, encode_prompts, predict_velocity
+from refine_control.models.controlnet import control_residuals, injection_of, join
+from refine_control.models.flux import MAX_SEQUENCE_LENGTH
+from refine_control.pipeline.painting import complete_latents
 
 
 @torch.no_grad()
@@ -69,23 +36,30 @@ def complete(
 
     `sampler.guidance_scale` is the embedded one, a number that the distilled transformer reads. Noise, steps and VAE
     are fp32 whatever the type of transformer and ControlNet."""
-    size = (noise.shape[-2], noise.shape[-1])
-    control = control_tokens(pipeline.vae, pixel_values, mask)
-    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    condition = Condition(control, embeds, pooled, sampler.guidance_scale, sampler.conditioning_scale, size)
-    tokens = pack(noise)
-    sigmas = schedule(pipeline.scheduler, sampler.num_inference_steps, tokens.shape[1]).to(tokens.device)
-    for sigma, following in pairwise(sigmas):
-        v = predict_velocity(pipeline, tokens, sigma, condition)
-        tokens = flow.euler_step(tokens, v, sigma[None], following[None])
-    return unpack(tokens, *size)
+    backbone = Backbone(pipeline, MAX_SEQUENCE_LENGTH)
+    join(pipeline.controlnet, pipeline.transformer)
+    if not backbone.embeds_guidance:
+        sampler = sampler.model_copy(update={"guidance_scale": 1.0})
+    cond = control_cond(encode_images(pipeline.vae, masked_pixels(pixel_values, mask)).float(), mask)
+    text = encode_prompts(pipeline, prompts, MAX_SEQUENCE_LENGTH)
+    return complete_latents(backbone, pipeline.controlnet, cond, text, None, sampler, noise)
 
 
-def blank(transformer: Any, controlnet: Any, side: int) -> tuple[torch.Tensor, torch.Tensor, Condition]:
-    """Tokens, sigma and condition of one empty picture whose latents have `side` rows: what a measurement runs on."""
-    config, tokens = transformer.config, side * side // 4
-    channels, extra = config["in_channels"], controlnet.config["extra_condition_channels"]
-    zeros = partial(torch.zeros, 1, device=transformer.device, dtype=transformer.dtype)
+def denoising_step(pipeline: Any, side: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """One pass of the ControlNet, and one step with it, on an empty picture whose latents have `side` rows: what is
+    measured."""
+    network, controlnet = pipeline.transformer, pipeline.controlnet
+    join(controlnet, network)
+    channels, config = pipeline.vae.config["latent_channels"], network.config
+    zeros = partial(torch.zeros, 1, device=network.device, dtype=network.dtype)
+    at = zeros(channels, side, side), torch.tensor([0.5], device=network.device)
     embeds, pooled = zeros(MAX_SEQUENCE_LENGTH, config["joint_attention_dim"]), zeros(config["pooled_projection_dim"])
-    condition = Condition(zeros(tokens, channels + extra), embeds, pooled, 3.5, 1.0, (side, side))
-    return zeros(tokens, channels), torch.tensor(0.5), condition
+    cond = control_cond(at[0], zeros(1, side, side))
+
+    def controlled() -> list[torch.Tensor]:
+        return control_residuals(controlnet, *at, embeds, cond, pooled)
+
+    def whole() -> torch.Tensor:
+        return predict_velocity(network, *at, embeds, pooled, controlled(), injection_of(controlnet))
+
+    return torch.no_grad()(controlled), torch.no_grad()(whole)

@@ -178,12 +178,9 @@ def denoising_step(baseline: Baseline) -> tuple[Callable[[], Any] | None, Callab
     square picture of the baseline's size."""
     network, pipeline = baseline.denoiser, baseline.pipeline
     side = baseline.size // pipeline.vae_scale_factor
-    no_grad = torch.no_grad()
     if baseline.card.kind == "flux":
-        blank = flux_inpainting.blank(network, baseline.controlnet, side)
-        controlled = no_grad(lambda: flux_inpainting.control_residuals(baseline.controlnet, *blank))
-        return controlled, no_grad(lambda: flux_inpainting.predict_velocity(pipeline, *blank))
+        return flux_inpainting.denoising_step(pipeline, side)
     zeros = partial(torch.zeros, 1, device=network.device, dtype=network.dtype)
     noisy = zeros(network.config["in_channels"], side, side)
     embeds = zeros(pipeline.tokenizer.model_max_length, network.config["cross_attention_dim"])
-    return None, no_grad(lambda: network(noisy, 500, encoder_hidden_states=embeds).sample)
+    return None, torch.no_grad()(lambda: network(noisy, 500, encoder_hidden_states=embeds).sample)

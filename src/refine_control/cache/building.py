@@ -45,13 +45,13 @@ from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_out
 from refine_control.models.backbone import Backbone, by_parts
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device, pictures_at_once
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import takes_shift
 from refine_control.models.fit import geometry
-from refine_control.models.loading import load_backbone, load_controlnet
+from refine_control.models.loading import has_controlnet, load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
 from refine_control.photos.shards import Shards
-from refine_control.pipeline.painting import sampling_path
+from refine_control.pipeline.painting import asks_twice, sampling_path
 from refine_control.pixels import from_images
 from refine_control.progress import Progress
 from refine_control.randomness import slot_normals
@@ -87,10 +87,10 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
 
 def condition_shift(backbone: Backbone, condition: str) -> bool:
     """Whether the VAE's shift is taken off the latents of a condition: as the model's ControlNet has it, where that
-    takes the condition, else as stock has it for one that reads no pooled projection."""
+    takes the condition, else as stock has it for one of FLUX, or of SD3 that reads no pooled projection."""
     controlnet, region = backbone.pipeline.controlnet, find_condition(condition).region
     fits = controlnet is not None and has_region(controlnet.config) == region
-    return takes_shift(controlnet.config) if controlnet is not None and fits else region
+    return takes_shift(controlnet.config) if controlnet is not None and fits else region or backbone.is_flux
 
 
 def write_cache(
@@ -168,9 +168,9 @@ def completions_cost(writer: CacheWriter, backbone: Backbone, sampler: SamplerCo
     """What is left of a cache's completions: samples, calls of the networks (two a step with guidance) and GB."""
     done, count = writer.state.done.get("completions", 0), sum(map(len, writer.groups.values()))
     left = {size: range(max(rows.start, done), rows.stop) for size, rows in writer.groups.items()}
-    calls = (count - done) * sampler.num_inference_steps * (2 if sampler.guidance_scale > 1 else 1)
+    calls = (count - done) * sampler.num_inference_steps * (2 if asks_twice(backbone, sampler) else 1)
     numbers = sum(len(rows) * math.prod(size) for size, rows in left.items()) * max(1, stored.path)
-    size = numbers * backbone.transformer.config["in_channels"] * stored.dtype.itemsize / 1e9
+    size = numbers * backbone.latent_channels * stored.dtype.itemsize / 1e9
     samples = f"{count} samples" if not done else f"{count - done} of {count} samples remain"
     return f"completions: {samples}, {calls} calls of the ControlNet and the transformer, {size:.2g} GB"
 
@@ -246,7 +246,9 @@ def cache_folder(
     sampler = completion_sampler(complete, guidance, path > 0, precision) if complete else None
     stored, painting = Stored(_DTYPES[dtype], prompts, sampler, path, posterior).check(), sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
-    backbone = load_backbone(model, controlnet, cpu_kernels=painting, device=best_device(), painting=painting)
+    controlled = painting or controlnet is not None or has_controlnet(model)
+    how = {"cpu_kernels": painting, "device": best_device(), "painting": painting, "controlled": controlled}
+    backbone = load_backbone(model, controlnet, **how)
     return build_cache(source, out, backbone, progress, note=note, **stored._asdict())
 
 

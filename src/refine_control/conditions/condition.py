@@ -20,6 +20,7 @@ import numpy as np
 
 from refine_control import conditions
 from refine_control.errors import InvalidInputError
+from refine_control.models.families import extra_channels
 from refine_control.records import INPAINT, Photo
 
 if TYPE_CHECKING:  # imported where it is used: workers that prepare pictures need none
@@ -81,17 +82,17 @@ def find_condition(name: str) -> Condition:
 
 def own_condition(controlnet: Mapping[str, Any]) -> str | None:
     """The kind of condition that a ControlNet of this config takes; None where it does not say."""
-    return controlnet.get("condition") or (INPAINT if controlnet["extra_conditioning_channels"] == 1 else None)
+    return controlnet.get("condition") or (INPAINT if extra_channels(controlnet) == 1 else None)
 
 
 def has_region(controlnet: Mapping[str, Any]) -> bool:
     """Whether a ControlNet of this config reads a mask."""
-    return bool(controlnet["extra_conditioning_channels"])
+    return bool(extra_channels(controlnet))
 
 
 def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | Path) -> None:
     """Raises InvalidInputError where a ControlNet of this config, called `name`, does not take a condition."""
-    stated, channels = own_condition(controlnet), controlnet["extra_conditioning_channels"]
+    stated, channels = own_condition(controlnet), extra_channels(controlnet)
     if stated not in (None, condition) or channels != find_condition(condition).extra_channels:
         kind = stated or f"another condition, of {channels} channels beside the latents"
         raise InvalidInputError(

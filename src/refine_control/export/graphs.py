@@ -159,7 +159,7 @@ def layers_of_sites(controlnet: ControlNet, backbone: Backbone) -> list[int]:
     injection = injection_of(controlnet)
     if isinstance(injection, list):
         return injection
-    return equal_layer_of_site(len(controlnet.controlnet_blocks), backbone.transformer)
+    return equal_layer_of_site([len(controlnet.controlnet_blocks)], backbone.transformer)
 
 
 def denoiser(backbone: Backbone, controlnet: ControlNet) -> Denoiser:

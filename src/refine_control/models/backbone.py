@@ -1,4 +1,4 @@
-"""The frozen SD3 parts: VAE, text encoders, transformer, and the conventions between pixels and latents."""
+"""The frozen parts of SD3 or FLUX: VAE, text encoders, transformer, and the conventions between pixels and latents."""
 
 # B batch, H W pixels, h w latents, T text tokens
 
@@ -14,6 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3ControlNetInpaintingPipeline
 
 from refine_control.injection import Injection, expand_residuals
+from refine_control.models import flux
 from refine_control.models.devices import (
     ENCODED_PIXELS,
     USABLE,
@@ -49,6 +50,7 @@ class Backbone:
         self._examined: set[int] = set()
         self._prompt_warnings = 0
         self.vae, self.transformer = pipeline.vae, pipeline.transformer
+        self.is_flux = flux.is_flux(pipeline.transformer)
         for part in (pipeline.vae, pipeline.transformer, *self.text_encoders, pipeline.controlnet):
             if part is not None:
                 part.requires_grad_(False).eval()
@@ -62,8 +64,8 @@ class Backbone:
 
     @property
     def text_encoders(self) -> list[Any]:
-        p = self.pipeline
-        return [e for e in (p.text_encoder, p.text_encoder_2, p.text_encoder_3) if e is not None]
+        encoders = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def device(self) -> torch.device:
@@ -100,9 +102,30 @@ class Backbone:
         return len(self.transformer.transformer_blocks)
 
     @property
+    def num_sites(self) -> int:
+        """Blocks that take a residual: all but SD3's last one."""
+        single = getattr(self.transformer, "single_transformer_blocks", None)
+        return self.num_blocks - 1 if single is None else self.num_blocks + len(single)
+
+    @property
+    def latent_channels(self) -> int:
+        """C of latents (B,C,h,w)."""
+        return self.vae.config["latent_channels"]
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the transformer is distilled: it reads the guidance scale as a number and has no pass without it."""
+        return bool(self.transformer.config.get("guidance_embeds"))
+
+    @property
     def shift(self) -> float:
         """The scheduler's sigma shift."""
         return self.pipeline.scheduler.config["shift"]
+
+    def shift_at(self, size: Sequence[int]) -> float:
+        """The scheduler's sigma shift for latents of size h w, where it depends on that (FLUX.1-dev)."""
+        config = self.pipeline.scheduler.config
+        return flux.shift_at(config, size) if config.get("use_dynamic_shifting") else self.shift
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor, shift: bool = True) -> torch.Tensor:
@@ -130,9 +153,11 @@ class Backbone:
         if not unexamined or self._prompt_warnings >= _MOST_PROMPT_WARNINGS:
             return
         p, limit = self.pipeline, self.pipeline.tokenizer_max_length
-        encoders = [("text_encoder", p.tokenizer, limit), ("text_encoder_2", p.tokenizer_2, limit)]
-        if p.text_encoder_3 is not None:
-            encoders.append(("text_encoder_3", p.tokenizer_3, self.max_sequence_length))
+        limits = {"": limit, "_2": limit, "_3": self.max_sequence_length}
+        if self.is_flux:
+            limits = {"": limit, "_2": self.max_sequence_length}
+        parts = [(f"text_encoder{s}", getattr(p, f"tokenizer{s}"), most) for s, most in limits.items()]
+        encoders = [(name, tokenizer, most) for name, tokenizer, most in parts if getattr(p, name) is not None]
         warnings = cut_warnings(encoders, self.readable(unexamined))
         if self.vocabulary is not None and (ignored := unknown_words_warning(unexamined, self.vocabulary)):
             warnings.append(ignored)
@@ -193,10 +218,11 @@ def encode_prompts(
     """The pipeline's `encode_prompt` without guidance: (B,T,D_text), (B,D_pooled); differentiable.
 
     On the device of the text encoders: by itself the pipeline would look for them where the transformer is."""
-    texts, device = list(prompts), pipeline.text_encoder.device
-    embeds, _, pooled, _ = pipeline.encode_prompt(
-        *[texts] * 3, device=device, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-    )
+    texts, how = list(prompts), {"device": pipeline.text_encoder.device, "max_sequence_length": max_sequence_length}
+    if flux.is_flux(pipeline.transformer):
+        embeds, pooled, _ = pipeline.encode_prompt(texts, None, **how)
+        return embeds, pooled
+    embeds, _, pooled, _ = pipeline.encode_prompt(*[texts] * 3, do_classifier_free_guidance=False, **how)
     return embeds, pooled
 
 
@@ -208,10 +234,18 @@ def predict_velocity(
     pooled_prompt_embeds: torch.Tensor,
     residuals: Sequence[torch.Tensor] | None = None,
     injection: Injection | Sequence[int] = "exact",
+    guidance: float = 1.0,
 ) -> torch.Tensor:
     """v(x_t, sigma, prompt, residuals): (B,16,h,w) in the transformer's type; L residuals (B,N,D), injected exactly.
 
-    `injection` as `models.controlnet.injection_of` gives it for the ControlNet that they come from."""
+    `injection` as `models.controlnet.injection_of` gives it for the ControlNet that they come from; `guidance` is the
+    scale that FLUX embeds."""
+    if flux.is_flux(transformer):
+        at_sites = residuals
+        if residuals is not None and not isinstance(injection, str):
+            at_sites = expand_residuals(residuals, len(injection) + 1, injection)[:-1]
+        asked = noisy_latents, sigmas, prompt_embeds, pooled_prompt_embeds
+        return flux.predict_velocity(transformer, *asked, at_sites, guidance)
     dtype, blocks = compute_type(transformer), len(transformer.transformer_blocks)
     return (packed(transformer) or transformer)(
         hidden_states=noisy_latents.to(dtype),

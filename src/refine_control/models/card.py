@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError, MissingError
+from refine_control.models.components import read_json
+from refine_control.models.families.flux import is_flux_folder
 from refine_control.models.hub import folder_of
 from refine_control.records import INPAINT
 from refine_control.storage import write_atomic, write_json
@@ -34,6 +36,8 @@ CARD = "refine_control.json"
 """The file in which a bundle or a student describes itself, beside the files that diffusers reads."""
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 3.0, "conditioning_scale": 1.0}
 """What a bundle paints well with; a trial of guidance is in docs/trials.md."""
+FLUX_GUIDANCE = 3.5
+"""The scale that FLUX.1-dev's publishers and those of its ControlNets advise."""
 
 
 def packaged(name: str | Path) -> Path | None:
@@ -82,10 +86,23 @@ def read_card(controlnet: str | Path) -> StudentCard | None:
 
 def own_sampling(model: str, controlnet: str | Path | None = None) -> dict[str, Any]:
     """Fields of SamplerConfig for a model with a ControlNet (None: its own), where nobody says: those of the
-    ControlNet's card, else the bundle's; none for SD3, whose are the defaults. Raises what `read_card` raises."""
+    ControlNet's card, else the bundle's or FLUX's; none for SD3, whose are the defaults. Raises what `read_card`
+    raises."""
     if controlnet is not None and (card := read_card(controlnet)):
         return card.fields
-    return dict(SAMPLING) if model == "mini" or (Path(model) / CARD).is_file() else {}
+    bundle = model == "mini" or (Path(model) / CARD).is_file()
+    return dict(SAMPLING) if bundle else _flux_sampling(model)
+
+
+def _flux_sampling(model: str) -> dict[str, Any]:
+    """The embedded guidance scale of FLUX.1-dev, none for FLUX without; nothing for other models and those that are not
+    there."""
+    with contextlib.suppress(InvalidInputError, MissingError):  # the loader says what is wrong with the name
+        folder = folder_of(model, ["model_index.json", "transformer/config.json"], "a model")
+        if is_flux_folder(read_json(folder / "model_index.json", "")):
+            embeds = read_json(folder / "transformer" / "config.json", "").get("guidance_embeds")
+            return {"guidance_scale": FLUX_GUIDANCE if embeds else 1.0}
+    return {}
 
 
 def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str, Any]) -> SamplerConfig:
@@ -119,33 +136,35 @@ def sampler_by_card(
 def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str = "") -> None:
     """Writes into a ControlNet folder its card, README.md, and scheduler/, with which stock diffusers samples the same.
 
-    `backbone` is the model that it was trained for. FlowMatchEulerDiscreteScheduler alone would space few steps badly
+    `backbone` is the model that it was trained for. FLUX has no stock pipeline for a mask, and no scheduler/: its
+    pipelines space the levels evenly. FlowMatchEulerDiscreteScheduler alone would space few steps badly
     (diffusers#13243): for even levels without fresh noise the scheduler is FlowMapEulerDiscreteScheduler, with fresh
     noise README.md passes the levels. A `warning` about stock diffusers stands in README.md too."""
     from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     sampler = card.sampling
+    kept: Any = dict.fromkeys(StudentCard.model_fields, True) | {"sampling": set(CHOSEN_BY_MODEL)}
+    left_out = {"condition"} if card.condition == INPAINT else set()
+    write_json(folder / CARD, card.model_dump(mode="json", include=kept, exclude=left_out, exclude_none=True))
+    purpose = "inpainting" if card.condition == INPAINT else f"the condition {card.condition}"
+    noted = f"\nWarning: {warning}.\n" * bool(warning)
+    about = {"card": card, "sampler": sampler, "purpose": purpose}
+    if backbone.is_flux:
+        return write_atomic(folder / "README.md", _HEAD.format(**about, model="FLUX") + "\n" + noted)
     even = sampler.sigmas == "even"
     if even and not sampler.stochastic:
         scheduler: Any = FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=backbone.shift)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(1000, backbone.shift, stochastic_sampling=sampler.stochastic)
     scheduler.save_pretrained(folder / "scheduler")
-    kept: Any = dict.fromkeys(StudentCard.model_fields, True) | {"sampling": set(CHOSEN_BY_MODEL)}
-    left_out = {"condition"} if card.condition == INPAINT else set()
-    write_json(folder / CARD, card.model_dump(mode="json", include=kept, exclude=left_out, exclude_none=True))
     more = {
         "without_t5": backbone.pipeline.text_encoder_3 is None,
         "max_sequence_length": backbone.max_sequence_length,
         "scheduler": type(scheduler).__name__,
     }
     code = diffusers_code(sampler, card.condition, "FOLDER", "MODEL", **more)
-    purpose = "inpainting" if card.condition == INPAINT else f"the condition {card.condition}"
-    noted = f"\nWarning: {warning}.\n" * bool(warning)
-    write_atomic(
-        folder / "README.md",
-        _README.format(card=card, sampler=sampler, purpose=purpose, warning=noted, code=code),
-    )
+    text = _HEAD.format(**about, model="Stable Diffusion 3") + _IN_DIFFUSERS.format(warning=noted, code=code)
+    write_atomic(folder / "README.md", text)
 
 
 def diffusers_code(
@@ -189,15 +208,16 @@ def diffusers_code(
     return "\n".join([*lines, ").images[0]"])
 
 
-_README = """---
+_HEAD = """---
 library_name: diffusers
 ---
-A ControlNet for {purpose} with Stable Diffusion 3, trained by refine-control.
+A ControlNet for {purpose} with {model}, trained by refine-control.
 
 - sampling steps: {sampler.num_inference_steps}, at most {card.most_steps}
 - guidance scale: {sampler.guidance_scale:g}; distilled in: {card.distilled_guidance:g} (1 is none)
 
-`refine-control` reads this from `refine_control.json`. In diffusers, with this folder as
+`refine-control` reads this from `refine_control.json`."""
+_IN_DIFFUSERS = """ In diffusers, with this folder as
 FOLDER and the model that it was trained for as MODEL:
 {warning}
 ```python

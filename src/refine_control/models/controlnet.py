@@ -16,8 +16,10 @@ from torch import nn
 
 from refine_control.errors import InvalidInputError
 from refine_control.injection import Injection, expand_residuals, layer_of_site, sites_of_layer
+from refine_control.models import flux
 from refine_control.models.devices import compute_type
-from refine_control.models.families import find_family
+from refine_control.models.families import extra_channels, find_family, layer_counts
+from refine_control.models.families.flux import stock_layer_of_site
 from refine_control.models.families.sd3 import reads_pooled
 from refine_control.models.packed import packed
 from refine_control.records import INPAINT
@@ -30,7 +32,9 @@ _forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long
 ADDED_OPTIONS = ("layer_of_site", "condition_shift", "condition")
 """Of a config, which stock does not know and leaves alone: the layer of each site, what `takes_shift` says, and the
 kind of condition (`conditions.condition.own_condition`)."""
-_EMBEDDERS = ("pos_embed", "time_text_embed", "context_embedder")
+_EMBEDDERS = ("pos_embed", "x_embedder", "time_text_embed", "context_embedder")
+_CONDITION_EMBEDDERS = ("pos_embed_input", "controlnet_x_embedder")
+"""Of SD3's classes and of FLUX's; each has some."""
 _KIND = ("joint_attention_dim", "use_pos_embed", "pos_embed_type", "qk_norm", "force_zeros_for_pooled_projection")
 """Options of a teacher that its students have."""
 _NO_GRADIENT = ("attn.to_add_out.", "ff_context.")
@@ -50,24 +54,33 @@ def place(controlnet: SD3ControlNetModel, layers: Sequence[int] | None) -> None:
         controlnet.register_to_config(layer_of_site=layers)
 
 
-def equal_layer_of_site(num_layers: int, transformer: SD3Transformer2DModel) -> list[int]:
-    """The layer of each injection site for a ControlNet of the transformer's family without a map by relevance."""
-    return find_family(transformer.config).sites[0].layer_of_site(num_layers)
+def equal_layer_of_site(counts: Sequence[int], transformer: SD3Transformer2DModel) -> list[int]:
+    """The layer of each injection site for a student without a map by relevance, with so many layers of each kind."""
+    return find_family(transformer.config).layer_of_site(counts)
+
+
+def _layer_of_site(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> list[int]:
+    """A ControlNet's own map, or how those of its family without one were trained: FLUX's by stock's rule."""
+    stock = flux.is_flux(controlnet)
+    family = find_family(transformer.config)
+    return own_layer_of_site(controlnet) or family.layer_of_site(layer_counts(controlnet.config), stock)
 
 
 def join(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> None:
     """Gives a ControlNet what its family takes from the transformer: a map where the family's groups are not the even
     ones, and positions where it has no table (they stay the transformer's: neither saved nor trained with it)."""
-    layers = equal_layer_of_site(len(controlnet.controlnet_blocks), transformer)
-    if own_layer_of_site(controlnet) is None and layers != layer_of_site(max(layers) + 1, len(layers)):
+    layers = _layer_of_site(controlnet, transformer)
+    if flux.is_flux(controlnet) or layers != layer_of_site(max(layers) + 1, len(layers)):
         place(controlnet, layers)
-    if not controlnet.config["use_pos_embed"]:
+    if not controlnet.config.get("use_pos_embed", True):
         controlnet.__dict__["pos_embed"] = transformer.pos_embed  # no submodule, as stock's copy would be
 
 
 def injection_of(controlnet: SD3ControlNetModel, injection: Injection = "exact") -> Injection | list[int]:
     """The `injection` of `predict_velocity` for a ControlNet: its own map, unless stock's rule is asked for."""
-    return (own_layer_of_site(controlnet) or injection) if injection == "exact" else injection
+    if injection != "exact":
+        return stock_layer_of_site(controlnet.config) if flux.is_flux(controlnet) else injection
+    return own_layer_of_site(controlnet) or injection
 
 
 def site_groups(controlnet: SD3ControlNetModel, num_sites: int) -> list[list[int]]:
@@ -83,11 +96,15 @@ def control_residuals(
     cond: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
     conditioning_scale: float = 1.0,
+    guidance: float = 1.0,
 ) -> list[torch.Tensor]:
     """The L residuals (B,N,D) after the zero-linears, before injection.
 
     As stock feeds it, a ControlNet reads the pooled projection (B,D_pooled) or zeros of its shape (docs/paper.md,
-    trap 1), and the prompt's embeddings or, with a single stream, none."""
+    trap 1), and the prompt's embeddings or, with a single stream, none. `guidance` is the scale that FLUX embeds."""
+    if flux.is_flux(controlnet):
+        given = noisy_latents, sigmas, prompt_embeds, cond, pooled_prompt_embeds, conditioning_scale
+        return flux.control_residuals(controlnet, *given, guidance)
     dtype, config = compute_type(controlnet), controlnet.config
     zeros = torch.zeros(cond.shape[0], pooled_prompt_embeds.shape[-1], dtype=dtype, device=cond.device)
     plain = partial(_forward, controlnet) if isinstance(controlnet, InjectedControlNet) else controlnet
@@ -118,17 +135,21 @@ def site_residuals(
     sigmas: torch.Tensor,
     prompt_embeds: torch.Tensor,
     pooled_prompt_embeds: torch.Tensor,
-    num_blocks: int,
+    num_sites: int,
     injection: Injection = "exact",
+    guidance: float = 1.0,
 ) -> list[torch.Tensor]:
     """The residual (B,N,D) of each injection site: the sum over ControlNets, each expanded by its map first.
 
-    Stock's `SD3MultiControlNetModel` adds layer by layer and drops the layers that another ControlNet has not."""
+    A ControlNet without single layers (FLUX) gives those of the first sites. Stock's `SD3MultiControlNetModel` adds
+    layer by layer and drops the layers that another ControlNet has not."""
     total: list[torch.Tensor] = []
     for controlnet, cond, scale in controls:
-        layers = control_residuals(controlnet, noisy_latents, sigmas, prompt_embeds, cond, pooled_prompt_embeds, scale)
-        sites = expand_residuals(layers, num_blocks, injection_of(controlnet, injection))[: num_blocks - 1]
-        total = [a + b.to(a) for a, b in zip(total, sites, strict=True)] if total else sites
+        given = noisy_latents, sigmas, prompt_embeds, cond, pooled_prompt_embeds, scale, guidance
+        layers = control_residuals(controlnet, *given)
+        sites = expand_residuals(layers, num_sites + 1, injection_of(controlnet, injection))[:-1]
+        both = [a + b.to(a) for a, b in zip(total, sites, strict=False)]
+        total = [*both, *total[len(both) :], *sites[len(both) :]]
     return total
 
 
@@ -156,38 +177,66 @@ def injected(controlnet: SD3ControlNetModel, num_blocks: int, injection: Injecti
     return shallow
 
 
+def layer_modules(network: Any) -> list[nn.Module]:
+    """The blocks of a transformer or a ControlNet, of all kinds."""
+    return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+
+
+def _zero_linears(controlnet: Any) -> list[nn.Module]:
+    """The layer of each residual."""
+    return [*controlnet.controlnet_blocks, *getattr(controlnet, "controlnet_single_blocks", ())]
+
+
 def trainable_parameters(controlnet: SD3ControlNetModel) -> dict[str, nn.Parameter]:
-    """Parameters by name, without the last block's six that never get a gradient; those are frozen here."""
-    last = f"transformer_blocks.{len(controlnet.transformer_blocks) - 1}."
-    dead = tuple(last + part for part in _NO_GRADIENT)
+    """Parameters by name, without the last block's six that never get a gradient; those are frozen here.
+
+    Single layers (FLUX) compute from both streams: with them every parameter gets one."""
+    blocks = len(controlnet.transformer_blocks)
+    last = f"transformer_blocks.{blocks - 1}."
+    dead = tuple(last + part for part in _NO_GRADIENT if len(layer_modules(controlnet)) == blocks)
     for name, parameter in controlnet.named_parameters():
         parameter.requires_grad_(not name.startswith(dead))
     return {name: parameter for name, parameter in controlnet.named_parameters() if parameter.requires_grad}
 
 
-def refuse_num_layers(num_layers: int, transformer: SD3Transformer2DModel) -> None:
-    """Raises InvalidInputError unless the transformer has so many blocks that take a residual."""
-    sites = len(transformer.transformer_blocks) - 1
-    if not 1 <= num_layers <= sites:
-        raise InvalidInputError(f"student.num_layers is {num_layers}; this transformer admits 1 to {sites}")
+def student_counts(num_layers: int, num_single_layers: int, transformer: SD3Transformer2DModel) -> tuple[int, ...]:
+    """The numbers of layers of each kind that the transformer has blocks for.
+
+    Raises InvalidInputError unless it has so many that take a residual."""
+    names, sites = ("num_layers", "num_single_layers"), find_family(transformer.config).sites
+    most = [*(kind.count for kind in sites), 0]
+    for name, count, limit in zip(names, (num_layers, num_single_layers), most, strict=False):
+        least = int(name == "num_layers")
+        if not least <= count <= limit:
+            raise InvalidInputError(f"student.{name} is {count}; this transformer admits {least} to {limit}")
+    return (num_layers, num_single_layers)[: len(sites)]
+
+
+def _refuse_other_kinds(counts: Sequence[int], teacher: SD3ControlNetModel) -> None:
+    """Raises InvalidInputError where a FLUX student has single layers and its teacher none, or the reverse."""
+    for count, taught in zip(counts[1:], layer_counts(teacher.config)[1:], strict=True):
+        if bool(count) != bool(taught):
+            raise InvalidInputError(
+                f"student.num_single_layers is {count} and the teacher has {taught} single layers; give both some, or "
+                "neither"
+            )
 
 
 def _new(
     transformer: SD3Transformer2DModel,
-    num_layers: int,
-    extra_channels: int,
+    counts: Sequence[int],
+    extra: int,
     dual_attention_layers: Sequence[int],
     teacher: SD3ControlNetModel | None,
 ) -> SD3ControlNetModel:
     """A ControlNet of the transformer's sizes and of the teacher's kind, untrained.
 
     Built from a copy of the config: diffusers' own `from_transformer` writes into the transformer's (docs/paper.md,
-    trap 4). Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
-    refuse_num_layers(num_layers, transformer)
+    trap 4)."""
     known = set(SD3ControlNetModel._get_init_keys(SD3ControlNetModel))
     config = {k: v for k, v in dict(transformer.config).items() if k in known}
     config |= {} if teacher is None else {key: teacher.config[key] for key in _KIND}
-    config |= {"num_layers": num_layers, "extra_conditioning_channels": extra_channels}
+    config |= {"num_layers": counts[0], "extra_conditioning_channels": extra}
     controlnet = SD3ControlNetModel(**{**config, "dual_attention_layers": tuple(dual_attention_layers)})
     if teacher is not None and (shift := teacher.config.get("condition_shift")) is not None:
         controlnet.register_to_config(condition_shift=shift)
@@ -199,12 +248,12 @@ def _copy(network: Any, controlnet: SD3ControlNetModel, parts: Sequence[str], la
 
     A single stream takes the image's stream of a block with two."""
     for part in parts:
-        if (copied := getattr(controlnet, part)) is not None:
+        if (copied := getattr(controlnet, part, None)) is not None:
             copied.load_state_dict(getattr(network, part).state_dict())
-    for copied, layer in zip(controlnet.transformer_blocks, layers, strict=True):
-        block = network.transformer_blocks[layer]
-        single = type(copied) is not type(block)
-        weights, names = block.state_dict(), copied.state_dict().keys()
+    blocks = layer_modules(network)
+    for copied, layer in zip(layer_modules(controlnet), layers, strict=True):
+        single = type(copied) is not type(blocks[layer])
+        weights, names = blocks[layer].state_dict(), copied.state_dict().keys()
         copied.load_state_dict({name: weights[name] for name in names} if single else weights)
 
 
@@ -213,13 +262,19 @@ def from_transformer(
     num_layers: int,
     extra_channels: int = 1,
     teacher: SD3ControlNetModel | None = None,
+    num_single_layers: int = 0,
 ) -> SD3ControlNetModel:
-    """A ControlNet born of the transformer's first `num_layers` blocks, its zero-linears zero; of the teacher's kind.
+    """A ControlNet born of the transformer's first blocks of each kind, its zero-linears zero; of the teacher's kind,
+    with `extra_channels` beside the latents'.
 
     Raises InvalidInputError when the transformer has no such number of blocks that take a residual."""
-    first = range(num_layers)
-    dual = [layer for layer in transformer.config["dual_attention_layers"] or () if layer in first]
-    controlnet = _new(transformer, num_layers, extra_channels, dual, teacher)
+    counts = student_counts(num_layers, num_single_layers, transformer)
+    first = [*range(num_layers), *(len(transformer.transformer_blocks) + layer for layer in range(num_single_layers))]
+    if flux.is_flux(transformer):
+        controlnet: Any = flux.new_controlnet(transformer.config, counts, extra_channels)
+    else:
+        dual = [layer for layer in transformer.config["dual_attention_layers"] or () if layer in first]
+        controlnet = _new(transformer, counts, extra_channels, dual, teacher)
     _copy(transformer, controlnet, _EMBEDDERS, first)
     join(controlnet, transformer)
     return controlnet
@@ -233,23 +288,29 @@ def build_student(
     seed: int,
     layers: Sequence[int] | None = None,
     condition: str = INPAINT,
+    num_single_layers: int = 0,
 ) -> SD3ControlNetModel:
-    """A student of `num_layers`, fp32 on the CPU, for a `condition`.
+    """A student of `num_layers` (of FLUX double ones, and `num_single_layers`), fp32 on the CPU, for a `condition`.
 
     `transformer` (the paper): the transformer's first blocks. `teacher`: its embedders and the last layer of
     each group of Eq. 5 with its zero-linear. `random`: a new network from `seed` with zero zero-linears. `layers` is
-    the map of its own (`place`). Raises InvalidInputError as `from_transformer`."""
-    extra = int(condition == INPAINT) if teacher is None else teacher.config["extra_conditioning_channels"]
+    the map of its own (`place`). Raises InvalidInputError as `from_transformer`, and where only one of a FLUX student
+    and its teacher has single layers."""
+    extra = int(condition == INPAINT) if teacher is None else extra_channels(teacher.config)
+    counts = student_counts(num_layers, num_single_layers, transformer)
+    if teacher is not None:
+        _refuse_other_kinds(counts, teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init == "teacher":
             assert teacher is not None
-            student = _from_teacher(transformer, teacher, num_layers, layers)
+            student = _from_teacher(transformer, teacher, counts, layers)
         else:
-            student = from_transformer(transformer.float(), num_layers, extra, teacher)
+            student = from_transformer(transformer.float(), num_layers, extra, teacher, num_single_layers)
         if init == "random":
-            student = cast(SD3ControlNetModel, SD3ControlNetModel.from_config(dict(student.config)))
-    place(student, layers)
+            config = {key: value for key, value in student.config.items() if key != "layer_of_site"}
+            student = cast(SD3ControlNetModel, type(student).from_config(config))
+    place(student, layers or (equal_layer_of_site(counts, transformer) if flux.is_flux(student) else None))
     if condition != INPAINT:
         student.register_to_config(condition=condition)
     join(student, transformer)
@@ -257,18 +318,23 @@ def build_student(
 
 
 def _from_teacher(
-    transformer: SD3Transformer2DModel, teacher: SD3ControlNetModel, num_layers: int, layers: Sequence[int] | None
+    transformer: SD3Transformer2DModel,
+    teacher: SD3ControlNetModel,
+    counts: Sequence[int],
+    layers: Sequence[int] | None,
 ) -> SD3ControlNetModel:
     """The teacher's embedders and the last layer of each group; dual attention is where those layers have it."""
-    refuse_num_layers(num_layers, transformer)
-    groups = sites_of_layer(layers or equal_layer_of_site(num_layers, transformer))
-    of_site = own_layer_of_site(teacher) or equal_layer_of_site(len(teacher.controlnet_blocks), transformer)
-    sources = [of_site[group[-1]] for group in groups]
-    dual = [layer for layer, source in enumerate(sources) if source in teacher.config["dual_attention_layers"]]
-    student = _new(transformer, num_layers, teacher.config["extra_conditioning_channels"], dual, teacher)
-    _copy(teacher, student, (*_EMBEDDERS, "pos_embed_input"), sources)
-    for copied, source in zip(student.controlnet_blocks, sources, strict=True):
-        copied.load_state_dict(teacher.controlnet_blocks[source].state_dict())
+    groups = sites_of_layer(layers or equal_layer_of_site(counts, transformer))
+    of_site = _layer_of_site(teacher, transformer)
+    sources, extra = [of_site[group[-1]] for group in groups], extra_channels(teacher.config)
+    if flux.is_flux(transformer):
+        student: Any = flux.new_controlnet(teacher.config, counts, extra)
+    else:
+        dual = [layer for layer, source in enumerate(sources) if source in teacher.config["dual_attention_layers"]]
+        student = _new(transformer, counts, extra, dual, teacher)
+    _copy(teacher, student, (*_EMBEDDERS, *_CONDITION_EMBEDDERS), sources)
+    for copied, source in zip(_zero_linears(student), sources, strict=True):
+        copied.load_state_dict(_zero_linears(teacher)[source].state_dict())
     return student
 
 

@@ -11,12 +11,15 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3ControlNetInpaintingPipeline,
@@ -31,8 +34,10 @@ from refine_control.models.card import CARD, CONTROLNETS, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join
 from refine_control.models.cpu_kernels import use_cpu_kernels
-from refine_control.models.families.flux import refuse_flux
+from refine_control.models.families.flux import is_flux_folder, stock_layer_of_site
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
+from refine_control.models.flux import MAX_SEQUENCE_LENGTH as FLUX_MAX_SEQUENCE_LENGTH
+from refine_control.models.flux import FluxInpaintingControlNet
 from refine_control.models.hub import folder_of
 from refine_control.models.own_transformer import load_own_transformer, own_folder, save_own_transformer
 from refine_control.records import INPAINT
@@ -100,11 +105,18 @@ def load_controlnet(folder: str | Path, own_transformer: bool = False) -> SD3Con
     return _load_placed(path)
 
 
+def controlnet_class(folder: Path) -> Any:
+    """The class of the ControlNet in a folder, by its config.json: of SD3 unless that is of FLUX."""
+    config = read_json(folder / CONFIG, "give a ControlNet folder in diffusers layout")
+    if not is_flux_folder(config):
+        return SD3ControlNetModel
+    return FluxInpaintingControlNet if config.get("extra_condition_channels") else FluxControlNetModel
+
+
 def _load_placed(folder: Path) -> SD3ControlNetModel:
     """The ControlNet in a folder, its config with the options that stock does not know."""
-    refuse_flux(folder, read_json(folder / CONFIG, "give a ControlNet folder in diffusers layout"))
-    controlnet = load_network(SD3ControlNetModel, folder)
-    stated = read_config(SD3ControlNetModel, folder)
+    component = controlnet_class(folder)
+    controlnet, stated = load_network(component, folder), read_config(component, folder)
     controlnet.register_to_config(**{name: stated[name] for name in ADDED_OPTIONS if stated.get(name) is not None})
     return controlnet
 
@@ -170,6 +182,9 @@ def stock_warning(config: Mapping[str, Any], num_blocks: int) -> str:
     """What stock diffusers does wrong with a ControlNet of this config, and what to do; empty where it injects as we
     do."""
     layers, placed = config["num_layers"], config.get("layer_of_site")
+    if placed and "num_single_layers" in config:
+        right = placed == stock_layer_of_site(config)
+        return "" if right else "stock diffusers injects this FLUX ControlNet otherwise; run it by refine-control"
     if stock_injects_exactly(layers, num_blocks, placed):
         return ""
     fitting = "1, 2, 3, 4, 6, 8 or 12" if num_blocks == 24 else f"1 to {num_blocks // 2}"
@@ -206,65 +221,84 @@ def save_controlnet(
             write_card(temporary, card, backbone, warning)
 
 
-def _classes() -> dict[str, type]:
-    """The classes of SD3's components, the small ones first: a wrong folder is refused before gigabytes are read."""
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+class PipelineLayout(NamedTuple):
+    """A kind of pipeline folder in diffusers layout."""
 
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler,
-        "tokenizer": CLIPTokenizer,
-        "tokenizer_2": CLIPTokenizer,
-        "tokenizer_3": T5Tokenizer,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModelWithProjection,
-        "text_encoder_2": CLIPTextModelWithProjection,
-        "transformer": SD3Transformer2DModel,
-        "text_encoder_3": T5EncoderModel,
-    }
+    name: str
+    pipeline: type
+    """What its components are put into."""
+    classes: Mapping[str, type]
+    """Of its components, the small ones first: a wrong folder is refused before gigabytes are read."""
+    max_sequence_length: int
+    """T5 tokens of a prompt."""
 
 
-def read_index(path: Path) -> dict[str, str | None]:
-    """The class of each component of an SD3 pipeline folder, None for one that it does without."""
+def pipeline_layout(index: Mapping[str, Any]) -> PipelineLayout | None:
+    """The kind of a model_index.json, by the class of its pipeline; None for one that is neither SD3 nor FLUX."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    scheduler = {"scheduler": FlowMatchEulerDiscreteScheduler}
+    if is_flux_folder(index):
+        tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
+        networks = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        networks |= {"transformer": FluxTransformer2DModel, "text_encoder_2": T5EncoderModel}
+        return PipelineLayout(
+            "FLUX", FluxControlNetPipeline, scheduler | tokenizers | networks, FLUX_MAX_SEQUENCE_LENGTH
+        )
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        return None
+    tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
+    networks = {"vae": AutoencoderKL, "text_encoder": CLIPTextModelWithProjection}
+    networks |= {"text_encoder_2": CLIPTextModelWithProjection, "transformer": SD3Transformer2DModel}
+    networks |= {"text_encoder_3": T5EncoderModel}
+    classes = scheduler | tokenizers | networks
+    return PipelineLayout("SD3", StableDiffusion3ControlNetInpaintingPipeline, classes, SD3_MAX_SEQUENCE_LENGTH)
+
+
+def read_index(path: Path) -> tuple[PipelineLayout, dict[str, str | None]]:
+    """The kind of an SD3 or FLUX pipeline folder, and the class of each component; None: it does without."""
     refuse_other_kind(path, A_MODEL)
     if not (path / INDEX).is_file():
         raise InvalidInputError(f"{path} has no {INDEX}; give a pipeline folder in diffusers layout")
     index = read_json(path / INDEX, "give a pipeline folder in diffusers layout")
-    refuse_flux(path, index)
-    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+    if (layout := pipeline_layout(index)) is None:
         raise InvalidInputError(
-            f"{path / INDEX} describes a {index.get('_class_name')}; give a folder of SD3's pipeline"
+            f"{path / INDEX} describes a {index.get('_class_name')}; give a folder of SD3's or FLUX's pipeline"
         )
-    components, named = _classes(), dict[str, str | None]()
-    for name in (*components, "controlnet"):
+    named = dict[str, str | None]()
+    for name in (*layout.classes, "controlnet"):
         entry = index.get(name, [None, None])
         named[name] = entry[1] if isinstance(entry, list) and len(entry) == 2 else str(entry)
-    for name, component in components.items():
+    for name, component in layout.classes.items():
         optional = named[name] is None and name.endswith("_3")
         if not optional and str(named[name]).removesuffix("Fast") != component.__name__:
             raise InvalidInputError(
-                f"{path / INDEX} names {named[name]} as {name}; SD3 has a {component.__name__} there"
+                f"{path / INDEX} names {named[name]} as {name}; {layout.name} has a {component.__name__} there"
             )
-    if (named["text_encoder_3"] is None) != (named["tokenizer_3"] is None):
+    if (named.get("text_encoder_3") is None) != (named.get("tokenizer_3") is None):
         raise InvalidInputError(f"{path / INDEX} names one of text_encoder_3 and tokenizer_3; name both or none")
-    return named
+    return layout, named
 
 
-def load_pipeline(
-    model: str | Path, controlnet: SD3ControlNetModel | None = None, controlled: bool = True
-) -> StableDiffusion3ControlNetInpaintingPipeline:
-    """The stock inpainting pipeline of a model in fp32, every component loaded strictly and fitting the others.
+def has_controlnet(model: str | Path) -> bool:
+    """Whether a model brings a ControlNet of its own. Raises what `resolve` does, and for a broken index."""
+    return read_index(resolve(model))[1]["controlnet"] is not None
 
-    The folder may lack a ControlNet (plain SD3) if one is given; unless `controlled`, the pipeline has none. Raises
-    what `load_controlnet` raises."""
+
+def load_pipeline(model: str | Path, controlnet: SD3ControlNetModel | None = None, controlled: bool = True) -> Any:
+    """The stock pipeline (`PipelineLayout`) of a model in fp32, every component loaded strictly and fitting the others.
+
+    The folder may lack a ControlNet (plain SD3, FLUX) if one is given; unless `controlled`, the pipeline has none.
+    Raises what `load_controlnet` raises."""
     path = resolve(model)
-    named = read_index(path)
+    layout, named = read_index(path)
     if controlled and controlnet is None and named["controlnet"] is None:
         raise InvalidInputError(
             f"{path} holds no ControlNet; name one with --controlnet, --teacher or `teacher:` in the recipe"
         )
     verify_folder(path)
     components: dict[str, Any] = {}
-    for name, component in _classes().items():
+    for name, component in layout.classes.items():
         if named[name] and not (path / name).is_dir():
             advice = f", or write [null, null] for {name} and its tokenizer" if name.endswith("_3") else ""
             raise MissingError(f"{path} has no folder {name}, which its {INDEX} names; fetch it{advice}")
@@ -276,16 +310,16 @@ def load_pipeline(
     check_neighbours(components, path)
     if controlled:
         join(cast(SD3ControlNetModel, controlnet), components["transformer"])
-    return StableDiffusion3ControlNetInpaintingPipeline(**components)
+    return layout.pipeline(**components)
 
 
 def read_geometry(model: str | Path) -> Geometry:
     """The sizes that a model paints, by its configs, without loading it. Raises what `resolve` does, and for a broken
     config what `load_network` does."""
     path = resolve(model)
-    read_index(path)
+    layout, _ = read_index(path)
     vae = read_config(AutoencoderKL, path / "vae")
-    return geometry(vae, read_config(SD3Transformer2DModel, path / "transformer"))
+    return geometry(vae, read_config(layout.classes["transformer"], path / "transformer"))
 
 
 def load_backbone(
@@ -303,7 +337,7 @@ def load_backbone(
     pipeline, file = load_pipeline(model, controlnet, controlled), resolve(model) / CARD
     card = json.loads(file.read_text()) if file.is_file() else {}
     vocabulary = frozenset(card.get("vocabulary") or ()) or None
-    length = card.get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH)
+    length = card.get("max_sequence_length", read_index(resolve(model))[0].max_sequence_length)
     backbone = Backbone(pipeline, length, vocabulary).to(device, painting)
     if cpu_kernels and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, *([pipeline.controlnet] if controlled else []))

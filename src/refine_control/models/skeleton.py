@@ -1,7 +1,7 @@
 """A model without its weights: networks of its configs on the meta device, where shapes can be counted.
 
-A folder's configs are read as the loader reads them; those of SD3 and its published teacher are known here, so that a
-run can be planned before gigabytes are fetched.
+A folder's configs are read as the loader reads them; those of SD3, FLUX and their inpainting teachers are known here,
+so that a run can be planned before gigabytes are fetched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3ControlNetInpaintingPipeline,
@@ -24,11 +27,22 @@ from refine_control.models.backbone import Backbone
 from refine_control.models.card import CARD
 from refine_control.models.components import read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join
-from refine_control.models.families import Config
+from refine_control.models.families import Config, flux
 from refine_control.models.fit import check_controlnet
-from refine_control.models.loading import SD3_MAX_SEQUENCE_LENGTH, read_index, resolve
+from refine_control.models.flux import MAX_SEQUENCE_LENGTH, FluxInpaintingControlNet
+from refine_control.models.loading import SD3_MAX_SEQUENCE_LENGTH, controlnet_class, read_index, resolve
 
 SD3, SD3_TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers", "alimama-creative/SD3-Controlnet-Inpainting"
+FLUX, FLUX_TEACHER = "black-forest-labs/FLUX.1-dev", "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta"
+_FLUX_WIDTHS: Config = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
 _WIDTHS: Config = {
     "sample_size": 128,
     "patch_size": 2,
@@ -53,38 +67,51 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
+_CLIP_L = {
+    **_CLIP,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+_CLIP_G = {
+    **_CLIP,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+_T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 PUBLISHED: dict[str, dict[str, Config]] = {
     SD3: {
         "scheduler": {"shift": 3.0},
         "transformer": {**_WIDTHS, "num_layers": 24},
         "vae": _VAE,
-        "text_encoder": {
-            **_CLIP,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "projection_dim": 768,
-        },
-        "text_encoder_2": {
-            **_CLIP,
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 20,
-            "projection_dim": 1280,
-        },
-        "text_encoder_3": {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        },
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _CLIP_G,
+        "text_encoder_3": _T5,
     },
     SD3_TEACHER: {"controlnet": {**_WIDTHS, "num_layers": 23, "extra_conditioning_channels": 1}},
+    FLUX: {
+        "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
+        "transformer": {**_FLUX_WIDTHS, **flux.BLOCKS},
+        "vae": {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _T5,
+    },
+    FLUX_TEACHER: {
+        "controlnet": {**_FLUX_WIDTHS, "num_layers": 6, "num_single_layers": 0, "extra_condition_channels": 4}
+    },
 }
 """By hub id and component, the options of the published configs."""
 
@@ -94,13 +121,12 @@ def read_configs(name: str | Path) -> Mapping[str, Config]:
     if str(name) in PUBLISHED:
         return PUBLISHED[str(name)]
     folder = resolve(name)
-    index = read_index(folder)
-    parts = ["scheduler", "transformer", "vae", *(f"text_encoder{each}" for each in ("", "_2", "_3")), "controlnet"]
+    _, index = read_index(folder)
     files = {"scheduler": "scheduler_config.json"}
     configs = {
         part: read_json(folder / part / files.get(part, "config.json"), "fetch or copy the whole model")
-        for part in parts
-        if index[part]
+        for part, component in index.items()
+        if component and not part.startswith("tokenizer")
     }
     card = folder / CARD
     length = read_json(card, "").get("max_sequence_length") if card.is_file() else None
@@ -113,15 +139,15 @@ def _controlnet(name: str | Path) -> Config:
         return PUBLISHED[str(name)]["controlnet"]
     folder = resolve(name)
     refuse_other_kind(folder, A_CONTROLNET)
-    return dict(read_config(SD3ControlNetModel, folder))
+    return dict(read_config(controlnet_class(folder), folder))
 
 
-def _text_encoder(name: str, config: Config) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+def _text_encoder(config: Config, packed: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    if name == "text_encoder_3":
+    if "d_model" in config:
         return T5EncoderModel(T5Config(**config))
-    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    return (CLIPTextModel if packed else CLIPTextModelWithProjection)(CLIPTextConfig(**config))
 
 
 def skeleton(
@@ -137,28 +163,32 @@ def skeleton(
     Raises what the loaders raise for configs that are not there or do not fit."""
     configs = read_configs(model)
     control = _controlnet(teacher) if teacher else configs.get("controlnet")
-    names = (f"text_encoder{suffix}" for suffix in ("", "_2", "_3"))
+    packed = flux.matches(configs["transformer"])
+    pipeline: Any = FluxControlNetPipeline if packed else StableDiffusion3ControlNetInpaintingPipeline
+    component: Any = FluxTransformer2DModel if packed else SD3Transformer2DModel
+    suffixes, parts = ("", "_2") if packed else ("", "_2", "_3"), dict[str, Any]()
     with torch.device("meta"):
-        encoders = {name: _text_encoder(name, configs[name]) if name in configs else None for name in names}
+        for name in (f"text_encoder{suffix}" for suffix in suffixes):
+            parts[name] = _text_encoder(configs[name], packed) if name in configs else None
     with torch.device(device):
-        transformer: Any = SD3Transformer2DModel.from_config(dict(configs["transformer"]))
-        vae = AutoencoderKL.from_config(dict(configs["vae"]))
-        controlnet: Any = None
+        parts["transformer"] = component.from_config(dict(configs["transformer"]))
+        parts["vae"] = AutoencoderKL.from_config(dict(configs["vae"]))
+        parts["controlnet"] = None
         if controlled and control is not None:
-            check_controlnet(control, transformer.config, teacher or model)
-            controlnet = SD3ControlNetModel.from_config(dict(control))
-            controlnet.register_to_config(
-                **{key: control[key] for key in ADDED_OPTIONS if control.get(key) is not None}
-            )
-            join(controlnet, transformer)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(configs["scheduler"]))
-    tokenizers: dict[str, Any] = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"))
-    parts: dict[str, Any] = {"scheduler": scheduler, "transformer": transformer, "vae": vae, "controlnet": controlnet}
-    pipeline = StableDiffusion3ControlNetInpaintingPipeline(**parts, **encoders, **tokenizers)
-    length = configs.get("card", {}).get("max_sequence_length", SD3_MAX_SEQUENCE_LENGTH)
-    return Backbone(pipeline, length)
+            check_controlnet(control, parts["transformer"].config, teacher or model)
+            wide = control.get("extra_condition_channels")
+            kind: Any = (FluxInpaintingControlNet if wide else FluxControlNetModel) if packed else SD3ControlNetModel
+            parts["controlnet"] = kind.from_config(dict(control))
+            added = {key: control[key] for key in ADDED_OPTIONS if control.get(key) is not None}
+            parts["controlnet"].register_to_config(**added)
+            join(parts["controlnet"], parts["transformer"])
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(dict(configs["scheduler"]))
+    parts |= {f"tokenizer{suffix}": None for suffix in suffixes}
+    usual = MAX_SEQUENCE_LENGTH if packed else SD3_MAX_SEQUENCE_LENGTH
+    return Backbone(pipeline(**parts), configs.get("card", {}).get("max_sequence_length", usual))
 
 
 def text_tokens(backbone: Backbone) -> int:
-    """T, tokens of a prompt as the transformer reads them: CLIP's, and those of T5 or the zeros in their place."""
-    return backbone.pipeline.text_encoder.config.max_position_embeddings + backbone.max_sequence_length
+    """T, tokens of a prompt as the transformer reads them: T5's or the zeros in their place, in SD3 after CLIP's."""
+    clip = 0 if backbone.is_flux else backbone.pipeline.text_encoder.config.max_position_embeddings
+    return clip + backbone.max_sequence_length

@@ -121,7 +121,7 @@ def _flux_streams(folder: Path, model: str | Path | None) -> list[Stream]:
     rows = zip(("double", "single"), counts.values(), flux.family(blocks, config).sites, obstacles, strict=True)
     placed = "refine-control reads it by the map in the config"
     return [
-        _stream(kind, count, sites, placed if flux.own_map(sites) in config else obstacle)
+        _stream(kind, count, sites, placed if "layer_of_site" in config else obstacle)
         for kind, count, sites, obstacle in rows
     ]
 

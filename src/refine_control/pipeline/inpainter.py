@@ -64,7 +64,8 @@ class ExportedPainter(Painter, Protocol):
 
 
 class TorchPainter:
-    """The stock pipeline with exact injection, of a model and a ControlNet that are loaded."""
+    """The stock pipeline with exact injection, of a model and a ControlNet that are loaded; for FLUX, of which stock
+    has none that reads a mask, `painting.paint`."""
 
     def __init__(self, backbone: Backbone, controlnet: ControlNet) -> None:
         self.backbone, self.controlnet = backbone, controlnet
@@ -85,9 +86,13 @@ class TorchPainter:
         progress: Progress | None = None,
     ) -> np.ndarray:
         """As `Painter.paint`; the noise is a function of sampler.seed."""
-        from refine_control.pipeline.painting import make_pipeline, run_pipeline, warn_wasted_steps
+        from refine_control.conditions.condition import Shown
+        from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline, warn_wasted_steps
 
         assert mask is not None
+        if self.backbone.is_flux:
+            shown = Shown(image[None], mask[None])
+            return paint(self.backbone, self.controlnet, shown, [prompt], sampler, progress=progress)[0]
         if (spacing := (sampler.sigmas, sampler.num_inference_steps)) not in self._warned:
             self._warned.add(spacing)
             warn_wasted_steps(self.backbone, sampler)

@@ -24,7 +24,7 @@ from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, predict_velocity
 from refine_control.models.controlnet import Control, SD3ControlNetModel, injected, site_residuals
 from refine_control.models.devices import pictures_at_once
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import takes_shift
 from refine_control.models.packed import packed
 from refine_control.models.prompt_memory import Encode, PromptMemory
 from refine_control.pixels import from_images, to_images
@@ -177,14 +177,14 @@ def paint(
     controls = [Control(controlnet, shown, sampler.conditioning_scale), *others]
     for control in controls:
         control.controlnet.to(backbone.device)  # type: ignore[arg-type]
-    encode, guided = _encoder(backbone), sampler.guidance_scale > 1
+    encode, guided = _encoder(backbone), asks_twice(backbone, sampler)
     height, width = shown.pictures.shape[1:3]
     total, out = len(shown.pictures), []
     count = pictures_at_once(backbone.device, height, width, batch_size)
     for a in range(0, total, count):
         b = min(a + count, total)
         cond, *more = (_encoded(backbone, control, slice(a, b)) for control in controls)
-        rows, shape = range(first + a, first + b), (backbone.transformer.config["in_channels"], *cond.seen.shape[2:])
+        rows, shape = range(first + a, first + b), (backbone.latent_channels, *cond.seen.shape[2:])
         noise = slot_normals(shape, rows, sampler.seed, "initial noise")
         text, empty = encode(prompts[a:b]), encode([""] * (b - a)) if guided else None
         latents = complete_latents(backbone, controlnet, cond.seen, text, empty, sampler, noise, rows, others=more)
@@ -229,10 +229,17 @@ def complete_latents(
     return deque(path, maxlen=1)[0]
 
 
-def sampling_sigmas(backbone: Backbone, sampler: SamplerConfig) -> torch.Tensor:
-    """The noise levels of a sampler, (steps + 1,) from 1 to 0, on the backbone's device."""
-    if sampler.sigmas == "even":
-        return flow.even_sigmas(sampler.num_inference_steps, backbone.shift).to(backbone.device)
+def asks_twice(backbone: Backbone, sampler: SamplerConfig) -> bool:
+    """Whether each step is guided by a second pass, of the empty prompt (classifier-free guidance)."""
+    return sampler.guidance_scale > 1 and not backbone.embeds_guidance
+
+
+def sampling_sigmas(backbone: Backbone, sampler: SamplerConfig, size: Sequence[int] = ()) -> torch.Tensor:
+    """The noise levels of a sampler, (steps + 1,) from 1 to 0, on the backbone's device.
+
+    FLUX's are even, shifted by the `size` h w of the latents; stock's pipelines never ask its scheduler for others."""
+    if sampler.sigmas == "even" or backbone.is_flux:
+        return flow.even_sigmas(sampler.num_inference_steps, backbone.shift_at(size)).to(backbone.device)
     scheduler = backbone.pipeline.scheduler.__class__.from_config(backbone.pipeline.scheduler.config)
     scheduler.set_timesteps(sampler.num_inference_steps, device=backbone.device)
     return scheduler.sigmas
@@ -242,7 +249,7 @@ def warn_wasted_steps(backbone: Backbone, sampler: SamplerConfig) -> None:
     """Logs a warning where the scheduler spaces few steps badly: its shift is applied twice (diffusers#13243), so that
     the last step does almost nothing."""
     steps, shift = sampler.num_inference_steps, backbone.shift
-    if sampler.sigmas == "scheduler" and 1 < steps <= _FEW and shift > 1:
+    if sampler.sigmas == "scheduler" and not backbone.is_flux and 1 < steps <= _FEW and shift > 1:
         levels = ", ".join(f"{sigma:.2g}" for sigma in sampling_sigmas(backbone, sampler).tolist())
         text = "%s applies its shift %g twice (diffusers#13243), so the last of the %d steps is wasted, at the noise "
         text += "levels %s; choose evenly spaced ones, `--sigmas even` or `sampler.sigmas: even` in a recipe"
@@ -265,12 +272,12 @@ def sampling_path(
     A step is Euler's, or x_s = (1 - s) x0_hat + s noise for a stochastic sampler (LCM), its noise a function of
     (sampler.seed, step, row); `rows` are the samples' numbers, 0 to B - 1 by default. `cond` is what
     `control_cond` gives, noise (B,16,h,w) -> latents (B,16,h,w). `text` and `empty` are
-    (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None without guidance. The residuals of `others` are
+    (prompt_embeds, pooled_prompt_embeds) of B samples, `empty` None unless `asks_twice`. The residuals of `others` are
     added (`site_residuals`)."""
     device = backbone.device
     controls = [Control(controlnet, cond, sampler.conditioning_scale), *others]
     controls = [each._replace(seen=each.seen.to(device)) for each in controls]
-    latents, guided = noise.to(device), sampler.guidance_scale > 1
+    latents, guided = noise.to(device), asks_twice(backbone, sampler)
     assert empty is not None or not guided
     prompts = [[part.to(device) for part in pair] for pair in (text, empty) if pair is not None][: 1 + guided]
     together = guided and packed(backbone.transformer) is not None  # a call that small costs little more with 2 B rows
@@ -280,10 +287,10 @@ def sampling_path(
         times = (len(embeds) // len(at), 1, 1, 1)
         at, around = at.repeat(times), [each._replace(seen=each.seen.repeat(times)) for each in controls]
         asked = at, sigma.expand(len(at)), embeds, pooled
-        residuals = site_residuals(around, *asked, backbone.num_blocks, sampler.injection)
-        return predict_velocity(backbone.transformer, *asked, residuals).float()
+        residuals = site_residuals(around, *asked, backbone.num_sites, sampler.injection, sampler.guidance_scale)
+        return predict_velocity(backbone.transformer, *asked, residuals, guidance=sampler.guidance_scale).float()
 
-    for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler))):
+    for step, (sigma, following) in enumerate(pairwise(sampling_sigmas(backbone, sampler, noise.shape[-2:]))):
         v, *v_empty = torch.cat([velocity(latents, sigma, *each) for each in passes]).split(len(latents))
         if v_empty:
             v = flow.guided(v, v_empty[0], sampler.guidance_scale)

@@ -20,9 +20,10 @@ from refine_control.metrics.cost import (
     peak_memory_fresh,
 )
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import ControlNet, control_residuals
+from refine_control.models.controlnet import ControlNet, control_residuals, injection_of, layer_modules
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device
+from refine_control.models.families import extra_channels
 from refine_control.models.loading import load_backbone, load_controlnet, load_painter, load_student
 from refine_control.pipeline.painting import paint
 from refine_control.study.plan import TEACHER
@@ -31,12 +32,12 @@ from refine_control.study.plan import TEACHER
 def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
     """Two functions: one ControlNet pass, and one denoising step, on a picture of the model's size."""
     transformer = backbone.transformer
-    size, channels = transformer.config["sample_size"], transformer.config["in_channels"]
+    size, channels = backbone.geometry.side // backbone.pipeline.vae_scale_factor, backbone.latent_channels
     embeds, pooled = backbone.encode_prompts(["a red circle"])
     device, dtype = transformer.device, transformer.dtype
     controlnet.to(device)
     noisy = torch.zeros(1, channels, size, size, device=device, dtype=dtype)
-    extra = controlnet.config["extra_conditioning_channels"]
+    extra = extra_channels(controlnet.config)
     cond = torch.zeros(1, channels + extra, size, size, device=device, dtype=dtype)
     sigmas = torch.full((1,), 0.5, device=device)
 
@@ -46,7 +47,7 @@ def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
 
     @torch.no_grad()
     def whole() -> torch.Tensor:
-        return predict_velocity(transformer, noisy, sigmas, embeds, pooled, controlled())
+        return predict_velocity(transformer, noisy, sigmas, embeds, pooled, controlled(), injection_of(controlnet))
 
     return controlled, whole
 
@@ -54,7 +55,7 @@ def _step(backbone: Backbone, controlnet: Any) -> tuple[Any, Any]:
 def counted_cost(backbone: Backbone, controlnet: Any) -> CountedCost:
     """Counts by one forward pass of each."""
     controlled, whole = _step(backbone, controlnet)
-    layers, params = len(controlnet.transformer_blocks), count_parameters(controlnet)
+    layers, params = len(layer_modules(controlnet)), count_parameters(controlnet)
     return CountedCost(layers, params, count_flops(controlled) / 1e9, count_flops(whole) / 1e9)
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from refine_control.config import ObjectiveConfig, Recipe
 from refine_control.errors import InvalidInputError
 from refine_control.models.backbone import Backbone
-from refine_control.models.controlnet import ControlNet, build_student
+from refine_control.models.controlnet import ControlNet, build_student, layer_modules
 from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.own_transformer import LORA, set_lora, trainable_copy
 from refine_control.models.quantised import quantise, refuse_fp8
@@ -36,6 +36,8 @@ def trainable_backbone(recipe: Recipe, backbone: Backbone, start: Backbone, save
         )
     if kind == "frozen":
         return backbone
+    if backbone.is_flux:
+        raise InvalidInputError(f"student.backbone is {kind}, and FLUX's transformer is not trained; set it to frozen")
     transformer = start.transformer if kind == "whole" else backbone.transformer
     trainable = trainable_copy(transformer, kind, recipe.student.lora_rank, recipe.student.seed)
     if saved and kind == "lora":
@@ -95,9 +97,10 @@ def assemble(
         recompute(recipe.training.checkpointed_blocks, student, *transformers)
     if recipe.training.compile:
         for part in (*transformers, *controlnets):
-            for block in part.transformer_blocks:
+            for block in layer_modules(part):
                 block.compile()
     options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
+    options |= {"guidance_scale": recipe.sampler.guidance_scale}
     options |= {"student_backbone": student_backbone, "teacher_mark": teacher_mark}
     return Networks(backbone, teacher, student, dtype=dtype, **options)
 
@@ -130,7 +133,8 @@ def shape_of_run(recipe: Recipe, cpu_kernels: bool, device: torch.device = META)
     config, teacher = recipe.student, backbone.pipeline.controlnet
     with torch.device(device):
         # groups by relevance are measured on samples and have the sizes of equal ones
-        student = build_student(backbone.transformer, teacher, config.num_layers, config.init, config.seed)
+        start = config.num_layers, config.init, config.seed
+        student = build_student(backbone.transformer, teacher, *start, num_single_layers=config.num_single_layers)
         started = trainable_backbone(recipe, backbone, backbone, None)
     compiled = recipe.training.compile and device != META
     training = recipe.training.model_copy(update={"compile": compiled})

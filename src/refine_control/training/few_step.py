@@ -74,9 +74,9 @@ class FewStep(Objective):
             loss = loss if term is None or not weight else loss + weight * term
         return FewStepLosses(loss, zero if data is None else data, zero if consistency is None else consistency)
 
-    def shifted(self, levels: torch.Tensor) -> torch.Tensor:
-        """Sigmas of levels, (B,)."""
-        return flow.shift_sigmas(levels, self.networks.shift)
+    def shifted(self, levels: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sigmas of levels, (B,), for latents of the batch's size."""
+        return flow.shift_sigmas(levels, self.networks.shift_at(batch.latents.shape[-2:]))
 
     def uniforms(self, draw: Draw, purpose: str, latents: torch.Tensor) -> torch.Tensor:
         """(B,) in [0, 1): one a sample or, with `shared_level`, one for the whole batch."""
@@ -150,8 +150,8 @@ Terms = tuple[torch.Tensor | None, torch.Tensor | None]
 def codi(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     """d(x0, x0_hat(x_t, t)) and the noise consistency of x_t and x_s; `shared_level`, `dt`, `ode` and `distance`."""
     config, levels = objective.config, objective.levels(draw, batch.latents)
-    s = objective.shifted((levels - config.dt).clamp_min(0))
-    at = objective.point(batch.latents, objective.fresh_noise(batch, draw), objective.shifted(levels))
+    s = objective.shifted((levels - config.dt).clamp_min(0), batch)
+    at = objective.point(batch.latents, objective.fresh_noise(batch, draw), objective.shifted(levels, batch))
     v = objective.student_velocity(at, batch)
     data = objective.distance(batch.latents, flow.clean_latents(at.noisy_latents, v, at.sigmas), batch)
     if not config.consistency:
@@ -175,9 +175,9 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
         levels = 1 - number / knots
         points = torch.stack(_points(batch))
         x = points[number * apart, torch.arange(len(levels))]
-        at = Point(x, batch.noise, objective.shifted(levels), flow.velocity(batch.latents, batch.noise))
+        at = Point(x, batch.noise, objective.shifted(levels, batch), flow.velocity(batch.latents, batch.noise))
     else:
-        at = objective.point(batch.latents, batch.noise, objective.shifted(levels))
+        at = objective.point(batch.latents, batch.noise, objective.shifted(levels, batch))
     if config.rollout:
         at, levels = _rolled_out(objective, batch, draw, at, levels)
     v = objective.student_velocity(at, batch)
@@ -185,7 +185,7 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     data = objective.weighted((v - target).square(), batch)
     if not config.consistency:
         return data, None
-    after = objective.next_point(at, v, objective.shifted((levels - config.dt).clamp_min(0)), batch)
+    after = objective.next_point(at, v, objective.shifted((levels - config.dt).clamp_min(0), batch), batch)
     weight = consistency_weight(at.sigmas, after.sigmas) if config.weighting == "codi" else 1.0
     squares = velocity_consistency(v, objective.target_velocity(after, batch), weight)
     return data, objective.weighted(squares, batch)
@@ -221,13 +221,13 @@ def _rolled_out(
     x = batch.noise[rows].clone()
     for step in range(int(number.max())):
         going = (number > step).nonzero()[:, 0]
-        t, s = (objective.shifted(1 - (step + ahead) / count[going]) for ahead in (0, 1))
+        t, s = (objective.shifted(1 - (step + ahead) / count[going], batch) for ahead in (0, 1))
         here = Point(x[going], batch.noise[rows[going]], t, at.target[rows[going]])
         v = objective.target_velocity(here, batch.take(rows[going]))
         x[going] = flow.euler_step(here.noisy_latents, v, t, s)
     levels = levels.index_copy(0, rows, 1 - number / count)
     latents = at.noisy_latents.index_copy(0, rows, x)
-    return at._replace(noisy_latents=latents, sigmas=objective.shifted(levels)), levels
+    return at._replace(noisy_latents=latents, sigmas=objective.shifted(levels, batch)), levels
 
 
 def windows(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
@@ -242,8 +242,8 @@ def windows(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     first, last = 1 - number / count, 1 - (number + 1) / count
     points, rows = torch.stack(_points(batch)), torch.arange(len(number))
     start, end = points[number * apart, rows], points[(number + 1) * apart, rows]
-    t_start, t_end = objective.shifted(first), objective.shifted(last)
-    sigmas = objective.shifted(last + part * (first - last))
+    t_start, t_end = objective.shifted(first, batch), objective.shifted(last, batch)
+    sigmas = objective.shifted(last + part * (first - last), batch)
     x = on_chord(start, end, t_start, t_end, sigmas)
     at = Point(x, batch.noise, sigmas, chord_velocity(start, end, t_start, t_end))
     return objective.weighted((objective.student_velocity(at, batch) - at.target).square(), batch), None
@@ -262,8 +262,8 @@ def phases(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     One phase: LCM (arXiv 2310.04378); several: PCM (arXiv 2405.18407). x_s is a step of the frozen guided teacher."""
     config, levels = objective.config, objective.levels(draw, batch.latents)
     end = phase_end(levels, config.steps)
-    e, s = objective.shifted(end), objective.shifted(torch.maximum(levels - config.dt, end))
-    at = objective.point(batch.latents, objective.fresh_noise(batch, draw), objective.shifted(levels))
+    e, s = objective.shifted(end, batch), objective.shifted(torch.maximum(levels - config.dt, end), batch)
+    at = objective.point(batch.latents, objective.fresh_noise(batch, draw), objective.shifted(levels, batch))
     v = objective.student_velocity(at, batch)
     after = objective.next_point(at, v, s, batch)
     target = flow.euler_step(after.noisy_latents, objective.target_velocity(after, batch), s, e)

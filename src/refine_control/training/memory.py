@@ -20,6 +20,7 @@ from torch.nn import functional
 from refine_control.conditions.condition import has_region
 from refine_control.config import Recipe
 from refine_control.metrics.live_bytes import LiveBytes
+from refine_control.models.families import layer_counts
 from refine_control.models.skeleton import read_configs, text_tokens
 from refine_control.photos.buckets import Size
 from refine_control.training.assembly import beside, make_objective, shape_of_run
@@ -121,7 +122,7 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
     frozen = live.hold("frozen", _tensors([*parts, *beside(recipe, networks.backbone)]))
     live.hold("average", _tensors([target, *networks.steered.values()]))
     samples, count = micro_batches(recipe, processes)
-    side = networks.backbone.transformer.config["sample_size"]
+    side = networks.backbone.geometry.side // networks.backbone.pipeline.vae_scale_factor
     with fused_attention(), live:
         with live.named("mean"):
             master = MasterWeights(trained, recipe.optimizer, recipe.training.ema_decay)
@@ -150,8 +151,8 @@ def at_most(recipe: Recipe, size: Size | None, processes: int) -> float:
     pair of tokens and head alive."""
     config, backbone = read_configs(recipe.model)["transformer"], recipe.student.backbone
     heads, width = config["num_attention_heads"], config["num_attention_heads"] * config["attention_head_dim"]
-    h, w = size or (config["sample_size"],) * 2
-    tokens, blocks = h * w / config["patch_size"] ** 2 + 400, 3 * config["num_layers"]
+    h, w = size or (config.get("sample_size", 128),) * 2
+    tokens, blocks = h * w / config["patch_size"] ** 2 + 600, 3 * sum(layer_counts(config))
     alive = micro_batches(recipe, processes)[0] * tokens * (160 * width + 4 * heads * tokens)
     return 4 * blocks * (24 * width**2 * 5 * (2 if backbone == "whole" else 1) + alive)
 
@@ -204,7 +205,7 @@ def _tensors(modules: Iterable[Any]) -> Iterator[torch.Tensor]:
 def _batch(recipe: Recipe, networks: Networks, samples: int, size: Size) -> tuple[Batch, Draw]:
     """A batch as the caches give it, in fp32, and its draw."""
     config, objective = networks.backbone.transformer.config, recipe.objective
-    channels, tokens = config["in_channels"], text_tokens(networks.backbone)
+    channels, tokens = networks.backbone.latent_channels, text_tokens(networks.backbone)
     knots = objective.few_step.steps * math.ceil(_PATH / objective.few_step.steps)
     widths = config["joint_attention_dim"], config["pooled_projection_dim"]
     labeled = {"supervised": samples, "from_scratch": samples, "one_to_one": samples, "mixed": samples // 2}

@@ -18,6 +18,7 @@ import torch
 from refine_control import flow
 from refine_control.conditions.condition import control_cond
 from refine_control.config import Engine, LossWeights, SigmaConfig
+from refine_control.injection import expand_residuals
 from refine_control.losses import (
     Groups,
     LayerTargets,
@@ -36,6 +37,7 @@ from refine_control.models.controlnet import (
     ControlNet,
     control_residuals,
     injection_of,
+    layer_modules,
     site_groups,
     trainable_parameters,
 )
@@ -119,6 +121,7 @@ class Networks:
         dtype: torch.dtype = torch.float32,
         sigmas: SigmaConfig | None = None,
         conditioning_scale: float = 1.0,
+        guidance_scale: float = 1.0,
         teacher_mark: str = "",
     ):
         self.teacher_mark = teacher_mark
@@ -139,8 +142,8 @@ class Networks:
         """`whole` is a student that one process alone may run: where it is shared, a copy that lacks what was trained.
         """
         self.sigmas = sigmas or SigmaConfig()
-        self.shift = backbone.shift if self.sigmas.shift is None else self.sigmas.shift
-        self.conditioning_scale = conditioning_scale
+        self.conditioning_scale, self.guidance_scale = conditioning_scale, guidance_scale
+        """The latter is a number that distilled transformers (FLUX) read; there is no pass without guidance."""
 
     @property
     def own_transformer(self) -> Any | None:
@@ -182,11 +185,18 @@ class Networks:
                 if (value := weights.get(prefix + name)) is not None:
                     parameter.copy_(value)
 
+    def shift_at(self, size: Sequence[int]) -> float:
+        """The sigma shift for latents of size h w: the recipe's, else the scheduler's."""
+        return self.backbone.shift_at(size) if self.sigmas.shift is None else self.sigmas.shift
+
     def noised(self, batch: Batch, draw: Draw) -> Point:
         """Where on the path a batch is at this step."""
-        return noised(batch.latents, draw._replace(slots=batch.slots), self.sigmas, self.shift)
+        shift = self.shift_at(batch.latents.shape[-2:])
+        return noised(batch.latents, draw._replace(slots=batch.slots), self.sigmas, shift)
 
-    def residuals(self, controlnet: ControlNet, at: Point, batch: Batch) -> list[torch.Tensor]:
+    def residuals(
+        self, controlnet: ControlNet, at: Point, batch: Batch, guidance: float | None = None
+    ) -> list[torch.Tensor]:
         """What a ControlNet injects there, (B,N,D) each, without a pass of the transformer."""
         return control_residuals(
             controlnet,
@@ -196,29 +206,35 @@ class Networks:
             control_cond(batch.cond_latents, batch.mask),
             batch.pooled_prompt_embeds,
             self.conditioning_scale,
+            self.guidance_scale if guidance is None else guidance,
         )
 
-    def answer(self, controlnet: ControlNet, at: Point, batch: Batch) -> Answer:
-        """What a ControlNet injects there, and the velocity of the transformer that it steers."""
-        residuals = self.residuals(controlnet, at, batch)
+    def answer(self, controlnet: ControlNet, at: Point, batch: Batch, guidance: float | None = None) -> Answer:
+        """What a ControlNet injects there, and the velocity of the transformer that it steers.
+
+        `guidance` stands for `guidance_scale`."""
+        scale = self.guidance_scale if guidance is None else guidance
+        residuals = self.residuals(controlnet, at, batch, scale)
         text = batch.prompt_embeds, batch.pooled_prompt_embeds
         asked = self.steered.get(controlnet, self.backbone.transformer), at.noisy_latents, at.sigmas, *text
-        return Answer(residuals, predict_velocity(*asked, residuals, injection_of(controlnet)))
+        return Answer(residuals, predict_velocity(*asked, residuals, injection_of(controlnet), scale))
 
     def student_answer(self, at: Point, batch: Batch) -> Answer:
         """With a graph back to the student's parameters."""
         return self.answer(self.student, at, batch)
 
     @torch.no_grad()
-    def teacher_answer(self, at: Point, batch: Batch) -> Answer:
-        """The same point and prompt, without a graph."""
-        return self.answer(self._require_teacher(), at, batch)
+    def teacher_answer(self, at: Point, batch: Batch, guidance: float | None = None) -> Answer:
+        """The same point and prompt, without a graph; a residual for each site."""
+        answer = self.answer(self._require_teacher(), at, batch, guidance)
+        return answer._replace(residuals=self._at_sites(answer.residuals))
 
     @torch.no_grad()
     def guided_velocity(self, at: Point, batch: Batch, scale: float) -> torch.Tensor:
-        """The teacher's velocity there with classifier-free guidance, (B,16,h,w) in fp32, without a graph."""
-        v = self.teacher_answer(at, batch).velocity.float()
-        if scale <= 1:
+        """The teacher's velocity there with classifier-free guidance, or with that which is distilled into it,
+        (B,16,h,w) in fp32, without a graph."""
+        v = self.teacher_answer(at, batch, scale).velocity.float()
+        if scale <= 1 or self.backbone.embeds_guidance:
             return v
         assert batch.empty is not None
         embeds, pooled = (each.expand(len(v), *each.shape[1:]) for each in batch.empty)
@@ -227,8 +243,13 @@ class Networks:
 
     @torch.no_grad()
     def teacher_residuals(self, at: Point, batch: Batch) -> list[torch.Tensor]:
-        """What the teacher injects there, without a pass of the transformer."""
-        return self.residuals(self._require_teacher(), at, batch)
+        """What the teacher injects there at each site, without a pass of the transformer."""
+        return self._at_sites(self.residuals(self._require_teacher(), at, batch))
+
+    def _at_sites(self, residuals: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The teacher's residuals, one for each site that it feeds."""
+        injection = injection_of(self._require_teacher())
+        return expand_residuals(residuals, self.backbone.num_sites + 1, injection)[:-1]
 
     def _require_teacher(self) -> ControlNet:
         if self.teacher is None:
@@ -238,11 +259,11 @@ class Networks:
     @property
     def groups(self) -> list[list[int]]:
         """G_j of Eq. 5: the sites that each of the student's layers feeds."""
-        return site_groups(self.student, self.backbone.num_blocks - 1)
+        return site_groups(self.student, self.backbone.num_sites)
 
     @property
     def num_layers(self) -> int:
-        return len(self.student.transformer_blocks)
+        return len(layer_modules(self.student))
 
 
 class Forward:

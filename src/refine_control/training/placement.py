@@ -21,7 +21,8 @@ from refine_control.conditions.condition import control_cond
 from refine_control.config import Recipe, SigmaConfig
 from refine_control.injection import expand_residuals, relevant_layer_of_site, sites_of_layer
 from refine_control.models.backbone import Backbone, predict_velocity
-from refine_control.models.controlnet import ControlNet, control_residuals, injection_of
+from refine_control.models.controlnet import ControlNet, control_residuals, injection_of, own_layer_of_site
+from refine_control.models.families import find_family
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.training.batches import CacheBatches
 from refine_control.training.loop import Draw
@@ -43,17 +44,23 @@ class Sites(NamedTuple):
 
 
 @torch.no_grad()
-def measure_sites(backbone: Backbone, teacher: ControlNet, batch: Batch, draw: Draw, sigmas: SigmaConfig) -> Sites:
-    """Measures a teacher on a batch at its noise levels, in the networks' types and on their device."""
-    shift, count, blocks = sigmas.shift, len(batch.latents), backbone.num_blocks
-    relevance, products = np.zeros(blocks - 1), np.zeros((blocks - 1, blocks - 1))
+def measure_sites(
+    backbone: Backbone, teacher: ControlNet, batch: Batch, draw: Draw, sigmas: SigmaConfig, guidance: float = 1.0
+) -> Sites:
+    """Measures a teacher on a batch at its noise levels, in the networks' types and on their device; `guidance` is the
+    scale that FLUX embeds."""
+    count, size = len(batch.latents), batch.latents.shape[-2:]
+    shift = backbone.shift_at(size) if sigmas.shift is None else sigmas.shift
+    sites = len(own_layer_of_site(teacher) or range(backbone.num_sites))
+    relevance, products = np.zeros(sites), np.zeros((sites, sites))
     for rows in torch.arange(count).split(_AT_ONCE):
         part = batch.take(rows)
-        at = noised(part.latents, draw._replace(slots=part.slots), sigmas, backbone.shift if shift is None else shift)
+        at = noised(part.latents, draw._replace(slots=part.slots), sigmas, shift)
         point, cond = (at.noisy_latents, at.sigmas, part.prompt_embeds), control_cond(part.cond_latents, part.mask)
-        residuals = control_residuals(teacher, *point, cond, part.pooled_prompt_embeds)
-        at_sites = expand_residuals(residuals, blocks, injection_of(teacher))[:-1]
-        velocity = partial(predict_velocity, backbone.transformer, *point, part.pooled_prompt_embeds)
+        residuals = control_residuals(teacher, *point, cond, part.pooled_prompt_embeds, guidance=guidance)
+        at_sites = expand_residuals(residuals, backbone.num_sites + 1, injection_of(teacher))[:-1]
+        steered = partial(predict_velocity, backbone.transformer, *point, part.pooled_prompt_embeds)
+        velocity = partial(steered, guidance=guidance)
         exact, share = velocity(at_sites).float(), len(rows) / count
         for site, residual in enumerate(at_sites):
             without = velocity([*at_sites[:site], torch.zeros_like(residual), *at_sites[site + 1 :]])
@@ -74,9 +81,15 @@ def relevant_placement(recipe: Recipe, backbone: Backbone, cache: Cache, device:
     networks = backbone.transformer, teacher
     for network in networks:
         network.to(device)
-    sites = measure_sites(backbone, teacher, batch, draw, recipe.sigmas)
+    measured = measure_sites(backbone, teacher, batch, draw, recipe.sigmas, recipe.sampler.guidance_scale)
     for network in networks:
         network.to("cpu")
-    layers = relevant_layer_of_site(*sites, recipe.student.num_layers)
+    layers = list[int]()
+    counts = (recipe.student.num_layers, recipe.student.num_single_layers)
+    for kind, count in zip(find_family(backbone.transformer.config).sites, counts, strict=False):
+        if count:  # each kind of block by itself
+            of = slice(len(layers), len(layers) + kind.count)
+            groups = relevant_layer_of_site(measured.relevance[of], measured.products[of, of], count)
+            layers += [max(layers, default=-1) + 1 + layer for layer in groups]
     logger.info("student.placement relevance: the layers feed the sites %s", sites_of_layer(layers))
     return layers

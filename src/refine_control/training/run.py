@@ -36,10 +36,10 @@ from refine_control.models.controlnet import (
     build_student,
     equal_layer_of_site,
     own_layer_of_site,
-    refuse_num_layers,
+    student_counts,
 )
 from refine_control.models.devices import best_device
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import layer_counts, takes_shift
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
 from refine_control.models.own_transformer import own_folder
 from refine_control.models.prompt_memory import PromptMemory
@@ -108,16 +108,18 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
     if recipe.init_from is None:
         start = config.num_layers, config.init, config.seed, _placement(recipe, backbone, device)
         named = _condition(recipe, backbone)
-        student = build_student(backbone.transformer, backbone.pipeline.controlnet, *start, condition=named)
+        parts, more = (backbone.transformer, backbone.pipeline.controlnet), {"condition": named}
+        student = build_student(*parts, *start, **more, num_single_layers=config.num_single_layers)
         return trainable_backbone(recipe, backbone, backbone, None), student
     folder = student_folder(recipe.init_from)
     start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
-    if len(student.transformer_blocks) != recipe.student.num_layers:
-        raise InvalidInputError(
-            f"init_from {recipe.init_from} has {len(student.transformer_blocks)} layers and student.num_layers is "
-            f"{recipe.student.num_layers}; make them agree"
-        )
-    equal = own_layer_of_site(student) in (None, equal_layer_of_site(config.num_layers, backbone.transformer))
+    counts, names = layer_counts(student.config), ("num_layers", "num_single_layers")
+    for kind, name, count in zip(("", "single "), names, counts, strict=False):
+        if count != (stated := getattr(config, name)):
+            raise InvalidInputError(
+                f"init_from {recipe.init_from} has {count} {kind}layers and student.{name} is {stated}; make them agree"
+            )
+    equal = own_layer_of_site(student) in (None, equal_layer_of_site(counts, backbone.transformer))
     if (placement := "equal" if equal else "relevance") != config.placement:
         raise InvalidInputError(
             f"init_from {recipe.init_from} has the placement {placement} and student.placement is {config.placement}; "
@@ -143,7 +145,7 @@ def _placement(recipe: Recipe, backbone: Backbone, device: torch.device | str) -
     """The layer of each site by relevance, measured on samples of the first role's cache; None for equal groups."""
     if recipe.student.placement == "equal":
         return None
-    refuse_num_layers(recipe.student.num_layers, backbone.transformer)
+    student_counts(recipe.student.num_layers, recipe.student.num_single_layers, backbone.transformer)
     cache = _cache(recipe, recipe.objective.roles[0], backbone, model_mark(backbone))
     return relevant_placement(recipe, backbone, cache, device)
 
@@ -215,8 +217,9 @@ def refuse_other_paths(cache: Cache, objective: ObjectiveConfig, networks: Netwo
     again = f"make the cache again with {_completing(objective)}"
     if cache.manifest.get("teacher") != networks.teacher_mark:
         raise InvalidInputError(f"the completions of {cache.folder} are of another teacher; {again} and this teacher")
-    if objective.reads_paths and networks.shift != backbone.shift:
-        why = f"noise levels shifted by {backbone.shift:g} and sigmas.shift is {networks.shift:g}; set it to null"
+    size = next(iter(cache.groups))
+    if objective.reads_paths and (shift := networks.shift_at(size)) != (usual := backbone.shift_at(size)):
+        why = f"noise levels shifted by {usual:g} and sigmas.shift is {shift:g}; set it to null"
         raise InvalidInputError(f"the paths of {cache.folder} have {why}")
     if scale != config.teacher_guidance:
         why = f"guidance scale {scale:g} and objective.few_step.teacher_guidance is {config.teacher_guidance:g}"

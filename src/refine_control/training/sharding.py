@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from refine_control.config import Engine
+from refine_control.models.controlnet import layer_modules
 from refine_control.models.devices import compute_in_type
 from refine_control.training.optimizer import Rows, Trainable
 
@@ -41,8 +42,7 @@ def shard(
             parameter.data = trainable.masters[name].detach().to(device)
     for part in parts.values():
         frozen = {parameter for parameter in part.parameters() if not parameter.requires_grad}
-        blocks = cast("list[nn.Module]", list(cast(Any, part).transformer_blocks))
-        for module in (*blocks, part):
+        for module in (*layer_modules(part), part):
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=frozen)
         compute_in_type(part, dtype)
     named = {prefix + name: p for prefix, part in parts.items() for name, p in part.named_parameters()}

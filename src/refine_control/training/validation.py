@@ -13,7 +13,7 @@ import torch
 
 from refine_control.conditions.condition import control_cond, show
 from refine_control.config import Recipe
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import takes_shift
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, picture_grid

@@ -11,8 +11,23 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.families import flux, sd3, sd35_large, sd35_medium
 from refine_control.models.families.family import Config, Family, Sites
 
-__all__ = ["FAMILIES", "Config", "Family", "Sites", "find_family"]
+__all__ = ["FAMILIES", "Config", "Family", "Sites", "extra_channels", "find_family", "layer_counts", "takes_shift"]
 FAMILIES = (sd3, sd35_medium, sd35_large, flux)
+
+
+def extra_channels(controlnet: Config) -> int:
+    """Channels that a ControlNet reads beside the latents', by its config; FLUX packs squares of 2 x 2."""
+    return controlnet.get("extra_conditioning_channels") or (controlnet.get("extra_condition_channels") or 0) // 4
+
+
+def takes_shift(controlnet: Config) -> bool:
+    """Whether the VAE's shift is taken off the latents of a ControlNet's condition, by its config alone."""
+    return flux.matches(controlnet) or sd3.takes_shift(controlnet)
+
+
+def layer_counts(config: Config) -> tuple[int, ...]:
+    """Layers of a ControlNet, or blocks of a transformer, of each kind, by its config."""
+    return (config["num_layers"], *([config["num_single_layers"]] if flux.matches(config) else []))
 
 
 def find_family(transformer: Config, controlnet: Config | None = None, name: str | Path = "") -> Family:

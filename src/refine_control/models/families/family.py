@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,3 +56,27 @@ class Family:
     """Whether the transformer reads the guidance scale as a number."""
     conditioning_scale: float = 1.0
     """That its publishers advise."""
+
+    def layer_of_site(self, counts: Sequence[int], stock: bool = False) -> list[int]:
+        """The layer of each site for a ControlNet without a map of its own, by its number of layers of each kind.
+
+        Sites and layers are counted through all kinds; a kind without layers has no sites. `stock`: as the installed
+        diffusers injects them, even where it leaves layers out."""
+        layers, first = list[int](), 0
+        for sites, count in zip(self.sites, counts, strict=True):
+            of_kind = (sites.stock(count) if stock else sites.layer_of_site(count)) if count else []
+            layers += [first + layer for layer in of_kind]
+            first += count
+        return layers
+
+    def is_layer_of_site(self, layers: object, counts: Sequence[int]) -> bool:
+        """Whether a value is such a map: contiguous groups within each kind, and every layer is used."""
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            return False
+        first = 0
+        for sites, count in zip(self.sites, counts, strict=True):
+            of_kind, layers = layers[: sites.count * bool(count)], layers[sites.count * bool(count) :]
+            if count and not is_layer_of_site([layer - first for layer in of_kind], count, sites.count):
+                return False
+            first += count
+        return not layers

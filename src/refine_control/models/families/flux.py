@@ -6,9 +6,7 @@ ControlNets of 6 + 0 layers (alimama, with or without 4 channels of a packed mas
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from refine_control.errors import InvalidInputError
 from refine_control.injection import flux_layer_of_block
 from refine_control.models.families.family import Config, Family, Sites
 
@@ -17,13 +15,9 @@ BLOCKS = {"num_layers": 19, "num_single_layers": 38}
 """Of the published transformers."""
 
 
-def refuse_flux(folder: Path, description: Config) -> None:
-    """Raises InvalidInputError for a folder of FLUX, by its config.json or model_index.json, where SD3 is needed."""
-    if str(name := description.get("_class_name")).startswith("Flux"):
-        raise InvalidInputError(
-            f"{folder} holds a {name}: FLUX has single blocks beside double ones, packed latents and an embedded "
-            "guidance scale, and SD3 is needed here; of FLUX, `trim` reads ControlNets and `evaluate --baseline` models"
-        )
+def is_flux_folder(description: Config) -> bool:
+    """Whether a config.json or model_index.json is that of a network or a pipeline of FLUX."""
+    return str(description.get("_class_name")).startswith("Flux")
 
 
 def matches(transformer: Config) -> bool:
@@ -36,9 +30,13 @@ def embeds_picture(controlnet: Config) -> bool:
     return controlnet.get("conditioning_embedding_channels") is not None
 
 
-def own_map(sites: Sites) -> str:
-    """The entry of a ControlNet's config for a map of its own of these sites: the layer of each."""
-    return f"layer_of_{sites.blocks}"
+def stock_layer_of_site(controlnet: Config) -> list[int]:
+    """What the installed diffusers injects at the sites of a ControlNet whose config holds a map, which tells how many
+    there are."""
+    layers, counts = controlnet["layer_of_site"], (controlnet["num_layers"], controlnet["num_single_layers"])
+    double = sum(layer < counts[0] for layer in layers)
+    blocks = {"num_layers": double, "num_single_layers": len(layers) - double}
+    return family(blocks, controlnet).layer_of_site(counts, stock=True)
 
 
 def _stock(num_blocks: int, repeat: bool, num_layers: int) -> list[int]:
@@ -73,7 +71,7 @@ def differences(family: Family, controlnet: Config) -> list[str]:
     facts = {
         f"has {double} double layers": double > family.sites[0].count,
         f"has {single} single layers": single > family.sites[1].count,
-        "has no layers": not double + single,
+        "has no double layers": not double,
         f"chooses one of {modes} kinds of condition by a number": modes is not None,
         "embeds the picture by convolutions of its own": embeds_picture(controlnet),
         f"reads {extra} channels beside the latents": extra not in (0, 4),
