@@ -213,7 +213,8 @@ def test_the_packaged_recipes_are_these():
     )
     named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched", *few_steps)]
     same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched", *few_steps) if name != "ours_completed_stage2"]
-    assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", "sd3/few_step", *same])
+    flux = ["flux/balanced_stage1", "flux/balanced_stage2", "flux/edge"]
+    assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", "sd3/few_step", *same, *flux])
 
 
 @pytest.mark.parametrize("name", RECORD)

@@ -142,7 +142,7 @@ def test_the_tree_is_there_and_whole():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_that_a_page_names_exist(page):
-    assert set(re.findall(r"`((?:mini|sd3)/[a-z]+_?\w+)`", PAGES[page])) <= set(recipe_names())
+    assert set(re.findall(r"`((?:mini|sd3|flux)/[a-z]+_?\w+)`", PAGES[page])) <= set(recipe_names())
 
 
 def anchors(text: str) -> set[str]:

@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 def recipe_names() -> list[str]:
     """The packaged recipes, as `mini/ours_stage1`."""
     paths = [path for path in RECIPES.glob("*/*.yaml") if path.name not in ("budgets.yaml", "rows.yaml")]
-    scales = {path.parent.name for path in paths}
+    scales = {path.parent.name for path in RECIPES.glob("*/budgets.yaml")}  # those that are studied have all of them
     shared = [f"{scale}/{path.stem}" for scale in scales for path in RECIPES.glob("*.yaml")]
     return sorted([path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths] + shared)
 
