@@ -113,12 +113,12 @@ def new_student(recipe: Recipe, backbone: Backbone, device: torch.device | str =
         return trainable_backbone(recipe, backbone, backbone, None), student
     folder = student_folder(recipe.init_from)
     start, student = load_student(backbone, folder, f"init_from {recipe.init_from}")
-    counts, names = layer_counts(student.config), ("num_layers", "num_single_layers")
-    for kind, name, count in zip(("", "single "), names, counts, strict=False):
-        if count != (stated := getattr(config, name)):
-            raise InvalidInputError(
-                f"init_from {recipe.init_from} has {count} {kind}layers and student.{name} is {stated}; make them agree"
-            )
+    counts = layer_counts(student.config)
+    if counts != (stated := (config.num_layers, config.num_single_layers)[: len(counts)]):
+        layers, asked = (" + ".join(map(str, each)) for each in (counts, stated))
+        raise InvalidInputError(
+            f"init_from {recipe.init_from} has {layers} layers and student.num_layers is {asked}; make them agree"
+        )
     equal = own_layer_of_site(student) in (None, equal_layer_of_site(counts, backbone.transformer))
     if (placement := "equal" if equal else "relevance") != config.placement:
         raise InvalidInputError(
