@@ -72,9 +72,9 @@ class Asked:
         self.batch = batches_of(config, cache).batch(draw)
         answer = networks.answer
 
-        def watched(controlnet, at, batch):
+        def watched(controlnet, at, batch, *guidance):
             self.points.append((controlnet, at, batch.prompt_embeds))
-            return answer(controlnet, at, batch)
+            return answer(controlnet, at, batch, *guidance)
 
         networks.answer = watched
         self.losses = self.objective.losses(self.batch, draw)
