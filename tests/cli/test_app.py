@@ -35,9 +35,10 @@ ANNOTATING = [
 
 # The command line is a contract: a change here is a change for everyone who calls it.
 VERBS = {
-    "bench data": [JSON, "--many", "--photos", "--repeats", "--source"],
+    "bench data": ["--cached", JSON, "--many", "--photos", "--repeats", "--source"],
     "bench export": [JSON, "--layers", "--repeats", "--size", "--width"],
     "bench features": ["--clip-pictures", JSON, "--pictures", "--repeats", "--resamples", "--set-size", "--size"],
+    "bench gpu": [JSON, "--minutes", "--out", "--plot", "--set", "--small", "recipe"],
     "bench sampling": [
         "--batch",
         "--controlnet",
@@ -45,13 +46,25 @@ VERBS = {
         JSON,
         "--layers",
         "--model",
+        "--plot",
         "--precision",
         "--repeats",
     ],
-    "bench step": [JSON, "--repeats", "--set", "recipe"],
+    "bench step": [JSON, "--plot", "--repeats", "--set", "recipe"],
     "bench threads": [JSON, "--repeats", "--seconds", "--set", "recipe"],
     "cache": [
-        *("--complete", DRY, "--dtype", "--guidance", JSON, "--model", "--path", "--posterior", "--prompts"),
+        *(
+            "--complete",
+            DRY,
+            "--dtype",
+            "--guidance",
+            JSON,
+            "--model",
+            "--path",
+            "--posterior",
+            "--precision",
+            "--prompts",
+        ),
         *("--teacher", "out", "shards"),
     ],
     "cost": ["--controlnet", JSON, "--model", "--teacher"],
