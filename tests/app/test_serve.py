@@ -330,12 +330,13 @@ def test_a_visitor_who_leaves_ends_the_painting_and_may_come_back(tmp_path):
 
 
 def test_the_slot_of_a_visitor_who_leaves_is_free_again(server, config, tmp_path):
+    before = len(server.log.read_text())  # other tests ask for what gradio refuses with a traceback
     with httpx.stream("GET", f"{server.url}gradio_api/heartbeat/leaver", timeout=60):  # closed, the page is
         begun = paint(server, config, "a red star", HOLE, tmp_path, "leaver", steps=50, until="progress")
         assert "refused" not in begun
     answer = paint(server, config, "a red star", HOLE, tmp_path, "stayer")
     assert answer["success"]
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()[before:]
 
 
 # The page itself, in a browser

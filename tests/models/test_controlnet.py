@@ -73,7 +73,7 @@ def test_the_mask_is_inverted_in_one_place_alone():
                     names |= {n.attr for n in ast.walk(node.right) if isinstance(n, ast.Attribute)}
                     if any("mask" in name or name == "small" for name in names):
                         found.add(f"{module}.{function.name}")
-    weights = {"losses.mask_weight", "miniature.objectives.weighted_losses", "bench.stock_step.loss"}
+    weights = {"losses.mask_weight", "miniature.objectives.weighted_losses", "bench.stock_step._distillation"}
     assert found == {"conditions.condition.control_cond", *weights}
 
 

@@ -217,7 +217,7 @@ def test_too_many_layers_and_a_recipe_without_data_are_refused(recipe):
 def test_the_samples_that_are_measured_are_those_of_the_student_s_seed(recipe, monkeypatch):
     backbone, asked = load_backbone(recipe.model), []
 
-    def noted(backbone, teacher, batch, draw, sigmas):
+    def noted(backbone, teacher, batch, draw, sigmas, guidance):
         asked.append((batch.latents, draw.seed))
         return Sites(np.ones(23), np.eye(23))
 

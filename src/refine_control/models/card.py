@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.components import read_json
 from refine_control.models.families.flux import is_flux_folder
 from refine_control.models.hub import folder_of
 from refine_control.records import INPAINT
@@ -97,6 +96,8 @@ def own_sampling(model: str, controlnet: str | Path | None = None) -> dict[str, 
 def _flux_sampling(model: str) -> dict[str, Any]:
     """The embedded guidance scale of FLUX.1-dev, none for FLUX without; nothing for other models and those that are not
     there."""
+    from refine_control.models.components import read_json  # with torch: a runtime without it reads cards
+
     with contextlib.suppress(InvalidInputError, MissingError):  # the loader says what is wrong with the name
         folder = folder_of(model, ["model_index.json", "transformer/config.json"], "a model")
         if is_flux_folder(read_json(folder / "model_index.json", "")):

@@ -37,7 +37,7 @@ from refine_control.models.cpu_kernels import use_cpu_kernels
 from refine_control.models.families.flux import is_flux_folder, stock_layer_of_site
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.flux import MAX_SEQUENCE_LENGTH as FLUX_MAX_SEQUENCE_LENGTH
-from refine_control.models.flux import FluxInpaintingControlNet
+from refine_control.models.flux import FluxInpaintingControlNet, is_flux
 from refine_control.models.hub import folder_of
 from refine_control.models.own_transformer import load_own_transformer, own_folder, save_own_transformer
 from refine_control.records import INPAINT
@@ -229,8 +229,6 @@ class PipelineLayout(NamedTuple):
     """What its components are put into."""
     classes: Mapping[str, type]
     """Of its components, the small ones first: a wrong folder is refused before gigabytes are read."""
-    max_sequence_length: int
-    """T5 tokens of a prompt."""
 
 
 def pipeline_layout(index: Mapping[str, Any]) -> PipelineLayout | None:
@@ -242,9 +240,7 @@ def pipeline_layout(index: Mapping[str, Any]) -> PipelineLayout | None:
         tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
         networks = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}
         networks |= {"transformer": FluxTransformer2DModel, "text_encoder_2": T5EncoderModel}
-        return PipelineLayout(
-            "FLUX", FluxControlNetPipeline, scheduler | tokenizers | networks, FLUX_MAX_SEQUENCE_LENGTH
-        )
+        return PipelineLayout("FLUX", FluxControlNetPipeline, scheduler | tokenizers | networks)
     if not str(index.get("_class_name")).startswith("StableDiffusion3"):
         return None
     tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}
@@ -252,7 +248,7 @@ def pipeline_layout(index: Mapping[str, Any]) -> PipelineLayout | None:
     networks |= {"text_encoder_2": CLIPTextModelWithProjection, "transformer": SD3Transformer2DModel}
     networks |= {"text_encoder_3": T5EncoderModel}
     classes = scheduler | tokenizers | networks
-    return PipelineLayout("SD3", StableDiffusion3ControlNetInpaintingPipeline, classes, SD3_MAX_SEQUENCE_LENGTH)
+    return PipelineLayout("SD3", StableDiffusion3ControlNetInpaintingPipeline, classes)
 
 
 def read_index(path: Path) -> tuple[PipelineLayout, dict[str, str | None]]:
@@ -337,7 +333,8 @@ def load_backbone(
     pipeline, file = load_pipeline(model, controlnet, controlled), resolve(model) / CARD
     card = json.loads(file.read_text()) if file.is_file() else {}
     vocabulary = frozenset(card.get("vocabulary") or ()) or None
-    length = card.get("max_sequence_length", read_index(resolve(model))[0].max_sequence_length)
+    usual = FLUX_MAX_SEQUENCE_LENGTH if is_flux(pipeline.transformer) else SD3_MAX_SEQUENCE_LENGTH
+    length = card.get("max_sequence_length", usual)
     backbone = Backbone(pipeline, length, vocabulary).to(device, painting)
     if cpu_kernels and backbone.device.type == "cpu":
         use_cpu_kernels(backbone.transformer, *([pipeline.controlnet] if controlled else []))
