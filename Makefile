@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/refine-control demo $(ARGS)
 
 test: $(VENV)/.installed-dev browser
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -38,7 +37,7 @@ _ALLOWED = {line.partition("#")[0].strip() for line in _LIST.read_text().splitli
 
 def _refuse_skip(report: Any) -> None:
     """Turns a skip that is not in the list into a failure; an expected failure is no skip."""
-    if report.skipped and not hasattr(report, "wasxfail") and re.split(r"[@\[]", report.nodeid)[0] not in _ALLOWED:
+    if report.skipped and not hasattr(report, "wasxfail") and report.nodeid.partition("[")[0] not in _ALLOWED:
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
         report.longrepr = f"{report.nodeid} was skipped ({reason}) and {_LIST.name} does not name it"
@@ -56,18 +55,6 @@ def pytest_make_collect_report() -> Iterator[None]:
     report = yield
     _refuse_skip(report)
     return report
-
-
-_TOGETHER = ("export/", "app/", "miniature/test_check.py", "test_site.py", "test_packaging.py")
-"""Tests that share what takes long to make: one worker of several runs them (`--dist loadgroup`)."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        name = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
-        if group := next((each for each in _TOGETHER if name.startswith(each)), None):
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 # SD3's own classes, small enough for laws: 24 blocks of width 32. Nothing in them is zero but what a test makes zero.
