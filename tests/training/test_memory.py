@@ -271,12 +271,15 @@ def reference(model):
         ({"optimizer.kind": "adamw8bit"}, 1e-5, 0.03),
         ({"training.frozen": "int8"}, 1e-4, 0.02),
         ({**BF16, "training.frozen": "fp8"}, 0.005, 0.15),
-        pytest.param({"training.compile": True}, 1e-4, 0.01, marks=pytest.mark.slow),
+        pytest.param({"training.compile": True}, 1e-4, 0.05, marks=pytest.mark.slow),
     ],
     ids=["bf16", "8-bit moments", "int8", "fp8", "compiled"],
 )
 def test_a_variant_is_near_the_step_in_fp32(reference, settings, scalars, update):
-    """Loss and gradient norm of each step, and the update of all of them, relative."""
+    """Loss and gradient norm of each step, and the update of all of them, relative.
+
+    AdamW's first updates have one size whatever the gradient, so rounding moves the weights whose gradient is near 0:
+    another order of the same sums (compiled) changes the gradient norm by 1e-5 and the update by 3 %."""
     recipe, values, moved = reference
     other_values, other_moved = train(with_settings(recipe, settings))
     assert torch.allclose(other_values, values, rtol=scalars)
