@@ -62,6 +62,7 @@ def test_compiled_blocks_have_the_loss_of_eager_ones(recipe, monkeypatch):
         return compile_as_usual(call, backend="aot_eager")  # as inductor's graphs, without a compiler
 
     monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
     eager, other = (measure(Measurement(OURS, {**WHOLE, "compile": on}), recipe, RATES) for on in (False, True))
     assert (eager.problem, other.problem) == ("", "")
     assert other.loss == pytest.approx(eager.loss, rel=1e-5)

@@ -96,13 +96,22 @@ def assemble(
     if recipe.training.gradient_checkpointing:
         recompute(recipe.training.checkpointed_blocks, student, *transformers)
     if recipe.training.compile:
-        for part in (*transformers, *controlnets):
-            for block in layer_modules(part):
-                block.compile()
+        compile_blocks(*transformers, *controlnets)
     options = {"sigmas": recipe.sigmas, "conditioning_scale": recipe.training.conditioning_scale}
     options |= {"guidance_scale": recipe.sampler.guidance_scale}
     options |= {"student_backbone": student_backbone, "teacher_mark": teacher_mark}
     return Networks(backbone, teacher, student, dtype=dtype, **options)
+
+
+def compile_blocks(*networks: Any) -> None:
+    """Compiles the blocks of the networks, each kind of block once.
+
+    All blocks share one `forward`, of which torch compiles a variant for each kind: with and without a graph, frozen or
+    trained, first, last or between. These are more than the 8 after which it runs the rest without compilation."""
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
+    for network in networks:
+        for block in layer_modules(network):
+            block.compile()
 
 
 def recompute(count: int, *networks: Any) -> None:
