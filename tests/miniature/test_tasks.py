@@ -152,7 +152,11 @@ def test_an_edit_changes_the_colour_of_one_object_and_nothing_else(photos):
     assert unedited["edited"].mean() == 0
     assert (unedited["psnr_unedited"] == 100).all()  # identical pixels
     spoiled = np.where(region[..., None], truth, 255 - truth)
-    assert (oracle(given, spoiled)["psnr_unedited"] < 20).all()
+    broken = oracle(given, spoiled)
+    assert (broken["psnr_unedited"] < 20).all()
+    assert (broken["edited"] == oracle(given, truth)["edited"]).all()  # the object alone is what it reads
+    assert broken["edited"].mean() > 90
+    assert broken["edited_kept"].mean() == unedited["edited_kept"].mean() == 0
     for photo in given:
         assert photo.prompt != photo.global_prompt
         assert list(photo.meta["others"]).count([photo.meta["colour"], photo.meta["shape"]]) == 0

@@ -12,6 +12,9 @@ from refine_control.miniature.obedience import Classifier, obedience
 from refine_control.miniature.tasks.task import Rendered, Scores, Task, stored_objects
 from refine_control.records import Photo
 
+KEPT = 20.0
+"""PSNR in dB from which on the rest counts as kept: a root mean square difference of a tenth of the range."""
+
 
 def render(seed: int, start: int, count: int) -> Rendered:
     """Pairs that differ in the colour of the target, whose shape no other object has."""
@@ -29,12 +32,14 @@ def discs(photos: Sequence[Photo]) -> np.ndarray:
 
 
 def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) -> Scores:
-    """Per cent of the objects with the new colour and their old shape, and PSNR in dB of the rest with the source."""
+    """Per cent of the objects with the new colour and their old shape, that in pictures whose rest is kept, and PSNR in
+    dB of the rest with the source."""
     region = discs(photos)
     colour, shape = (np.array([p.meta[name] for p in photos]) for name in ("colour", "shape"))
     edited = obedience(classifier, painted, region, colour, shape).both
-    source = np.stack([p.cond for p in photos if p.cond is not None])
-    return {"edited": 100.0 * edited, "psnr_unedited": psnr(source, painted, ~region)}
+    rest = psnr(np.stack([p.cond for p in photos if p.cond is not None]), painted, ~region)
+    return {"edited_kept": 100.0 * (edited & (rest >= KEPT)), "edited": 100.0 * edited, "psnr_unedited": rest}
 
 
-TASK = Task(render, score, {"edited": "edited %", "psnr_unedited": "PSNR unedited dB"})
+HEADINGS = {"edited_kept": "edited, rest kept %", "edited": "edited %", "psnr_unedited": "PSNR unedited dB"}
+TASK = Task(render, score, HEADINGS)
