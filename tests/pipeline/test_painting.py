@@ -1,5 +1,6 @@
 """Ours is the stock pipeline where stock is right, and a hand-written loop where it is not."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from refine_control.conditions.condition import Shown, control_cond
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.injection import layer_of_site
 from refine_control.models.backbone import Backbone
-from refine_control.models.controlnet import for_condition
+from refine_control.models.controlnet import Control, for_condition
 from refine_control.models.loading import load_controlnet, save_controlnet
 from refine_control.pipeline import painting
 from refine_control.pipeline.files import inpaint_file
@@ -257,6 +258,16 @@ def test_without_a_region_a_picture_is_the_one_of_stock_s_other_pipeline(
     assert np.abs(ours - 255 * expected.permute(0, 2, 3, 1).numpy()).max() < 1
     other = paint(tiny_backbone, student, Shown(IMAGES[2:]), PROMPTS, sampler)
     assert np.abs(ours.astype(int) - other).max() > 1  # it sees the condition
+
+
+def test_on_an_accelerator_all_tensors_are_on_it(tiny_backbone, tiny_student):
+    pipeline = copy.copy(tiny_backbone.pipeline)
+    pipeline.transformer = copy.deepcopy(pipeline.transformer).to("meta")  # the device that refuses tensors of the CPU
+    backbone, student = Backbone(pipeline, max_sequence_length=0), tiny_student(1).to("meta")
+    texts = tiny_backbone.encode_prompts(PROMPTS)
+    seen, sampler = torch.zeros(2, 17, 8, 8), SamplerConfig(num_inference_steps=1, stochastic=True)
+    painted = complete_latents(backbone, student, seen, texts, texts, sampler, NOISE, others=[Control(student, seen)])
+    assert (painted.device.type, painted.shape) == ("meta", NOISE.shape)
 
 
 def test_photo_and_mask_may_lie_anywhere(tiny_backbone, tmp_path, monkeypatch):
