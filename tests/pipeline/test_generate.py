@@ -1,4 +1,5 @@
-"""`generate`: what each ControlNet is shown of a picture of the user, how it is sampled, and what is refused."""
+"""`generate`, and `inpaint` with further ControlNets: what each is shown of a picture of the user, how it is sampled,
+and what is refused."""
 
 import sys
 
@@ -9,15 +10,19 @@ from PIL import Image
 
 from refine_control.cli import app as cli
 from refine_control.conditions import depth
-from refine_control.conditions.condition import find_condition
+from refine_control.conditions.condition import Shown, find_condition
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError
 from refine_control.models import loading
 from refine_control.models.backbone import Backbone
-from refine_control.models.controlnet import for_condition
-from refine_control.models.loading import save_controlnet
+from refine_control.models.controlnet import Control, for_condition
+from refine_control.models.loading import load_controlnet, save_controlnet
 from refine_control.pipeline import files as pipeline
+from refine_control.pipeline import painting
 from refine_control.pipeline.files import generate_file, inpaint_file
+from refine_control.pipeline.framing import Frame
+from refine_control.pipeline.inpainter import Inpainter, TorchPainter
+from refine_control.pipeline.together import Reading
 
 ONE = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
 WORDS = "a red circle on a gray background"
@@ -122,13 +127,114 @@ def test_several_paint_together_each_with_a_scale_of_its_own(networks, photo, pa
         generate(networks, out, *two, scales=(1, 1, 1))
 
 
-def call(monkeypatch, *words):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A photograph, another of its size, and a region of two holes that do not fit into one frame."""
+    folder = tmp_path_factory.mktemp("wide")
+    pictures = np.random.default_rng(1).integers(0, 256, (2, 64, 160, 3), dtype=np.uint8)
+    region = np.zeros((64, 160), bool)
+    region[20:44, 20:40] = region[10:30, 130:150] = True
+    for name, picture in {"photo": pictures[0], "other": pictures[1], "mask": region}.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("layers", "steps"), [(23, 1), (2, 2)])
+def test_further_controlnets_add_their_residuals_in_every_frame_of_inpaint(
+    networks, wide, tiny_backbone, tiny_student, layers, steps
+):
+    """The first one reads the photograph without its holes, the second one the same frame of its whole picture."""
+    first = tiny_backbone.pipeline.controlnet if layers == 23 else tiny_student(layers)
+    inpainter = Inpainter(TorchPainter(tiny_backbone, first))
+    files, how = (wide / "photo.png", wide / "mask.png", WORDS), {"num_inference_steps": steps, "guidance_scale": 1.0}
+    controls, scales = [(networks / "lowres", wide / "other.png")], [0.9, 0.5]
+    painted, alone, off = (
+        np.asarray(inpainter.inpaint(*files, conditioning_scale=factors, controls=given, feather=0, **how).image)
+        for factors, given in ((scales, controls), (0.9, ()), ([0.9, 0], controls))
+    )
+    photo, other, mask = (np.asarray(Image.open(wide / f"{name}.png")) for name in ("photo", "other", "mask"))
+    hidden, second = mask > 0, load_controlnet(networks / "lowres")
+    sampler = SamplerConfig(conditioning_scale=0.9, **how)
+    for place in (np.s_[:, :64], np.s_[:, 96:]):
+        seen = Control(second, Shown(find_condition("lowres").prepare(other[place])[None]), 0.5)
+        shown = Shown(photo[place][None], hidden[place][None])
+        expected = painting.paint(tiny_backbone, first, shown, [WORDS], sampler, others=[seen])[0]
+        hole = hidden[place]
+        assert np.abs(painted[place][hole].astype(int) - expected[hole]).max() <= 1
+        assert np.abs(alone[place][hole].astype(int) - expected[hole]).max() > 5
+        assert np.abs(off[place].astype(int) - alone[place]).max() <= 1
+        assert np.array_equal(painted[place][~hole], photo[place][~hole])
+
+
+def test_a_given_picture_is_cut_resized_and_padded_as_the_photograph_is():
+    picture = np.random.default_rng(2).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    frame = Frame((10, 0, 110, 80), (50, 40), (20, 20, 60, 60))
+    part = Image.fromarray(picture[:80, 10:110])
+    for kind, how in (("depth", Image.Resampling.BILINEAR), ("edit", Image.Resampling.LANCZOS)):
+        (seen,) = Reading(kind, True, None).of_frame(picture, frame, 16).pictures
+        assert seen.shape == (48, 64, 3)
+        assert np.array_equal(seen[:40, :50], np.asarray(part.resize((50, 40), how)))
+        assert np.array_equal(seen[40:], seen[38:30:-1])
+
+
+def call(monkeypatch, *words, verb="generate"):
     """`main` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["refine-control", "generate", *words])
+    monkeypatch.setattr(sys, "argv", ["refine-control", verb, *words])
     try:
         return cli.main()
     except SystemExit as left:
         return left.code or 0
+
+
+def inpaint_words(networks, wide, out, *more):
+    files = ["--image", f"{wide}/photo.png", "--mask", f"{wide}/mask.png", "--prompt", WORDS, "--out", str(out)]
+    return [*files, "--controlnet", str(networks / "inpaint"), *more]
+
+
+def test_inpaint_takes_further_controlnets_by_the_command_line(networks, wide, painted, tmp_path, monkeypatch):
+    calls, paint = [], painting.paint
+
+    def recorded(*given, others, progress):
+        calls.append((given[4], others))
+        return paint(*given, others=others, progress=progress)
+
+    monkeypatch.setattr(painting, "paint", recorded)
+    controls = [f"--control={networks / kind}={wide}/other.png" for kind in ("canny", "edit")]
+    words = inpaint_words(networks, wide, tmp_path / "out.png", *controls, "--steps", "1", "--guidance", "1")
+    for scales in ([], ["0.3", "0.4", "0.5"]):
+        assert call(monkeypatch, *words, *(f"--conditioning-scale={each}" for each in scales), verb="inpaint") == 0
+    used = [[sampler.conditioning_scale, *(each.scale for each in others)] for sampler, others in calls[::2]]
+    assert used == [[1, 0.7, 1], [0.3, 0.4, 0.5]]
+    other = np.asarray(Image.open(wide / "other.png"))
+    canny, edit = calls[0][1]  # the upper hole first
+    assert np.array_equal(canny.seen.pictures[0], find_condition("canny").prepare(other[:, 96:]))
+    assert np.array_equal(edit.seen.pictures[0], other[:, 96:])
+
+
+def test_misuse_of_further_controlnets_is_a_sentence(networks, wide, photo, painted, tmp_path, monkeypatch, capsys):
+    out, other = tmp_path / "out.png", f"={wide}/other.png"
+    canny = f"--control={networks}/canny{other}"
+    refused = {
+        f"--control={networks}/canny={photo[0]}": "condition picture 104 x 64, photo 160 x 64 (",
+        f"--control={networks}/canny": "write CONTROLNET=PICTURE",
+        f"--control={networks}/canny={wide}/none.png": "none.png; give a picture of the photograph's size",
+        f"--control={networks}/inpaint{other}": "inpaint reads a mask; use it by `refine-control inpaint`, once",
+        f"--control={networks}/depth{other}": "is in colour, and the condition depth is a depth map",
+        f"{canny} --preparer four": "no condition picture is to be made by the model four",
+        f"{canny} --conditioning-scale 1 --conditioning-scale 1 --conditioning-scale 1": "3 conditioning scales for 2",
+        f"{canny} --runtime onnx": "an exported folder paints with its own ControlNet alone; leave out --control",
+        f"{canny} --size 64": "leave out --control",
+        f"{canny} --image {wide} --prompt=a": "--mask is for one photograph",
+        "--prepared": "--prepared is about the pictures of --control",
+    }
+    for more, said in refused.items():
+        assert call(monkeypatch, *inpaint_words(networks, wide, out, *more.split()), verb="inpaint") == 2, more
+        assert said in (printed := capsys.readouterr().err), more
+        assert printed.count("\n") == 1
+    folder = ["--image", str(wide), "--prompt", WORDS, "--out", str(tmp_path / "out"), canny]
+    assert call(monkeypatch, *folder, verb="inpaint") == 2
+    assert "--control is for one photograph" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_command_line_samples_as_the_first_card_says(networks, photo, painted, tmp_path, monkeypatch, capsys):

@@ -104,25 +104,13 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="Prompt for the whole image.")],
     out: Annotated[Path, opt.output_file("PNG to write.")],
-    prepared: Annotated[
-        bool, typer.Option("--prepared", help="The pictures are condition pictures: nothing is made of them.")
-    ] = False,
-    preparer: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth, pose).")
-    ] = None,
+    prepared: opt.Prepared = False,
+    preparer: opt.Preparer = None,
     model: opt.Model = "mini",
     size: Annotated[int | None, opt.number("Side of the image in pixels; default: the model's own.", 16)] = None,
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
-    scale: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--conditioning-scale",
-            min=0,
-            max=2,
-            help="Factor on control residuals; repeated, one for each ControlNet; default: as each one's card says.",
-        ),
-    ] = None,
+    scale: opt.Scales = None,
     sigmas: opt.Sigmas = None,
     injection: opt.Injection = "exact",
     seed: opt.Seed = 0,
@@ -132,7 +120,7 @@ def generate(
 
     A condition picture is made of the photograph where the ControlNet's condition says how, as for canny and lowres;
     depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
-    controls = paired(control, "--control", "CONTROLNET=PICTURE, such as canny=photo.png")
+    controls = paired(control, "--control", opt.CONTROL)
     others = {"sigmas": sigmas, "seed": seed, "injection": injection}
     sampler = opt.sampling(model, controls[0][0], steps, guidance, None, **others)
     pairs = [(name, Path(picture)) for name, picture in controls]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from refine_control.cli import options as opt
-from refine_control.cli.output import progress_bar, show
+from refine_control.cli.output import paired, progress_bar, show
 from refine_control.errors import InvalidInputError
 from refine_control.signals import KEPT, interruptible
 
@@ -21,6 +21,10 @@ _SOURCES = (".jsonl", ".json", ".tar", ".tar.gz", ".tgz")
 """Endings of files that hold or name several photographs."""
 _CONTROLNET = "Hub id, folder, edge, or the model's name for its own; with another --runtime an exported folder; "
 _CONTROLNET += "default: edge for mini, else the model's own."
+_CONTROL = (
+    "CONTROLNET=PICTURE: one without a mask that paints with --controlnet, as in `generate`, and a picture of the "
+)
+_CONTROL += "photograph's size; may be repeated."
 
 
 @interruptible(f"of a photograph nothing is written, of a folder {KEPT}")
@@ -44,6 +48,9 @@ def inpaint(
     ] = None,
     model: opt.Model = "mini",
     controlnet: Annotated[str | None, typer.Option(help=_CONTROLNET)] = None,
+    control: Annotated[list[str] | None, typer.Option(help=_CONTROL)] = None,
+    prepared: opt.Prepared = False,
+    preparer: opt.Preparer = None,
     runtime: Annotated[
         Literal["torch", "onnx", "openvino"], typer.Option(help="What computes; all but torch take an exported folder.")
     ] = "torch",
@@ -59,15 +66,16 @@ def inpaint(
     seeds: Annotated[int, opt.number("Number of variants: OUT-0, OUT-1, ..., each with its seed.", 1, 1000)] = 1,
     steps: opt.Steps = None,
     guidance: opt.Guidance = None,
-    scale: opt.Scale = None,
+    scale: opt.Scales = None,
     sigmas: opt.Sigmas = None,
     injection: opt.Injection = "exact",
     seed: opt.Seed = 0,
     dry_run: opt.DryRun = False,
 ) -> None:
     """Inpaint the white region of a mask, a box or the region at a point in one image or many, of any size."""
-    given = dict(locals())
-    sampling = {"num_inference_steps": steps, "guidance_scale": guidance, "conditioning_scale": scale}
+    given = {**locals(), "control": paired(control or [], "--control", opt.CONTROL), "scale": scale or []}
+    sampling = {"num_inference_steps": steps, "guidance_scale": guidance}
+    sampling["conditioning_scale"] = scale[0] if scale else None
     _run(given, {**sampling, "sigmas": sigmas, "seed": seed, "injection": injection})
 
 
@@ -88,6 +96,7 @@ def _run(given: dict[str, Any], sampling: dict[str, Any]) -> None:
         return show({**plan, **(sampling if sampler is None else sampler.model_dump())}, as_json=False)
     from refine_control.pipeline.batch import Plan, inpaint_photograph, inpaint_source
     from refine_control.pipeline.inpainter import Inpainter
+    from refine_control.pipeline.pictures import read_condition
 
     if given["size"] is not None:
         from refine_control.pipeline.files import inpaint_file
@@ -95,6 +104,9 @@ def _run(given: dict[str, Any], sampling: dict[str, Any]) -> None:
         square = {name: given[name] for name in ("model", "controlnet", "size", "composite")}
         return print(inpaint_file(image, given["mask"], given["prompt"], out, sampler=sampler, **square))
     photograph, hole = (None, None) if several else _read(given, region)
+    for _, picture in given["control"]:
+        assert photograph is not None
+        read_condition(picture, photograph, "white")  # refused before the model is loaded
     inpainter = Inpainter.load(model, given["controlnet"], runtime=given["runtime"])
     feather = 0 if given["composite"] else given["feather"]
     chosen = sampler or inpainter.sampler(**sampling)
@@ -102,7 +114,9 @@ def _run(given: dict[str, Any], sampling: dict[str, Any]) -> None:
     bar = progress_bar("inpaint")
     if photograph is None or hole is None:
         return print(inpaint_source(inpainter, image, out, plan, given["prompt"], bar))
-    for path in inpaint_photograph(inpainter, photograph, hole, given["prompt"], out, plan, bar):
+    how = {name: given[name] for name in ("prepared", "preparer")}
+    others = inpainter.beside(given["control"], photograph, scales=given["scale"], **how)
+    for path in inpaint_photograph(inpainter, photograph, hole, given["prompt"], out, plan, bar, others):
         print(path)
 
 
@@ -134,8 +148,10 @@ def _check(given: dict[str, Any], several: bool) -> tuple[str, list[int]] | None
         raise InvalidInputError("--composite keeps every pixel outside the mask, and --feather fades there; give one")
     if given["segmenter"] and not given["point"]:
         raise InvalidInputError("--segmenter proposes the regions of --point; give a point, or leave it out")
+    _check_control(given, several)
     if given["size"] is not None:
         usual = {"box": None, "point": None, "runtime": "torch", "whole": False, "context": 0.5, "feather": None}
+        usual["control"] = []
         other = [name for name, value in {**usual, "seeds": 1}.items() if given[name] != value]
         if several or other:
             raise InvalidInputError(
@@ -143,6 +159,20 @@ def _check(given: dict[str, Any], several: bool) -> tuple[str, list[int]] | None
             )
     name = next((name for name in ("box", "point") if given[name] is not None), None)
     return None if name is None else (name, _numbers(name, given[name]))
+
+
+def _check_control(given: dict[str, Any], several: bool) -> None:
+    """Raises InvalidInputError for options of further ControlNets that do not go together."""
+    from refine_control.pipeline.together import check_scales
+
+    control = given["control"]
+    if control and several:
+        raise InvalidInputError(f"--control is for one photograph, and {given['image']} holds several; leave it out")
+    if control and given["runtime"] != "torch":
+        raise InvalidInputError("an exported folder paints with its own ControlNet alone; leave out --control")
+    if not control and (unused := [name for name in ("prepared", "preparer") if given[name]]):
+        raise InvalidInputError(f"--{unused[0]} is about the pictures of --control; give one, or leave it out")
+    check_scales(given["scale"], 1 + len(control))
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -119,6 +119,23 @@ Steps = Annotated[
 Guidance = Annotated[
     float | None, number("Guidance scale, 1 or less disables guidance; default: 7 for SD3, 3 for mini.", 0, 100)
 ]
+Prepared = Annotated[
+    bool, typer.Option("--prepared", help="The pictures are condition pictures: nothing is made of them.")
+]
+Preparer = Annotated[
+    str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth, pose).")
+]
+Scales = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--conditioning-scale",
+        min=0,
+        max=2,
+        help="Factor on control residuals; repeated, one for each ControlNet; default: as each one's card says.",
+    ),
+]
+CONTROL = "CONTROLNET=PICTURE, such as canny=photo.png"
+"""How a ControlNet is given with what it is shown."""
 Scale = Annotated[
     float | None,
     typer.Option(

@@ -86,6 +86,13 @@ def region(given: Image.Image, header: Header) -> np.ndarray:
     return grey > 127
 
 
+def condition_picture(given: Image.Image, header: Header) -> np.ndarray:
+    """A condition picture in RGB, of the size of a photograph as shown or as stored -> (H, W, 3) uint8 as shown.
+
+    Raises Rejected with the reason."""
+    return np.asarray(_as_shown(given, header, _CONDITION))
+
+
 def _open(entry: Entry, name: str, part: _Part, ground: str = "black") -> Image.Image:
     """The file of a part in RGB, turned by its own EXIF."""
     if not exists(entry.root, name):

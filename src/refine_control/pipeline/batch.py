@@ -13,7 +13,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from refine_control.photos.sources import entries
 from refine_control.pipeline.framing import CONTEXT
 from refine_control.pipeline.inpainter import Inpainted, Inpainter, check_edges
 from refine_control.pipeline.pictures import check_ending, check_prompt, encode_picture
+from refine_control.pipeline.together import Beside
 from refine_control.progress import Progress
 from refine_control.records import Entry, Rejected, RejectReason
 from refine_control.storage import MANIFEST, only_writer, sha256_file, write_atomic
@@ -61,8 +62,9 @@ class Plan(NamedTuple):
         mask: np.ndarray,
         prompt: str,
         progress: Progress | None = None,
+        others: Sequence[Beside] = (),
     ) -> Iterator[Inpainted]:
-        """Paints one after the other; `progress` counts their steps."""
+        """Paints one after the other, each with the `others` of `Inpainter.beside`; `progress` counts their steps."""
         for number in range(self.seeds):
             sampler = self.sampler.model_copy(update={"seed": self.sampler.seed + number})
 
@@ -71,7 +73,7 @@ class Plan(NamedTuple):
                     progress(number * total + done, self.seeds * total, note)
 
             edges = {"whole": self.whole, "context": self.context, "feather": self.feather}
-            yield inpainter.repaint(photograph, mask, prompt, sampler, **edges, progress=advance)
+            yield inpainter.repaint(photograph, mask, prompt, sampler, others, **edges, progress=advance)
 
     def files(self, out: Path) -> list[Path]:
         """`out` for one variant; for several out-0.png, out-1.png, ..."""
@@ -107,12 +109,15 @@ def inpaint_photograph(
     out: Path,
     plan: Plan,
     progress: Progress | None = None,
+    others: Sequence[Beside] = (),
 ) -> list[Path]:
     """Writes a photograph with the region of mask (H, W) bool repainted, one file for each seed; returns their paths.
 
+    `others` are ControlNets that paint with the inpainter's own (`Inpainter.beside`).
+
     Raises what `Inpainter.repaint` and `Inpainted.save` raise."""
     check_ending(out)
-    painted = plan.variants(inpainter, photograph, mask, prompt, progress)
+    painted = plan.variants(inpainter, photograph, mask, prompt, progress, others)
     return [result.save(path) for path, result in zip(plan.files(out), painted, strict=True)]
 
 

@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from refine_control.conditions.condition import Shown, find_condition, has_region, own_condition
+from refine_control.conditions.condition import Shown
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.models.card import choose_sampler
-from refine_control.models.controlnet import Control, ControlNet
+from refine_control.models.controlnet import Control
 from refine_control.models.devices import best_device
 from refine_control.pipeline.inpainter import Inpainter
 from refine_control.pipeline.painting import paint, warn_wasted_steps
 from refine_control.pipeline.pictures import check_ending, encode_picture
+from refine_control.pipeline.together import (
+    Reading,
+    conditioning_scales,
+    load_beside,
+    readings,
+    refuse_own_transformer,
+    refuse_region,
+)
 
 if TYPE_CHECKING:
-    from refine_control.models.backbone import Backbone
     from refine_control.records import Photo
-
-_COLOUR = 16
-"""Mean difference between channels of a picture in colour; that of a grey one is noise of its JPEG."""
-_MAP = "depth"
-"""The kind by whose rules a picture is read for a ControlNet that does not say its kind."""
 
 
 def inpaint_file(
@@ -79,20 +81,22 @@ def generate_file(
     `scales` are the conditioning scales, one for all or one for each; by default each ControlNet's own. The rest of
     `sampler` is by default what `choose_sampler` says for the first. Raises InvalidInputError for ControlNets and files
     that cannot be used, MissingError for what is not there."""
+    from refine_control.models.loading import load_painter
+
     names, pictures = zip(*controls, strict=True)
     _check_files(pictures, "a picture for each ControlNet")
-    if len(scales) not in (0, 1, len(names)):
-        raise InvalidInputError(f"{len(scales)} conditioning scales for {len(names)} ControlNets; give one for each")
-    side = _check(prompt, "the picture", out, model, size)
-    backbone, networks = _load_several(model, names)
-    kinds = [own_condition(network.config) for network in networks]
-    if preparer and (prepared or not any(kind and find_condition(kind).network for kind in kinds)):
-        raise InvalidInputError(f"no condition picture is to be made by the model {preparer}; leave it out")
-    shown = [_show(*given, prompt, side, prepared, preparer) for given in zip(pictures, kinds, strict=True)]
     sampler = sampler or choose_sampler(model, names[0], {})
+    factors = conditioning_scales(model, names, scales, sampler.conditioning_scale)
+    side = _check(prompt, "the picture", out, model, size)
+    refuse_own_transformer(names)
+    backbone, network = load_painter(model, names[0], best_device())
+    refuse_region([network], names[:1])
+    networks = [network, *load_beside(backbone, names[1:])]
+    shown = [
+        _show(picture, reading, prompt, side)
+        for picture, reading in zip(pictures, readings(networks, prepared, preparer), strict=True)
+    ]
     warn_wasted_steps(backbone, sampler)
-    usual = [sampler.conditioning_scale, *(choose_sampler(model, name, {}).conditioning_scale for name in names[1:])]
-    factors = list(scales) * (len(names) if len(scales) == 1 else 1) or usual
     first, *others = map(Control, networks, shown, factors)
     sampler = sampler.model_copy(update={"conditioning_scale": first.scale})
     painted = paint(backbone, first.controlnet, first.seen, [prompt], sampler, others=others)
@@ -133,39 +137,13 @@ def _read(image: Path, prompt: str, side: int, *, mask: Path | None = None, give
         raise InvalidInputError(f"{files}: {rejected.detail} ({rejected.reason.value})") from None
 
 
-def _show(picture: Path, kind: str | None, prompt: str, side: int, prepared: bool, preparer: str | None) -> Shown:
-    """What a ControlNet is shown of a picture; of one that does not say its kind the picture is given, as a map is.
-
-    Raises InvalidInputError for a given picture in colour where it should be grey."""
-    record = find_condition(kind or _MAP)
-    model = preparer if record.network else None
-    given = prepared or kind is None or not (record.prepare or model)
-    cond = _read(picture, prompt, side, given=given, condition=record.name, preparer=model).cond
+def _show(picture: Path, reading: Reading, prompt: str, side: int) -> Shown:
+    """What a ControlNet is shown of a picture's central square. Raises what `Reading.check` raises."""
+    how = {"condition": reading.record.name, "preparer": reading.preparer}
+    cond = _read(picture, prompt, side, given=reading.given, **how).cond
     assert cond is not None
-    if given and kind and record.grey and np.ptp(cond, axis=2).mean() > _COLOUR:
-        raise InvalidInputError(
-            f"{picture} is in colour, and the condition {kind} is {record.title}, in grey; give such a picture"
-        )
+    reading.check(cond, picture)
     return Shown(cond[None])
-
-
-def _load_several(model: str, names: Sequence[str]) -> tuple[Backbone, list[ControlNet]]:
-    """The model and ControlNets that are shown no region. Raises InvalidInputError for others, and for several of which
-    one has a transformer of its own."""
-    from refine_control.models.loading import load_painter, load_student, resolve
-    from refine_control.models.own_transformer import own_folder
-
-    if len(names) > 1 and (joint := [name for name in names if own_folder(resolve(name))]):
-        raise InvalidInputError(f"{joint[0]} was trained together with a transformer; use it without other ControlNets")
-    backbone, first = load_painter(model, names[0], best_device())
-    networks = [first, *(load_student(backbone, name)[1] for name in names[1:])]
-    for name, network in zip(names, networks, strict=True):
-        if has_region(network.config):
-            raise InvalidInputError(
-                f"the ControlNet of {name} reads a mask; use it by `refine-control inpaint`, or name one that is shown "
-                "no region"
-            )
-    return backbone, networks
 
 
 def _write(painted: np.ndarray, out: Path) -> Path:

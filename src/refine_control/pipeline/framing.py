@@ -49,6 +49,11 @@ class Frame(NamedTuple):
         """(w, h) of the picture that the model paints."""
         return tuple(-(-side // multiple) * multiple for side in self.size)  # type: ignore[return-value]
 
+    def padding(self, multiple: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns to add before and after its content."""
+        (width, height), (w, h) = self.padded(multiple), self.size
+        return (0, height - h), (0, width - w)
+
 
 def box_mask(box: Box, width: int, height: int) -> np.ndarray:
     """(H, W) bool: True inside the box. Raises InvalidInputError for a box that is empty or reaches outside."""
@@ -150,13 +155,21 @@ def cut(image: np.ndarray, mask: np.ndarray, frame: Frame, multiple: int) -> tup
 
     A pixel of the model is in the hole where any pixel of the photograph under it is."""
     (x0, y0, x1, y1), (w, h) = frame.box, frame.size
-    part, hole = image[y0:y1, x0:x1], mask[y0:y1, x0:x1]
+    hole = mask[y0:y1, x0:x1]
     if frame.size != (x1 - x0, y1 - y0):
-        part = np.asarray(Image.fromarray(part).resize(frame.size, Image.Resampling.LANCZOS))
         hole = _any_under(_any_under(hole, h, 0), w, 1)
-    width, height = frame.padded(multiple)
-    sides = ((0, height - h), (0, width - w))
-    return np.pad(part, (*sides, (0, 0)), "reflect"), np.pad(hole, sides, "reflect")
+    return cut_picture(image, frame, multiple), np.pad(hole, frame.padding(multiple), "reflect")
+
+
+def cut_picture(
+    image: np.ndarray, frame: Frame, multiple: int, how: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
+    """image (H, W, 3) uint8 -> a frame of it as the model paints it, (h, w, 3) uint8, resized as `how` says."""
+    x0, y0, x1, y1 = frame.box
+    part = image[y0:y1, x0:x1]
+    if frame.size != (x1 - x0, y1 - y0):
+        part = np.asarray(Image.fromarray(part).resize(frame.size, how))
+    return np.pad(part, (*frame.padding(multiple), (0, 0)), "reflect")
 
 
 def _any_under(mask: np.ndarray, count: int, axis: int) -> np.ndarray:

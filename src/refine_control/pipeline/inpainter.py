@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -19,13 +20,29 @@ from refine_control.errors import InvalidInputError
 from refine_control.models.card import choose_sampler, default_controlnet
 from refine_control.models.fit import Geometry
 from refine_control.pipeline.framing import CONTEXT, FEATHER, Box, blend, cut, frames, opacity, uncut
-from refine_control.pipeline.pictures import Picture, check_prompt, encode_picture, read_mask, read_photograph
+from refine_control.pipeline.pictures import (
+    Picture,
+    check_prompt,
+    encode_picture,
+    read_condition,
+    read_mask,
+    read_photograph,
+)
+from refine_control.pipeline.together import (
+    Beside,
+    check_scales,
+    conditioning_scales,
+    load_beside,
+    readings,
+    refuse_own_transformer,
+)
 from refine_control.progress import Progress
 from refine_control.records import INPAINT
 
 if TYPE_CHECKING:
+    from refine_control.conditions.condition import Shown
     from refine_control.models.backbone import Backbone
-    from refine_control.models.controlnet import ControlNet
+    from refine_control.models.controlnet import Control, ControlNet
     from refine_control.photos.decode import Original
 
 Runtime = Literal["torch", "onnx", "openvino"]
@@ -64,11 +81,12 @@ class ExportedPainter(Painter, Protocol):
 
 
 class TorchPainter:
-    """The stock pipeline with exact injection, of a model and a ControlNet that are loaded; for FLUX, of which stock
-    has none that reads a mask, `painting.paint`."""
+    """The stock pipeline with exact injection, of a model and a ControlNet that are loaded; `painting.paint` for FLUX,
+    of which stock has none that reads a mask, and for several ControlNets."""
 
     def __init__(self, backbone: Backbone, controlnet: ControlNet) -> None:
         self.backbone, self.controlnet = backbone, controlnet
+        self._others: Sequence[Control[Shown]] = ()
         self._pipelines: dict[tuple[str, str], Any] = {}
         self._warned: set[tuple[str, int]] = set()
 
@@ -76,6 +94,12 @@ class TorchPainter:
     def geometry(self) -> Geometry:
         """The sizes that it paints."""
         return self.backbone.geometry
+
+    def beside(self, others: Sequence[Control[Shown]]) -> TorchPainter:
+        """The same painter, of one picture, of which the other ControlNets are shown what they are."""
+        painter = copy(self)
+        painter._others = others
+        return painter
 
     def paint(
         self,
@@ -90,12 +114,12 @@ class TorchPainter:
         from refine_control.pipeline.painting import make_pipeline, paint, run_pipeline, warn_wasted_steps
 
         assert mask is not None
-        if self.backbone.is_flux:
-            shown = Shown(image[None], mask[None])
-            return paint(self.backbone, self.controlnet, shown, [prompt], sampler, progress=progress)[0]
         if (spacing := (sampler.sigmas, sampler.num_inference_steps)) not in self._warned:
             self._warned.add(spacing)
             warn_wasted_steps(self.backbone, sampler)
+        if self.backbone.is_flux or self._others:
+            shown, how = Shown(image[None], mask[None]), {"others": self._others, "progress": progress}
+            return paint(self.backbone, self.controlnet, shown, [prompt], sampler, **how)[0]
         kind = sampler.injection, sampler.latents
         if kind not in self._pipelines:
             self._pipelines[kind] = make_pipeline(self.backbone, self.controlnet, *kind)
@@ -135,6 +159,7 @@ class Inpainter:
 
     def __init__(self, painter: Painter, model: str = "mini", controlnet: str | Path | None = None) -> None:
         self.painter, self.model, self.controlnet = painter, model, controlnet
+        self._loaded: dict[str | Path, ControlNet] = {}
 
     @classmethod
     def load(
@@ -186,6 +211,38 @@ class Inpainter:
             return self.painter.choose_sampler(given)
         return choose_sampler(self.model, self.controlnet, given)
 
+    def beside(
+        self,
+        controls: Sequence[tuple[str | Path, Picture]],
+        photograph: Original,
+        *,
+        scales: Sequence[float] = (),
+        prepared: bool = False,
+        preparer: str | None = None,
+    ) -> tuple[Beside, ...]:
+        """The ControlNets that paint beside this model's, each with a picture of the photograph's size.
+
+        `scales` are conditioning scales: none, one for all, or one for each, the model's own ControlNet first. Raises
+        InvalidInputError for what cannot be used, MissingError for what is not there."""
+        names = [name for name, _ in controls]
+        every = [self.controlnet, *names]
+        check_scales(scales, len(every))
+        if not controls:
+            return ()
+        if not isinstance(self.painter, TorchPainter):
+            raise InvalidInputError("an exported folder paints with its own ControlNet alone; leave out `controls`")
+        refuse_own_transformer(every)
+        _, *factors = conditioning_scales(self.model, every, scales, 1.0)
+        absent = [name for name in names if name not in self._loaded]
+        self._loaded |= zip(absent, load_beside(self.painter.backbone, absent), strict=True)
+        networks = [self._loaded[name] for name in names]
+        chosen, read = list[Beside](), readings(networks, prepared, preparer)
+        for network, scale, reading, (_, given) in zip(networks, factors, read, controls, strict=True):
+            picture = read_condition(given, photograph, reading.ground)
+            reading.check(picture, given if isinstance(given, str | Path) else "the condition picture")
+            chosen.append(Beside(network, scale, reading, picture))
+        return tuple(chosen)
+
     def inpaint(
         self,
         image: Picture,
@@ -195,7 +252,10 @@ class Inpainter:
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        conditioning_scale: float | None = None,
+        conditioning_scale: float | Sequence[float] | None = None,
+        controls: Sequence[tuple[str | Path, Picture]] = (),
+        prepared: bool = False,
+        preparer: str | None = None,
         whole: bool = False,
         context: float = CONTEXT,
         feather: int | None = None,
@@ -207,18 +267,24 @@ class Inpainter:
         or True = inpaint, or a box x0, y0, x1, y1. Defaults of the sampling are those of the ControlNet's card.
         `whole` paints the photograph as it is, else a frame around the hole with `context` times the hole's longer side
         on each side (0 to 10; see `framing`). `feather` is the width in pixels in which the painted part fades out
-        around the hole (0 to 1000; default: 1/32 of the frame); everything farther away is kept exactly. `progress`
-        counts the sampling steps. Raises InvalidInputError for what cannot be used."""
+        around the hole (0 to 1000; default: 1/32 of the frame); everything farther away is kept exactly. `controls`
+        are ControlNets without a mask that paint with the model's own, each with a picture of the photograph's size:
+        a photograph, of which the condition picture is made, or that itself where it is `prepared` or the condition has
+        no preparation (`preparer`: the model that makes it). `conditioning_scale` is one for all or one for each, the
+        model's own first. `progress` counts the sampling steps, with `controls` the frames. Raises InvalidInputError
+        for what cannot be used."""
         check_prompt(prompt)
         photograph = read_photograph(image)
         region = read_mask(mask, photograph)
+        scales = [] if conditioning_scale is None else np.atleast_1d(conditioning_scale).tolist()
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         try:
-            sampler = self.sampler(**given, conditioning_scale=conditioning_scale, seed=seed)
+            sampler = self.sampler(**given, conditioning_scale=scales[0] if scales else None, seed=seed)
         except ValueError as error:  # pydantic's names the field, the range and the value
             raise InvalidInputError(f"settings of the sampling that cannot be used: {error}") from None
+        others = self.beside(controls, photograph, scales=scales, prepared=prepared, preparer=preparer)
         how: Any = {"whole": whole, "context": context, "feather": feather, "progress": progress}
-        return self.repaint(photograph, region, prompt, sampler, **how)
+        return self.repaint(photograph, region, prompt, sampler, others, **how)
 
     def repaint(
         self,
@@ -226,13 +292,14 @@ class Inpainter:
         mask: np.ndarray,
         prompt: str,
         sampler: SamplerConfig,
+        others: Sequence[Beside] = (),
         *,
         whole: bool = False,
         context: float = CONTEXT,
         feather: int | None = None,
         progress: Progress | None = None,
     ) -> Inpainted:
-        """As `inpaint`, of a photograph that is read, mask (H, W) bool, and with a sampler."""
+        """As `inpaint`, of a photograph that is read, mask (H, W) bool, with a sampler and what `beside` gives."""
         check_prompt(prompt)
         check_edges(context, feather)
         began, geometry = time.monotonic(), self.painter.geometry
@@ -247,8 +314,11 @@ class Inpainter:
             hole[b:d, a:c] = left[b:d, a:c]
             if not hole.any():  # all of it lay in the bounding box of another
                 continue
-            seen = cut(shown, left, frame, geometry.multiple)
-            painted = uncut(self.painter.paint(*seen, prompt, sampler, _later(progress, number, len(planned))), frame)
+            seen, painter = cut(shown, left, frame, geometry.multiple), self.painter
+            if others:
+                assert isinstance(painter, TorchPainter)
+                painter = painter.beside([each.of_frame(frame, geometry.multiple) for each in others])
+            painted = uncut(painter.paint(*seen, prompt, sampler, _later(progress, number, len(planned))), frame)
             width = round(FEATHER * max(x1 - x0, y1 - y0)) if feather is None else feather
             left_edge, top = max(x0, a - width), max(y0, b - width)
             place = np.s_[top : min(y1, d + width), left_edge : min(x1, c + width)]

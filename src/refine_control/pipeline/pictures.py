@@ -21,7 +21,7 @@ from PIL import Image
 from refine_control.errors import InvalidInputError
 from refine_control.photos.decode import Original, as_original, decode, on_ground, read_original
 from refine_control.photos.files import read_bytes
-from refine_control.photos.load import region
+from refine_control.photos.load import condition_picture, region
 from refine_control.pipeline.framing import box_mask
 from refine_control.records import MAX_PIXELS, Rejected
 
@@ -50,13 +50,26 @@ def read_mask(mask: Picture | Sequence[int], photograph: Original) -> np.ndarray
             raise InvalidInputError(f"{tuple(mask)} is no box; give x0, y0, x1, y1 in whole pixels")
         x0, y0, x1, y1 = map(int, mask)
         mask = box_mask((x0, y0, x1, y1), *photograph.header.size)
-    if isinstance(mask, str | Path):
-        with _refusing(mask):
-            picture = decode(_read(Path(mask), "a mask (white = inpaint)"))[0]
-    else:
-        picture = _as_pil(mask, "the mask")
+    picture = _open(mask, "the mask", "a mask (white = inpaint)")
     with _refusing(mask if isinstance(mask, str | Path) else "the mask"):
         return region(on_ground(picture, "black").convert("L"), photograph.header)
+
+
+def read_condition(picture: Picture, photograph: Original, ground: str) -> np.ndarray:
+    """(H, W, 3) uint8 of a photograph as shown, from a file, a PIL image or an array, with `ground` under transparency.
+
+    Raises InvalidInputError for what is no picture of its size."""
+    opened = _open(picture, "the condition picture", "a picture of the photograph's size for each ControlNet")
+    with _refusing(picture if isinstance(picture, str | Path) else "the condition picture"):
+        return condition_picture(on_ground(opened, ground), photograph.header)
+
+
+def _open(given: Picture, what: str, advice: str) -> Image.Image:
+    """A picture from a file, upright, from a PIL image or an array."""
+    if not isinstance(given, str | Path):
+        return _as_pil(given, what)
+    with _refusing(given):
+        return decode(_read(Path(given), advice))[0]
 
 
 def encode_picture(image: Image.Image, out: Path, **more: Any) -> bytes:
