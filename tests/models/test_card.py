@@ -127,6 +127,29 @@ def test_the_card_of_a_controlnet_stands_above_that_of_the_model(folder, tmp_pat
     assert own_sampling("author/sd3", "nobody/at-all") == {}
 
 
+DUAL = {"num_layers": 24, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}
+FLUX = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "controlnet", "advised"),
+    [
+        ({"num_layers": 24}, {"num_layers": 23, "joint_attention_dim": 64}, {"conditioning_scale": 0.95}),
+        (DUAL, {**DUAL, "num_layers": 23, "joint_attention_dim": 64}, {"conditioning_scale": 0.8}),
+        (FLUX, {"num_layers": 4, "num_single_layers": 1}, {"conditioning_scale": 0.5, "guidance_scale": 3.5}),
+        (FLUX, {"num_layers": 4}, {"guidance_scale": 3.5}),  # of no family: the loader says so
+    ],
+)
+def test_without_a_card_the_scale_is_that_of_the_family(tmp_path, transformer, controlnet, advised):
+    for name, config in {"model/transformer": transformer, "net": controlnet, "model/controlnet": controlnet}.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for named in (str(tmp_path / "net"), None):
+        assert own_sampling(str(tmp_path / "model"), named) == advised
+    sampler = choose_sampler(str(tmp_path / "model"), str(tmp_path / "net"), {})
+    assert sampler.conditioning_scale == advised.get("conditioning_scale", 0.95)
+
+
 def test_what_is_given_stands_above_the_card(folder, caplog):
     sampler, warnings = chosen(folder, caplog, num_inference_steps=2, guidance_scale=None, sigmas="scheduler", seed=5)
     assert sampler == SamplerConfig(**{**FOUR, "num_inference_steps": 2, "sigmas": "scheduler", "seed": 5})

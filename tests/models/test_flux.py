@@ -323,7 +323,10 @@ def test_a_folder_whose_map_is_none_is_refused(painters, tmp_path):
 def test_folders_of_other_models_are_refused(tiny_flux, tiny_backbone):
     with pytest.raises(InvalidInputError, match="has single layers beside double ones"):
         load_student(tiny_backbone, tiny_flux / "inpaint")
-    for net, words in (("edge", "has no single layers in its config"), (None, "holds no ControlNet; name one")):
+    for net, words in (
+        ("edge", "the ControlNet of edge has no single layers in its config"),
+        (None, "holds no ControlNet; name one"),
+    ):
         with pytest.raises(InvalidInputError, match=words):
             load_painter(tiny_flux / "model", net)
     with pytest.raises(InvalidInputError, match="is a FLUX model, and exports are of SD3's"):

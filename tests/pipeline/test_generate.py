@@ -61,7 +61,7 @@ def painted(monkeypatch, tiny_backbone):
     """The arguments of `paint`, on the tiny backbone."""
     calls, paint = [], pipeline.paint
 
-    def around(_model, controlnet=None, device="cpu"):
+    def around(_model, controlnet=None, **_):
         parts = {**tiny_backbone.pipeline.components, "controlnet": controlnet}
         return Backbone(StableDiffusion3ControlNetInpaintingPipeline(**parts), max_sequence_length=0)
 

@@ -248,7 +248,7 @@ def cache_folder(
     controlnet = load_controlnet(teacher) if teacher else None
     controlled = painting or controlnet is not None or has_controlnet(model)
     how = {"cpu_kernels": painting, "device": best_device(), "painting": painting, "controlled": controlled}
-    backbone = load_backbone(model, controlnet, **how)
+    backbone = load_backbone(model, controlnet, controlnet_name=teacher, **how)
     return build_cache(source, out, backbone, progress, note=note, **stored._asdict())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.families.flux import is_flux_folder
+from refine_control.models.families import find_family, flux
 from refine_control.models.hub import folder_of
 from refine_control.records import INPAINT
 from refine_control.storage import write_atomic, write_json
@@ -85,25 +85,29 @@ def read_card(controlnet: str | Path) -> StudentCard | None:
 
 def own_sampling(model: str, controlnet: str | Path | None = None) -> dict[str, Any]:
     """Fields of SamplerConfig for a model with a ControlNet (None: its own), where nobody says: those of the
-    ControlNet's card, else the bundle's or FLUX's; none for SD3, whose are the defaults. Raises what `read_card`
-    raises."""
+    ControlNet's card, else the bundle's or of the published family; the others have their defaults. Raises what
+    `read_card` raises."""
     if controlnet is not None and (card := read_card(controlnet)):
         return card.fields
     bundle = model == "mini" or (Path(model) / CARD).is_file()
-    return dict(SAMPLING) if bundle else _flux_sampling(model)
+    return dict(SAMPLING) if bundle else _published_sampling(model, controlnet)
 
 
-def _flux_sampling(model: str) -> dict[str, Any]:
-    """The embedded guidance scale of FLUX.1-dev, none for FLUX without; nothing for other models and those that are not
-    there."""
+def _published_sampling(model: str, controlnet: str | Path | None) -> dict[str, Any]:
+    """What publishers advise, by the configs: the conditioning scale of a ControlNet's family, and the embedded
+    guidance scale of FLUX.1-dev, none for FLUX without; nothing for models that are not there."""
     from refine_control.models.components import read_json  # with torch: a runtime without it reads cards
 
-    with contextlib.suppress(InvalidInputError, MissingError):  # the loader says what is wrong with the name
-        folder = folder_of(model, ["model_index.json", "transformer/config.json"], "a model")
-        if is_flux_folder(read_json(folder / "model_index.json", "")):
-            embeds = read_json(folder / "transformer" / "config.json", "").get("guidance_embeds")
-            return {"guidance_scale": FLUX_GUIDANCE if embeds else 1.0}
-    return {}
+    advised = dict[str, Any]()
+    with contextlib.suppress(InvalidInputError, MissingError, KeyError):  # the loader says what is wrong with the name
+        folder = folder_of(model, ["transformer/config.json", "controlnet/config.json"], "a model")
+        transformer = read_json(folder / "transformer" / "config.json", "")
+        if flux.matches(transformer):
+            advised["guidance_scale"] = FLUX_GUIDANCE if transformer.get("guidance_embeds") else 1.0
+        named = folder / "controlnet" if controlnet is None else folder_of(controlnet, ["config.json"], "a ControlNet")
+        family = find_family(transformer, read_json(named / "config.json", ""))
+        advised["conditioning_scale"] = family.conditioning_scale
+    return advised
 
 
 def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str, Any]) -> SamplerConfig:
@@ -111,7 +115,7 @@ def choose_sampler(model: str, controlnet: str | Path | None, given: Mapping[str
 
     Raises what `read_card` raises."""
     card = read_card(controlnet) if controlnet is not None else None
-    return sampler_by_card(card, controlnet, given, {} if card else own_sampling(model))
+    return sampler_by_card(card, controlnet, given, {} if card else own_sampling(model, controlnet))
 
 
 def sampler_by_card(

@@ -91,8 +91,10 @@ def _check(part: str, key: str, value: Any, other: str, expected: Any, fits: boo
         )
 
 
-def check_neighbours(components: Mapping[str, Any], folder: Path) -> None:
-    """Raises InvalidInputError where a component of an SD3 or FLUX pipeline does not fit the others."""
+def check_neighbours(components: Mapping[str, Any], folder: Path, controlnet: str | Path) -> None:
+    """Raises InvalidInputError where a component of an SD3 or FLUX pipeline does not fit the others.
+
+    `folder` and `controlnet` name the pipeline and its ControlNet."""
     transformer, vae = components["transformer"].config, components["vae"].config
     packed = flux.matches(transformer)
     channels = transformer["in_channels"] // (4 if packed else 1)
@@ -107,7 +109,7 @@ def check_neighbours(components: Mapping[str, Any], folder: Path) -> None:
         _check(f"the transformer of {folder}", "out_channels", transformer["out_channels"], "its in_channels", channels)
     _check_text(components, transformer, packed, folder)
     if components["controlnet"] is not None:
-        check_controlnet(components["controlnet"].config, transformer, folder)
+        check_controlnet(components["controlnet"].config, transformer, controlnet)
 
 
 def _check_text(components: Mapping[str, Any], transformer: Mapping[str, Any], packed: bool, folder: Path) -> None:

@@ -139,7 +139,7 @@ def load_painter(
 ) -> tuple[Backbone, SD3ControlNetModel]:
     """A model that need not have a ControlNet, with one from a folder as `load_student` gives it; None: the model's."""
     loaded = load_controlnet(controlnet, own_transformer=True) if controlnet else None
-    backbone = load_backbone(model, loaded, device=device)
+    backbone = load_backbone(model, loaded, device=device, controlnet_name=controlnet)
     around = _around_own(backbone, controlnet) if controlnet else backbone
     join(backbone.pipeline.controlnet, around.transformer)
     return around, backbone.pipeline.controlnet
@@ -281,11 +281,16 @@ def has_controlnet(model: str | Path) -> bool:
     return read_index(resolve(model))[1]["controlnet"] is not None
 
 
-def load_pipeline(model: str | Path, controlnet: SD3ControlNetModel | None = None, controlled: bool = True) -> Any:
+def load_pipeline(
+    model: str | Path,
+    controlnet: SD3ControlNetModel | None = None,
+    controlled: bool = True,
+    controlnet_name: str | Path | None = None,
+) -> Any:
     """The stock pipeline (`PipelineLayout`) of a model in fp32, every component loaded strictly and fitting the others.
 
     The folder may lack a ControlNet (plain SD3, FLUX) if one is given; unless `controlled`, the pipeline has none.
-    Raises what `load_controlnet` raises."""
+    `controlnet_name` is the ControlNet's in messages. Raises what `load_controlnet` raises."""
     path = resolve(model)
     layout, named = read_index(path)
     if controlled and controlnet is None and named["controlnet"] is None:
@@ -303,7 +308,7 @@ def load_pipeline(model: str | Path, controlnet: SD3ControlNetModel | None = Non
     if controlled and controlnet is None:
         controlnet = _load_placed(path / "controlnet")
     components["controlnet"] = controlnet
-    check_neighbours(components, path)
+    check_neighbours(components, path, controlnet_name or path)
     if controlled:
         join(cast(SD3ControlNetModel, controlnet), components["transformer"])
     return layout.pipeline(**components)
@@ -325,12 +330,14 @@ def load_backbone(
     device: torch.device | str = "cpu",
     painting: bool = True,
     controlled: bool = True,
+    controlnet_name: str | Path | None = None,
 ) -> Backbone:
     """The frozen parts of a model, put on `device` as `Backbone.to` does; unless `controlled` without its ControlNet.
 
     `cpu_kernels` uses the operators that are fast on a CPU, where the model runs there. A bundle of this project
-    states its closed vocabulary in its card. Raises what `load_pipeline` raises."""
-    pipeline, file = load_pipeline(model, controlnet, controlled), resolve(model) / CARD
+    states its closed vocabulary in its card. Raises what `load_pipeline` raises, with its
+    `controlnet_name`."""
+    pipeline, file = load_pipeline(model, controlnet, controlled, controlnet_name), resolve(model) / CARD
     card = json.loads(file.read_text()) if file.is_file() else {}
     vocabulary = frozenset(card.get("vocabulary") or ()) or None
     usual = FLUX_MAX_SEQUENCE_LENGTH if is_flux(pipeline.transformer) else SD3_MAX_SEQUENCE_LENGTH

@@ -115,7 +115,7 @@ class Comparison:
         """The model with its teacher on the best device; without `painting` its VAE and encoders alone."""
         model, teacher = self.names
         controlnet = load_controlnet(teacher) if teacher else None
-        return load_backbone(model, controlnet, cpu_kernels, best_device(), painting)
+        return load_backbone(model, controlnet, cpu_kernels, best_device(), painting, controlnet_name=teacher)
 
     def mark(self) -> list[str]:
         """Hashes and names of the model and data that results depend on, beside the budget."""

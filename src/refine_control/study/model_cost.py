@@ -89,7 +89,8 @@ def load_models(model: str, teacher: str | Path | None, students: Mapping[str, P
     """A model on the best device with its teacher (None: its own ControlNet), and the students by name.
 
     Raises what `load_student` raises."""
-    backbone = load_backbone(model, load_controlnet(teacher) if teacher else None, device=best_device())
+    controlnet = load_controlnet(teacher) if teacher else None
+    backbone = load_backbone(model, controlnet, device=best_device(), controlnet_name=teacher)
     loaded = {name: load_student(backbone, folder) for name, folder in students.items()}
     own_backbones = {name: around for name, (around, _) in loaded.items() if around is not backbone}
     return Models(

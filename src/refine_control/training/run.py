@@ -253,7 +253,7 @@ def prepare(recipe: Recipe, device: torch.device, *, cpu_kernels: bool = True) -
     Without `cpu_kernels` a CPU runs diffusers' own modules."""
     with_teacher = reads_teacher(recipe)
     teacher = load_controlnet(recipe.teacher) if recipe.teacher and with_teacher else None
-    backbone = load_backbone(recipe.model, teacher, controlled=with_teacher)
+    backbone = load_backbone(recipe.model, teacher, controlled=with_teacher, controlnet_name=recipe.teacher)
     started = new_student(recipe, backbone, device)
     exact = teacher_mark(backbone) if recipe.objective.is_few_step else ""  # before the cast, as `cache` has it
     kernels = cpu_kernels and device.type == "cpu"

@@ -74,4 +74,5 @@ def differences(family: Family, controlnet: Config) -> list[str]:
 def family(transformer: Config, controlnet: Config) -> Family:
     """The family of a ControlNet on this backbone. Finished students have even groups, so they stay so."""
     common = two_streams(NAME, transformer, controlnet)
-    return replace(common, sites=tuple(replace(sites, even=True) for sites in common.sites))
+    even = tuple(replace(sites, even=True) for sites in common.sites)
+    return replace(common, sites=even, conditioning_scale=0.95)
