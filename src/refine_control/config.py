@@ -24,6 +24,7 @@ Precision = Literal["fp32", "bf16"]
 Engine = Literal["ddp", "fsdp2"]
 Frozen = Literal["precision", "int8", "fp8"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+Offload = Literal["none", "mean", "moments"]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -242,7 +243,12 @@ class TrainingConfig(Section):
     )
     memory: Literal["recipe", "auto"] = Field(
         default="recipe",
-        description="auto chooses device_batch_size, checkpointing, optimizer.kind and frozen for the device",
+        description="auto chooses device_batch_size, offload, checkpointing, optimizer.kind and frozen for the device",
+    )
+    offload: Offload = Field(
+        default="none",
+        description="what is in the host's memory between the updates on a GPU: nothing, the running mean, or the mean "
+        "and the optimizer's moments",
     )
     compile: bool = Field(default=False, description="torch.compile the networks")
     engine: Engine = Field(

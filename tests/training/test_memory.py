@@ -134,6 +134,21 @@ def test_processes_that_share_parameters_hold_parts_of_the_sums(model):
     assert plans[0].peak - plans[1].peak >= 0.75 * sums - 16
 
 
+def test_what_is_offloaded_is_not_on_the_device(model):
+    options = {"precision": "bf16", "ema_decay": 0.9, "engine": "fsdp2"}
+    plans = {
+        offload: plan_memory(make(model, **options, offload=offload), processes=2)
+        for offload in ("none", "mean", "moments")
+    }
+    whole, mean, moments = plans.values()
+    assert (whole.offloaded, mean.offloaded, moments.offloaded) == (0, whole.average, whole.average + whole.moments)
+    for plan in (mean, moments):
+        assert plan.peak == whole.peak - plan.offloaded
+        assert plan.resident == whole.resident - plan.offloaded
+        assert "in the host's memory" in plan.text
+    assert plan_memory(make(model, **options, offload="moments"), cpu_kernels=True).offloaded == 0
+
+
 def test_blocks_that_recompute_save_what_they_keep(model):
     counts = 0, 1, 4
     recomputed = [{"gradient_checkpointing": True, "checkpointed_blocks": count} for count in counts]
@@ -178,31 +193,36 @@ def test_the_smallest_change_takes_the_most_samples_and_then_checkpointing():
 
 
 def test_auto_changes_first_what_changes_no_number():
-    recipe = load_recipe("mini/ours_stage1", ["training.batch_size=12", "training.gradient_checkpointing=true"])
+    settings = ["training.batch_size=12", "training.gradient_checkpointing=true", "training.ema_decay=0.9"]
+    recipe = load_recipe("mini/ours_stage1", settings)
     asked = []
 
-    def chosen(limit):
-        """A step takes 10 and 8 for each sample; moments 6 of the former, frozen weights 3."""
+    def chosen(limit, host=True):
+        """A step takes 11 and 8 for each sample; moments 6 of the former, frozen weights 3, the mean 1."""
 
         def fits(other):
             asked.append(t := other.training)
             recomputed = t.gradient_checkpointing * (t.checkpointed_blocks or 36) / 36
-            fixed = 10 - 4 * (other.optimizer.kind == "adamw8bit") - 2 * (t.frozen == "int8")
+            moments = 0 if host and t.offload == "moments" else 2 if other.optimizer.kind == "adamw8bit" else 6
+            fixed = 1 + moments + (not host or t.offload == "none") + (1 if t.frozen == "int8" else 3)
             return fixed + t.device_batch_size * (8 - 6 * recomputed) <= limit
 
         if (other := choose(recipe, fits)) is None:
             return None
-        t = other.training
-        return t.device_batch_size, t.gradient_checkpointing, t.checkpointed_blocks, other.optimizer.kind, t.frozen
+        t, kind = other.training, other.optimizer.kind
+        return t.device_batch_size, t.offload, t.gradient_checkpointing, t.checkpointed_blocks, kind, t.frozen
 
-    assert chosen(106) == (12, False, 0, "adamw", "precision")
-    assert chosen(45) == (4, False, 0, "adamw", "precision")
-    assert chosen(15) == (1, True, 18, "adamw", "precision")
-    assert chosen(12) == (1, True, 0, "adamw", "precision")
-    assert chosen(11.5) == (1, True, 15, "adamw8bit", "precision")
-    assert chosen(7.9) == (1, True, 25, "adamw8bit", "int8")
-    assert chosen(5) is None
-    assert len(asked) < 60
+    assert chosen(107) == (12, "none", False, 0, "adamw", "precision")
+    assert chosen(46) == (4, "none", False, 0, "adamw", "precision")
+    assert chosen(18) == (1, "mean", False, 0, "adamw", "precision")
+    assert chosen(12) == (1, "moments", False, 0, "adamw", "precision")
+    assert chosen(9) == (1, "moments", True, 18, "adamw", "precision")
+    assert chosen(6) == (1, "moments", True, 0, "adamw", "precision")
+    assert chosen(5.9) == (1, "moments", True, 25, "adamw", "int8")
+    assert chosen(12, host=False) == (1, "none", True, 30, "adamw", "int8")
+    assert chosen(8, host=False) == (1, "none", True, 30, "adamw8bit", "int8")
+    assert chosen(3) is None
+    assert len(asked) < 100
 
 
 def test_stage_1_of_sd3_at_1024_px_fits_48_gb_without_checkpointing():
@@ -220,18 +240,15 @@ def test_stage_1_of_sd3_at_512_px_fits_24_gb_in_8_bits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("side", "memory", "samples", "optimizer", "frozen"),
-    [
-        (64, 24e9, 1, "adamw8bit", "int8"),
-        (128, 141e9, 8, "adamw", "precision"),
-    ],
+    ("side", "memory", "samples", "offload"),
+    [(64, 24e9, 1, "moments"), (128, 141e9, 8, "none")],
     ids=["512 px on 24 GB", "8 at 1024 px on 141 GB"],
 )
-def test_auto_fits_stage_1_of_sd3_without_checkpointing(side, memory, samples, optimizer, frozen):
+def test_auto_fits_stage_1_of_sd3_without_checkpointing_and_without_8_bits(side, memory, samples, offload):
     chosen = fitted(load_recipe("sd3/balanced_stage1"), memory, "a GPU", size=(side, side))
     training = chosen.training
-    assert (training.device_batch_size, training.gradient_checkpointing) == (samples, False)
-    assert (chosen.optimizer.kind, training.frozen) == (optimizer, frozen)
+    assert (training.device_batch_size, training.offload, training.gradient_checkpointing) == (samples, offload, False)
+    assert (chosen.optimizer.kind, training.frozen) == ("adamw", "precision")
 
 
 def test_the_bound_that_spares_small_steps_their_plan_is_above_it(model):

@@ -1,8 +1,10 @@
-"""Checkpoints of moments in 8 bits."""
+"""Checkpoints of moments in 8 bits, and moments and means in the host's memory."""
 
+import pytest
 import torch
 
 from refine_control.config import OptimizerConfig
+from refine_control.training import optimizer
 from refine_control.training.optimizer import MasterWeights, Trainable, new_moments
 
 
@@ -21,13 +23,13 @@ class Half:
         return whole.chunk(2)[self.number]
 
 
-def moments_of(number=None):
+def moments_of(number=None, kind="adamw8bit", **options):
     """An optimizer of a matrix, a bias and a matrix of short rows, whole or one half."""
     generator = torch.Generator().manual_seed(0)
     whole = {n: torch.randn(shape, generator=generator) for n, shape in (("w", (8, 64)), ("b", (8,)), ("s", (8, 3)))}
     rows = None if number is None else Half(number)
     named = {n: torch.nn.Parameter(rows.take(t).clone() if rows else t) for n, t in whole.items()}
-    return MasterWeights(Trainable(named, named, rows), OptimizerConfig(kind="adamw8bit"))
+    return MasterWeights(Trainable(named, named, rows), OptimizerConfig(kind=kind), **options)
 
 
 def update(master, step):
@@ -66,3 +68,38 @@ def test_moments_in_8_bits_take_a_byte_and_a_scale_for_each_block():
     assert first.codes.nbytes + first.scale.nbytes == 16 * 1536 + 4 * 16 * 6
     assert first.signed
     assert not second.signed
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(("offload", "away"), [("mean", {"ema"}), ("moments", {"ema", "moment1", "moment2"})])
+def test_what_waits_in_the_hosts_memory_is_brought_and_taken_back_to_the_same_bytes(monkeypatch, kind, offload, away):
+    brought, seen = [], []
+
+    def bring(tensor, _):
+        """Another tensor, as on a GPU, though it is on the CPU too."""
+        copied = optimizer._in_host_memory(tensor)
+        brought.append(tensor)
+        seen.append(copied)
+        return copied
+
+    monkeypatch.setattr(optimizer, "_bring", bring)
+    straight, other = (moments_of(kind=kind, ema_decay=0.9, offload=each) for each in ("none", offload))
+    for step in range(3):
+        update(straight, step)
+        update(other, step)
+    expected, tensors = straight.tensors(), other.tensors()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    held = {name: {p.data_ptr() for p in map(codes, each)} for name, each in (("host", brought), ("device", seen))}
+    names = {name.partition("/")[0] for name, tensor in tensors.items() if tensor.data_ptr() in held["host"]}
+    assert names == away
+    assert not held["device"] & {tensor.data_ptr() for tensor in tensors.values()}
+    resumed = moments_of(kind=kind, ema_decay=0.9, offload=offload)
+    resumed.load(tensors, 3)
+    for master in (straight, resumed):
+        update(master, 3)
+    assert all(torch.equal(tensor, straight.tensors()[name]) for name, tensor in resumed.tensors().items())
+
+
+def codes(tensor):
+    return getattr(tensor, "codes", tensor)

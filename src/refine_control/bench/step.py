@@ -104,7 +104,7 @@ class OurStep(Step):
         self.networks = load(recipe.model_copy(update={"training": training}), device)
         self.backbone = self.networks.backbone
         self.objective = make_objective(recipe.objective, self.networks)
-        self.master = MasterWeights(self.objective.trainable(), recipe.optimizer)
+        self.master = MasterWeights(self.objective.trainable(), recipe.optimizer, offload=recipe.training.offload)
 
     def loss(self, batch: Batch, draw: Draw) -> torch.Tensor:
         return self.objective.losses(batch, draw).loss

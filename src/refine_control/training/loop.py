@@ -303,7 +303,7 @@ def fit(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     average = objective.share(training.engine) if accelerator.num_processes > 1 else None
     slots = _micro_slots(training, accelerator.process_index, accelerator.num_processes)
-    master = MasterWeights(objective.trainable(), optimizer, training.ema_decay)
+    master = MasterWeights(objective.trainable(), optimizer, training.ema_decay, training.offload)
     start = checked = _resume(accelerator, master, training, run_dir, fingerprint)
     objective.updated(master.ema_state())
     log = _Log(run_dir, start) if accelerator.is_main_process else None

@@ -55,11 +55,13 @@ class MemoryPlan(NamedTuple):
     """The most that is alive at once in a step: weights and moments, and of the rest what is needed then."""
     flops: int
     """Matrix products, convolutions and attentions for one sample; 1 multiply-add is 2."""
+    offloaded: int = 0
+    """Of moments and mean, what is in the host's memory. torch rounds pinned tensors up to a power of two each."""
 
     @property
     def resident(self) -> int:
-        """Bytes that stay from step to step."""
-        return self.frozen + self.student + self.masters + self.moments + self.average
+        """Bytes that stay on the device from step to step."""
+        return self.frozen + self.student + self.masters + self.moments + self.average - self.offloaded
 
     @property
     def text(self) -> str:
@@ -67,7 +69,8 @@ class MemoryPlan(NamedTuple):
         sizes = {name: getattr(self, name) for name in ("frozen", "student", "masters", "moments", "average")}
         sizes |= {"gradients": self.gradients, "activations": sum(self.activations.values())}
         shown = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items() if size)
-        return f"{self.peak / 1e9:.3g} GB with {self.samples} samples at once ({shown})"
+        away = f"; {self.offloaded / 1e9:.3g} of these in the host's memory" if self.offloaded else ""
+        return f"{self.peak / 1e9:.3g} GB with {self.samples} samples at once ({shown}{away})"
 
 
 class _NoDraw(Draw):
@@ -107,9 +110,10 @@ def micro_batches(recipe: Recipe, processes: int = 1) -> tuple[int, int]:
 def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cpu_kernels: bool = False) -> MemoryPlan:
     """The plan of a recipe's step at a size in latents (h, w), by default the model's own.
 
-    `cpu_kernels`: the operators of a CPU. Points that the student's own steps lead to (`rollout`) are counted as one
-    pass of the target network over the batch: they hold no more. Of several `processes` that share parameters (fsdp2)
-    each has its part of masters, moments and sums. Raises what `skeleton` raises."""
+    `cpu_kernels`: the operators of a CPU, whose memory is the host's: nothing is offloaded. Points that the student's
+    own steps lead to (`rollout`) are counted as one pass of the target network over the batch: they hold no more. Of
+    several `processes` that share parameters (fsdp2) each has its part of masters, moments and sums. Raises what
+    `skeleton` raises."""
     networks = shape_of_run(recipe, cpu_kernels)
     few = recipe.objective.few_step.model_copy(update={"rollout": 0.0})
     objective = make_objective(recipe.objective.model_copy(update={"few_step": few}), networks)
@@ -139,9 +143,11 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
     elsewhere = {name: size - size // parts_of for name, size in live.at_peak.items() if name in (*sums, "gradients")}
     masters, held, mean = (size // parts_of for size in sums.values())
     del moments
+    offload = "none" if cpu_kernels else recipe.training.offload
+    offloaded = {"none": 0, "mean": mean, "moments": mean + held}[offload]
     resident = frozen, student, masters, held, live.alive["average"] + mean
-    peak = live.peak - sum(elsewhere.values())
-    return MemoryPlan(samples, *resident, gradients, step.kept, peak, live.flops // samples)
+    peak = live.peak - sum(elsewhere.values()) - offloaded
+    return MemoryPlan(samples, *resident, gradients, step.kept, peak, live.flops // samples, offloaded)
 
 
 def at_most(recipe: Recipe, size: Size | None, processes: int) -> float:

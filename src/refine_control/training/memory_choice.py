@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -24,13 +25,13 @@ logger = logging.getLogger(__name__)
 Fits = Callable[[Recipe], bool]
 Settings = Mapping[str, Any]
 """By dotted key, as `--set` takes them."""
-_COUNT, _RECOMPUTE, _BLOCKS = (
-    f"training.{name}" for name in ("device_batch_size", "gradient_checkpointing", "checkpointed_blocks")
+_COUNT, _OFFLOAD, _RECOMPUTE, _BLOCKS = (
+    f"training.{name}" for name in ("device_batch_size", "offload", "gradient_checkpointing", "checkpointed_blocks")
 )
 _FROZEN = "training.frozen"
-_EIGHT_BITS: Settings = {"optimizer.kind": "adamw8bit", _FROZEN: "int8"}
+_EIGHT_BITS: Settings = {_FROZEN: "int8", "optimizer.kind": "adamw8bit"}
 """In the order of what they change in the numbers."""
-_CHOSEN = _COUNT, _RECOMPUTE, _BLOCKS, *_EIGHT_BITS
+_CHOSEN = _COUNT, _OFFLOAD, _RECOMPUTE, _BLOCKS, *_EIGHT_BITS
 
 
 def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
@@ -65,12 +66,13 @@ def _counts(recipe: Recipe, most: int, processes: int) -> list[int]:
 def smallest_change(recipe: Recipe, fits: Fits, processes: int = 1) -> list[str]:
     """The settings, as `--set` takes them, with which a recipe that does not fit does; empty where none do.
 
-    Fewer samples at once cost nothing; then checkpointing, which costs a quarter of the work; then bf16; then moments
-    and frozen weights in 8 bits."""
-    recompute, bf16 = {_RECOMPUTE: True, _BLOCKS: 0}, {"training.precision": "bf16"}
+    Fewer samples at once cost nothing; then offload, which costs the way to the host; then checkpointing, which costs a
+    quarter of the work; then bf16; then frozen weights and moments in 8 bits; then these and offload."""
+    recompute, bf16, offload = {_RECOMPUTE: True, _BLOCKS: 0}, {"training.precision": "bf16"}, {_OFFLOAD: "moments"}
     samples = micro_batches(recipe, processes)[0]
     counts, tried = _counts(recipe, samples, processes), list[Settings]()
-    for more in ({}, recompute, bf16, *accumulate((recompute | bf16, *_eight_bits(recipe)), lambda a, b: {**a, **b})):
+    together = accumulate((recompute | bf16, *_eight_bits(recipe), offload), lambda a, b: {**a, **b})
+    for more in ({}, offload, recompute, bf16, *together):
         changed = {key: value for key, value in more.items() if _value(recipe, key) != value}
         if changed in tried:
             continue
@@ -96,24 +98,27 @@ def _eight_bits(recipe: Recipe) -> list[Settings]:
 def choose(recipe: Recipe, fits: Fits, processes: int = 1) -> Recipe | None:
     """The recipe with the settings of `training.memory: auto`; None where nothing fits.
 
-    What changes no number comes first: as many samples at once as fit without checkpointing; else the fewest samples,
-    and the fewest blocks that recompute. Where that does not do, the same with moments in 8 bits, then with frozen
-    weights in 8 bits."""
+    What changes no number comes first: as many samples at once as fit without checkpointing; else what is idle in the
+    host's memory, the mean and then the moments; else the fewest samples, and the fewest blocks that recompute. Where
+    that does not do, the same with frozen weights in 8 bits, then with moments in 8 bits."""
     counts = _counts(recipe, max(1, recipe.training.batch_size // processes), processes)
     blocks = recipe.student.num_layers + read_configs(recipe.model)["transformer"]["num_layers"]
+    places = ["none", *(["mean"] if recipe.training.ema_decay else []), "moments"]
     for more in accumulate(({}, *_eight_bits(recipe)), lambda a, b: {**a, **b}):
 
-        def at(count: int, recomputed: int, more: Settings = more) -> Recipe:
-            settings = {_COUNT: count, _RECOMPUTE: recomputed > 0, _BLOCKS: recomputed % blocks}
+        def at(count: int, recomputed: int, place: str, more: Settings = more) -> Recipe:
+            settings = {_COUNT: count, _OFFLOAD: place, _RECOMPUTE: recomputed > 0, _BLOCKS: recomputed % blocks}
             return with_settings(recipe, {**settings, **more})
 
-        if not fits(at(counts[0], blocks)):
+        fewest, least = counts[0], places[-1]
+        if not fits(at(fewest, blocks, least)):
             continue
-        if fits(at(counts[0], 0)):
-            most = bisect_left(counts, True, lo=1, key=lambda count, at=at: not fits(at(count, 0)))
-            return at(counts[most - 1], 0)
-        fewest = bisect_left(range(blocks), True, lo=1, key=lambda number, at=at: fits(at(counts[0], number)))
-        return at(counts[0], fewest)
+        if fits(at(fewest, 0, least)):
+            place = next(each for each in places if fits(at(fewest, 0, each)))
+            most = bisect_left(counts, True, lo=1, key=lambda count, at=at: not fits(at(count, 0, place)))
+            return at(counts[most - 1], 0, place)
+        number = bisect_left(range(blocks), True, lo=1, key=lambda number, at=at: fits(at(fewest, number, least)))
+        return at(fewest, number, next(each for each in places if fits(at(fewest, number, each))))
     return None
 
 
@@ -122,22 +127,31 @@ def too_large(recipe: Recipe, plan: MemoryPlan, memory: float, device: str, **on
     change = smallest_change(recipe, lambda other: plan_memory(other, **on).peak <= memory, on.get("processes", 1))
     advice = " ".join(f"--set {setting}" for setting in change)
     return f"a step of {recipe.name} needs {plan.text}, and {device} has {memory / 1e9:.3g} GB; " + (
-        f"it fits with {advice}" if change else "no batch, checkpointing or 8 bits make it fit: use a larger device"
+        f"it fits with {advice}"
+        if change
+        else "no batch, offload, checkpointing or 8 bits make it fit: take a larger one"
     )
 
 
-def fitted(recipe: Recipe, memory: float, device: str, bound: bool = False, **on: Any) -> Recipe:
+def fitted(
+    recipe: Recipe, memory: float, device: str, bound: bool = False, host: float = math.inf, **on: Any
+) -> Recipe:
     """The recipe of `training.memory: auto` with settings for `USABLE` of a device's memory; `on` as `plan_memory`.
 
-    With `bound` steps that are far below the memory are not counted. Raises InvalidInputError where nothing fits."""
+    `host`: bytes of its memory that each process may take. With `bound` steps that are far below the memory are not
+    counted. Raises InvalidInputError where nothing fits."""
     room, processes = USABLE * memory, on.get("processes", 1)
 
     def fits(other: Recipe) -> bool:
-        return (bound and at_most(other, on.get("size"), processes) < room) or plan_memory(other, **on).peak <= room
+        if bound and at_most(other, on.get("size"), processes) < room:
+            return True
+        plan = plan_memory(other, **on)
+        return plan.peak <= room and plan.offloaded <= host
 
     if chosen := choose(recipe, fits, processes):
         return chosen
-    most = with_settings(recipe, {_COUNT: 1 + (recipe.objective.kind == "mixed"), _RECOMPUTE: True, _BLOCKS: 0})
+    fewest = 1 + (recipe.objective.kind == "mixed")
+    most = with_settings(recipe, {_COUNT: fewest, _OFFLOAD: "moments", _RECOMPUTE: True, _BLOCKS: 0})
     for each in _eight_bits(recipe):
         most = with_settings(most, each)
     raise InvalidInputError(too_large(most, plan_memory(most, **on), room, f"{USABLE:.0%} of {device}", **on))
@@ -151,9 +165,11 @@ def fit_to_device(recipe: Recipe, run_dir: Path, device: torch.device, processes
     paths = [path for role in recipe.objective.roles if (path := getattr(recipe.data, role))]
     sizes = [size for path in paths for size in Cache(Path(path)).groups]
     size, memory, cpu = max(sizes, key=math.prod, default=None), memory_bytes(device), device.type == "cpu"
+    host = USABLE * memory_bytes(torch.device("cpu")) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on = {"size": size, "processes": processes, "cpu_kernels": cpu}
     if auto := recipe.training.memory == "auto":
-        recipe = _earlier_choice(recipe, run_dir) or fitted(recipe, memory, device_name(device), bound=cpu, **on)
+        known = {"bound": cpu, "host": host, **on}
+        recipe = _earlier_choice(recipe, run_dir) or fitted(recipe, memory, device_name(device), **known)
         if log:
             logger.warning("training.memory auto: %s", " ".join(chosen_settings(recipe)))
     if cpu and at_most(recipe, size, processes) < memory:
@@ -163,6 +179,11 @@ def fit_to_device(recipe: Recipe, run_dir: Path, device: torch.device, processes
         logger.warning("memory: %s of %.3g GB", plan.text, memory / 1e9)
     if plan.peak > memory:
         raise InvalidInputError(too_large(recipe, plan, memory, device_name(device), **on))
+    if plan.offloaded > host:
+        raise InvalidInputError(
+            f"training.offload {recipe.training.offload} keeps {plan.offloaded / 1e9:.3g} GB of each process in the "
+            f"host's memory, which has room for {host / 1e9:.3g} GB; set it to none"
+        )
     return recipe
 
 

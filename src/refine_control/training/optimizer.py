@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from refine_control.config import OptimizerConfig, OptimizerKind
+from refine_control.config import Offload, OptimizerConfig, OptimizerKind
 
 
 class Rows(Protocol):
@@ -94,6 +95,19 @@ def _new_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> tor
     return AdamW8bit(groups, lr=torch.tensor(0.0), **options)  # type: ignore[arg-type]
 
 
+def _in_host_memory(tensor: Any) -> Any:
+    """A copy that a GPU reads and writes without the host, which must not read it before the GPU is done."""
+    if hasattr(tensor, "codes"):
+        parts, more = tensor.__tensor_flatten__()
+        return tensor.__tensor_unflatten__({name: _in_host_memory(getattr(tensor, name)) for name in parts}, more)
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+
+
+def _bring(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's memory on a device, after what the device does now."""
+    return tensor.to(device, non_blocking=True)
+
+
 class MasterWeights:
     """The fp32 masters of a module's trainable parameters, their gradients, AdamW moments and EMA.
 
@@ -103,9 +117,13 @@ class MasterWeights:
     Args:
         trainable: the masters must be on the device of the parameters, or are copied there.
         ema_decay: 0 keeps no average; otherwise the decay, warmed up as min(decay, (1 + step) / (10 + step)).
+        offload: what is in the host's memory between updates. An update brings it to the masters' device tensor by
+            tensor, so the numbers are the same.
     """
 
-    def __init__(self, trainable: Trainable, config: OptimizerConfig, ema_decay: float = 0.0):
+    def __init__(
+        self, trainable: Trainable, config: OptimizerConfig, ema_decay: float = 0.0, offload: Offload = "none"
+    ):
         self.named = trainable.parameters
         self.params: list[torch.Tensor] = list(self.named.values())
         self.rows = trainable.rows
@@ -120,8 +138,9 @@ class MasterWeights:
         groups = [group for group in groups if group["params"]]
         self.kind: OptimizerKind = config.kind
         self.adamw = _new_optimizer(groups, config)
-        self.ema_decay = ema_decay
-        self.ema = [m.detach().clone() for m in self.masters] if ema_decay else []
+        self.ema_decay, self.offload = ema_decay, offload
+        copied = torch.clone if offload == "none" else _in_host_memory
+        self.ema: list[torch.Tensor] = [copied(m.detach()) for m in self.masters] if ema_decay else []
 
     def accumulate(self) -> None:
         """Adds the module's gradients to the masters' in fp32 and clears them."""
@@ -153,32 +172,62 @@ class MasterWeights:
             torch._foreach_copy_(self.params, self.masters)
         if self.ema:
             decay = min(self.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - decay)
+            masters = [m.detach() for m in self.masters]
+            if self.offload == "none":
+                torch._foreach_lerp_(self.ema, masters, 1 - decay)
+            else:
+                for mean, master in zip(self.ema, masters, strict=True):
+                    here = _bring(mean, master.device)
+                    torch._foreach_lerp_([here], [master], 1 - decay)
+                    mean.copy_(here, non_blocking=True)
         return norm
 
     def _update(self, learning_rate: float) -> None:
-        if self.kind == "adamw":
-            for group in self.adamw.param_groups:
-                group["lr"] = learning_rate
-            self.adamw.step()
-            return
-        for master in self.masters:
-            if not self.adamw.state[master]:
-                self._set_moments(master, 0, new_moments(master, self.kind))
-        for group in self.adamw.param_groups:
-            group["lr"].fill_(learning_rate)
-        # torchao compiles its update for each shape, which on a CPU takes longer than a short run
-        with torch.compiler.set_stance("force_eager" if self.masters[0].device.type == "cpu" else "default"):
-            self.adamw.step()
+        groups, stock, stance = self.adamw.param_groups, self.kind == "adamw", nullcontext()
+        for group in groups:
+            group["lr"] = learning_rate if stock else group["lr"].fill_(learning_rate)
+        if not stock or self.offload == "moments":
+            for master in self.masters:
+                if not self.adamw.state[master]:
+                    self._set_moments(master, 0, new_moments(master, self.kind))
+        if not stock:  # torchao compiles its update for each shape, which on a CPU takes longer than a short run
+            cpu = self.masters[0].device.type == "cpu"
+            stance = torch.compiler.set_stance("force_eager" if cpu else "default")
+        with stance:
+            if self.offload != "moments":
+                self.adamw.step()
+                return
+            for group in groups:
+                for master in group["params"]:
+                    self.adamw.param_groups = [{**group, "params": [master]}]
+                    self._step_alone(self.adamw.state[master], master.device)
+            self.adamw.param_groups = groups
+
+    def _step_alone(self, state: Any, device: torch.device) -> None:
+        """The update of the one tensor in the optimizer's groups, whose moments are in the host's memory."""
+        waiting = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        state.update({name: _bring(moment, device) for name, moment in waiting.items()})
+        self.adamw.step()
+        for name, moment in waiting.items():
+            moment.copy_(state[name], non_blocking=True)
+            state[name] = moment
+
+    def _settle(self) -> None:
+        """Waits until a GPU has written what the host is to read."""
+        if self.offload != "none" and self.masters[0].is_cuda:
+            torch.cuda.synchronize(self.masters[0].device)
 
     def _set_moments(self, master: torch.Tensor, step: int, moments: Sequence[torch.Tensor]) -> None:
         device = master.device if self.kind == "adamw" else "cpu"
+        if self.offload == "moments":
+            moments = [_in_host_memory(moment) for moment in moments]
         values = torch.tensor(float(step), device=device), *moments
         self.adamw.state[master] = dict(zip(("step", "exp_avg", "exp_avg_sq"), values, strict=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint needs, by name: `weights/`, `ema/`, `moment1/`, `moment2/`; of moments in 8 bits the
         codes, and `scale1/`, `scale2/`."""
+        self._settle()
         out = {}
         for index, (name, master) in enumerate(zip(self.named, self.masters, strict=True)):
             out[f"weights/{name}"] = master.detach()
@@ -219,5 +268,6 @@ class MasterWeights:
 
     def ema_state(self) -> Mapping[str, torch.Tensor]:
         """The averaged weights by parameter name (the plain ones without EMA), whole."""
+        self._settle()
         local = dict(zip(self.named, self.ema or [m.detach() for m in self.masters], strict=True))
         return local if self.rows is None else self.rows.whole(local)

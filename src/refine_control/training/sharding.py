@@ -84,7 +84,8 @@ class _Gathered(Mapping[str, torch.Tensor]):
         self.parameters, self.local = parameters, local
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        like, local = self.parameters[name], self.local[name]
+        like = self.parameters[name]
+        local = self.local[name].to(like.device)  # a mean may be in the host's memory
         shape = {"shape": like.shape, "stride": like.stride()}
         return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, **shape).full_tensor()
 
