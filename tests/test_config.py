@@ -213,8 +213,10 @@ def test_the_packaged_recipes_are_these():
     )
     named = [f"mini/{name}" for name in (*ablations, "wo_mask_matched", *few_steps)]
     same = [f"sd3/{name}" for name in (*ablations, "wo_mask_matched", *few_steps) if name != "ours_completed_stage2"]
-    flux = ["flux/balanced_stage1", "flux/balanced_stage2", "flux/edge"]
-    assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", "sd3/few_step", *same, *flux])
+    others = [
+        f"{scale}/{name}" for scale in ("flux", "sd35m") for name in ("balanced_stage1", "balanced_stage2", "edge")
+    ]
+    assert recipe_names() == sorted([*RECORD, *named, "mini/feature_warmup", "sd3/few_step", *same, *others])
 
 
 @pytest.mark.parametrize("name", RECORD)

@@ -79,3 +79,11 @@ def test_the_readmes_numbers_of_sd3_are_in_that_table():
     assert len(numbers) >= 4
     table = "\n".join(committed())
     assert [pair for pair in numbers if " ".join(pair) not in table] == []
+
+
+def test_the_diff_of_a_condition_is_the_files_that_it_added():
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), flags=re.DOTALL)
+    files = re.findall(r"^\+\+\+ b/(\S+)\n((?:\+(?!\+\+ ).*\n)+)", diff, flags=re.MULTILINE)
+    assert [Path(name).parent.name for name, _ in files] == ["conditions", "tasks"]
+    for name, lines in files:
+        assert re.sub(r"^\+", "", lines, flags=re.MULTILINE) == (ROOT / name).read_text()

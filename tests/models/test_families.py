@@ -27,7 +27,9 @@ from refine_control.models.families import find_family
 from refine_control.models.families.sd3 import takes_shift
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_controlnet, load_student, save_controlnet
+from refine_control.models.skeleton import PUBLISHED as PUBLISHED_MODELS
 from refine_control.pipeline.painting import complete_latents
+from refine_control.recipe_files import load_recipe
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import KINDS, Batch, Distillation, Networks
 
@@ -115,6 +117,15 @@ def test_a_published_config_has_its_family(world):
     assert facts == EXPECTED[world.name]
     dead = [] if f.sites[0].count == 37 or len(world.teacher.transformer_blocks) < 23 else [22]
     assert f.sites[0].dead_layers(len(world.teacher.transformer_blocks)) == dead
+
+
+def test_the_recipes_of_sd35m_name_a_model_and_a_teacher_that_a_plan_knows():
+    recipe = load_recipe("sd35m/balanced_stage1")
+    transformer, teacher = (PUBLISHED_MODELS[str(name)] for name in (recipe.model, recipe.teacher))
+    check_controlnet(teacher["controlnet"], transformer["transformer"], "teacher")
+    family = find_family(transformer["transformer"], teacher["controlnet"])
+    assert (family.name, family.shift, family.dual_attention_layers) == ("SD3.5-medium", False, DUAL)
+    assert family.conditioning_scale == recipe.sampler.conditioning_scale == 0.8
 
 
 def test_finished_students_keep_even_groups_and_new_ones_run_in_stock():

@@ -34,6 +34,7 @@ from refine_control.models.loading import SD3_MAX_SEQUENCE_LENGTH, controlnet_cl
 
 SD3, SD3_TEACHER = "stabilityai/stable-diffusion-3-medium-diffusers", "alimama-creative/SD3-Controlnet-Inpainting"
 FLUX, FLUX_TEACHER = "black-forest-labs/FLUX.1-dev", "alimama-creative/FLUX.1-dev-Controlnet-Inpainting-Beta"
+SD35M, SD35M_TEACHER = "stabilityai/stable-diffusion-3.5-medium", "tensorart/SD3.5M-Controlnet-Canny"
 _FLUX_WIDTHS: Config = {
     "patch_size": 1,
     "in_channels": 64,
@@ -55,6 +56,7 @@ _WIDTHS: Config = {
     "out_channels": 16,
     "pos_embed_max_size": 192,
 }
+_MEDIUM: Config = {**_WIDTHS, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": range(13)}
 _VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -92,16 +94,18 @@ _T5 = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+_SD3: dict[str, Config] = {
+    "scheduler": {"shift": 3.0},
+    "vae": _VAE,
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _CLIP_G,
+    "text_encoder_3": _T5,
+}
 PUBLISHED: dict[str, dict[str, Config]] = {
-    SD3: {
-        "scheduler": {"shift": 3.0},
-        "transformer": {**_WIDTHS, "num_layers": 24},
-        "vae": _VAE,
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_G,
-        "text_encoder_3": _T5,
-    },
+    SD3: {**_SD3, "transformer": {**_WIDTHS, "num_layers": 24}},
     SD3_TEACHER: {"controlnet": {**_WIDTHS, "num_layers": 23, "extra_conditioning_channels": 1}},
+    SD35M: {**_SD3, "transformer": {**_MEDIUM, "num_layers": 24}},
+    SD35M_TEACHER: {"controlnet": {**_MEDIUM, "num_layers": 23}},
     FLUX: {
         "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
         "transformer": {**_FLUX_WIDTHS, **flux.BLOCKS},
