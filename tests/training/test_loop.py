@@ -136,11 +136,14 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted):
 SEVERAL = {"steps": 6, "save_every": 2}
 LOST = {"SIGKILL": 25, "SIGSTOP": 4, "read": 4}
 """How a process is lost, and the patience of the others in seconds."""
+UNCONNECTED = {"before 0": [-9, 71], "before 1": [71, -9], "watched 1": [71, -9]}
+"""Which process is lost before it connects, and the exit codes."""
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Runs of 2 and 4 processes, and of 2 that lose one and are started again: (folder, exit codes, what they said)."""
+    """Runs of 2 and 4 processes, of 2 that never connect, and of 2 that lose one and are started again: (folder, exit
+    codes, what they said)."""
     root = tmp_path_factory.mktemp("several")
 
     def run(name, processes=2, **options):
@@ -150,13 +153,14 @@ def several(tmp_path_factory):
     lost = [
         run(how, lost=str(root / "pipe") if how == "read" else how, patience=patience) for how, patience in LOST.items()
     ]
+    lost += [run(how, lost=how, patience=4) for how in UNCONNECTED]
     (root / "plan.json").write_text(json.dumps([whole, lost, [run(how) for how in LOST]]))
     command = [sys.executable, str(SCRIPT), "several", str(root / "plan.json")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert ended.returncode == 0, ended.stderr
     codes = json.loads(ended.stdout)
     assert [code for run in (*codes[:2], *codes[-len(LOST) :]) for code in run] == [0] * 12, ended.stderr
-    return root, dict(zip(LOST, codes[2:], strict=False)), ended.stderr
+    return root, dict(zip([*LOST, *UNCONNECTED], codes[2:], strict=False)), ended.stderr
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -181,11 +185,12 @@ def test_several_processes_draw_what_one_draws_and_learn_the_same(tmp_path, seve
 
 def test_processes_that_lose_one_end_with_71_and_continue_to_the_same_bytes(several):
     root, codes, said = several
-    assert codes == {"SIGKILL": [71, -9], "SIGSTOP": [71, -9], "read": [71, 71]}
+    assert codes == {"SIGKILL": [71, -9], "SIGSTOP": [71, -9], "read": [71, 71], **UNCONNECTED}
     assert said.count("process 0 of 2 lost another one while computing the gradients of step 3") == 1
-    assert said.count("process 1 of 2 has made no progress for 4 s, last seen") == 2
+    assert said.count("process 1 of 2 has made no progress for 4 s, last seen") == 4
+    assert said.count("process 0 of 2 has made no progress for 4 s, last seen starting") == 1
     assert said.count("last seen reading the samples of step 3") >= 1
-    assert said.count("run the same command to continue") == 3
+    assert said.count("run the same command to continue") == 6
     for how in LOST:
         assert state_of(root / how) == state_of(root / "2")
 

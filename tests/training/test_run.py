@@ -37,7 +37,9 @@ torch.set_num_threads(1)
 from refine_control.config import Recipe
 from refine_control.training.loop import leave_process_group
 from refine_control.training.run import train
-train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+from refine_control.training.watch import watched
+with watched():
+    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
 leave_process_group()
 """
 

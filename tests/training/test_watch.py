@@ -81,6 +81,24 @@ def test_what_threads_in_the_background_compute_is_no_progress():
     assert processes.hung(4) == [0, 1, 2]
 
 
+def test_processes_of_a_machine_that_has_not_started_are_waited_for():
+    judge, notes = Judge(4, 10, here=0, on_machine=2), [Note(0, 0, "starting", 0.0)] * 4
+
+    def hung(seconds):
+        for _ in range(seconds):
+            notes[0] = notes[0]._replace(turn=notes[0].turn + 1)
+            if hung := judge.look(notes, 1.0):
+                return hung
+        return []
+
+    notes[1] = Note(-1, 0, "starting", 0.0)
+    assert hung(60) == []
+    notes[2] = Note(1, 0, "starting", 0.0)
+    assert hung(9) == []
+    assert hung(1) == [3], "its machine has begun"
+    assert Judge(4, 10, here=2, on_machine=2).expected([Note(0, 0, "", 0.0)] * 4) == {0, 1}
+
+
 def test_the_sentence_names_the_process_and_its_last_phase():
     notes = [Note(1, 6, "saving", 0.0), Note(1, 5, "reading the samples of step 3", 0.0)]
     assert "process 1 of 2 has made no progress for 25 s, last seen reading the" in describe([1], notes, 25.0)
@@ -99,9 +117,8 @@ def test_a_process_says_that_it_leaves_only_where_its_work_is_done(monkeypatch, 
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     with nullcontext() if left else pytest.raises(KeyError), watch.watched(600.0):
         watch.doing("loading the networks")
         if not left:
@@ -114,8 +131,7 @@ def test_a_process_says_that_it_leaves_only_where_its_work_is_done(monkeypatch, 
 
 def test_a_lost_connection_is_a_process_that_died_and_other_errors_stay(monkeypatch):
     monkeypatch.setattr(watch, "_Watch", lambda patience: SimpleNamespace(rank=0, count=2, end=lambda left: None))
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for error in (RuntimeError("[third_party/gloo/pair.cc:1] closed by peer"), distributed.DistBackendError("NCCL")):
         with pytest.raises(WorkerDiedError, match="process 0 of 2 lost another one while"), watch.watched():
             raise error

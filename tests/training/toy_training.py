@@ -119,7 +119,9 @@ def train(
     patience=25.0,
     **training,
 ):
-    """`fit` with an EMA; fields of the recipe by name."""
+    """`fit` with an EMA; fields of the recipe by name.
+
+    "before 1" loses process 1 before it is watched, "watched 1" before it connects; else see `Lost`."""
     fields = {"stage": "toy", "steps": 12, "batch_size": 4, "ema_decay": 0.9, "save_every": 4, "log_every": 1}
     make = TrainingConfig.model_construct if unchecked else TrainingConfig
     config = make(**{**TrainingConfig().model_dump(), **fields, **training})
@@ -128,9 +130,14 @@ def train(
     if broken_sample is not None:
         cache.arrays["latents"][broken_sample, 0, 1, 1] = np.nan
     batches = Lost(cache, config.batch_size, prompt_dropout=0.3)
-    batches.how = lost
-    PartialState(cpu=True)
+    batches.how = "" if " " in lost else lost
+    early = lost.rpartition(" ")[0] if lost.endswith(os.environ.get("RANK", "none")) else ""
+    if early == "before":
+        os.kill(os.getpid(), signal.SIGSTOP)
     with watched(patience):
+        if early == "watched":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        PartialState(cpu=True)
         return fit(objective, batches, OPTIMIZER, config, Path(run_dir), "fingerprint")
 
 

@@ -82,11 +82,15 @@ def train(
         again = ["train", recipe, *settings, "--run-dir", str(folder), "--patience", str(patience)]
         again += ["--json"] if as_json else []
         raise typer.Exit(launch(nproc, ["-c", _MAIN, *again], Nodes(nodes, node_rank, master)))
-    from refine_control.training.run import train as run
+    from refine_control.training.watch import watched
 
     folder = run_dir or Path("runs") / resolved.name
     opt.output_folder("RUN")(folder)
-    show(run(resolved, folder, progress_bar("train"), patience=patience), as_json)
+    with watched(patience):
+        from refine_control.training.run import train as run  # the longest part of a start
+
+        result = run(resolved, folder, progress_bar("train"))
+    show(result, as_json)
 
 
 app.command()(inpaint)

@@ -57,7 +57,7 @@ from refine_control.training.memory_choice import fit_to_device
 from refine_control.training.objectives import Networks
 from refine_control.training.placement import relevant_placement
 from refine_control.training.validation import Validation
-from refine_control.training.watch import PATIENCE, doing, watched
+from refine_control.training.watch import doing
 
 STUDENT = "student"
 logger = logging.getLogger(__name__)
@@ -330,14 +330,13 @@ def train(
     run_dir: Path,
     progress: Progress | None = None,
     elsewhere: Iterable[Path] = (),
-    patience: float = PATIENCE,
 ) -> Trained:
     """Trains a recipe in `run_dir`, from its last checkpoint if it has one; finished runs are left as they are.
 
     If one of the run folders `elsewhere` has the finished student of the same run, that student is returned.
     Writes recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/ and student/ (diffusers layout, fp32; the running
-    mean where the recipe has one; with a card for few steps). Several processes end `patience` seconds after one of
-    them hangs or dies (`watched`). Raises what `fit`, `Cache` and the loaders raise."""
+    mean where the recipe has one; with a card for few steps). Where several processes train, `watched` is to be around
+    it. Raises what `fit`, `Cache` and the loaders raise."""
     if recipe.training.validate_every and not recipe.data.test:
         raise InvalidInputError(
             "training.validate_every is set and data.test is not; give test shards with --set data.test=FOLDER"
@@ -346,9 +345,10 @@ def train(
         refuse_other_kind(getattr(recipe.data, role) or "", A_CACHE)
     if recipe.init_from:
         refuse_other_kind(student_folder(recipe.init_from), A_CONTROLNET)
+    doing("connecting to the other processes")
     main = is_main_process()
     writer = only_writer(run_dir) if main else nullcontext()
-    with torch_threads(recipe.training.threads), writer, watched(patience):
+    with torch_threads(recipe.training.threads), writer:
         device = training_device()
         doing("loading the networks")
         recipe = fit_to_device(recipe, run_dir, device, int(os.environ.get("WORLD_SIZE", "1")), main)
