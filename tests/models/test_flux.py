@@ -7,7 +7,9 @@ from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxTransform
 from refine_control import losses
 from refine_control.config import LossWeights, SamplerConfig
 from refine_control.errors import InvalidInputError
-from refine_control.export.source import load_source
+from refine_control.export.exporting import export_format
+from refine_control.export.format import Work, find_format
+from refine_control.export.source import Samples, Source
 from refine_control.injection import sites_of_layer
 from refine_control.models import flux
 from refine_control.models.backbone import predict_velocity
@@ -329,9 +331,25 @@ def test_folders_of_other_models_are_refused(tiny_flux, tiny_backbone):
     ):
         with pytest.raises(InvalidInputError, match=words):
             load_painter(tiny_flux / "model", net)
-    with pytest.raises(InvalidInputError, match="is a FLUX model, and exports are of SD3's"):
-        load_source(str(tiny_flux / "plain"), str(tiny_flux / "model"))
     assert load_controlnet(tiny_flux / "inpaint").config["extra_condition_channels"] == 4
+
+
+def test_a_controlnet_without_a_mask_is_exported_for_stock(painters, tmp_path):
+    shapes = {"noisy_latents": (16, 4, 4), "control_cond": (16, 4, 4), "prompt_embeds": (12, 8)}
+    shapes["pooled_prompt_embeds"] = (32,)
+    inputs = {
+        name: torch.randn(2, *shape, generator=torch.Generator().manual_seed(5)) for name, shape in shapes.items()
+    }
+    inputs |= {"sigmas": torch.tensor([0.3, 0.8]), "conditioning_scale": torch.tensor(0.7)}
+    plain, masked = (Source(kind, None, *painters[kind], SamplerConfig()) for kind in ("plain", "inpaint"))
+    work = Work(plain, Samples(inputs, inputs["noisy_latents"], ["a", "b"]), tmp_path)
+    exported = export_format(work, find_format("diffusers"), tmp_path / "out")
+    assert exported.relative_error < 5e-3
+    FluxControlNetModel.from_pretrained(tmp_path / "out", variant="fp16")
+    with pytest.raises(InvalidInputError, match="plain is of FLUX, and the format onnx is for SD3's students"):
+        find_format("onnx").check(plain)
+    with pytest.raises(InvalidInputError, match="inpaint reads a mask, and stock diffusers has no FLUX pipeline"):
+        find_format("diffusers").check(masked)
 
 
 @pytest.mark.parametrize("layers", [(4, 2), (2, 1)])

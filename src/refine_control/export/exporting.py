@@ -101,12 +101,12 @@ def export_student(
     as in `Work`.
 
     The files are published only if their velocity on samples of `cache` (mini: rendered scenes) equals PyTorch's
-    within the format's bound. Raises what `load_source`, `load_samples` and a format's `refuse` raise,
+    within the format's bound. Raises what `load_source`, `load_samples` and `Format.check` raise,
     InvalidInputError for a larger error, ModuleNotFoundError without the packages of a format."""
     formats = [find_format(name) for name in (format_names() if to == ALL else [to])]
     source = load_source(student, model)
     if to != ALL:
-        formats[0].refuse(source)
+        formats[0].check(source)
     samples = load_samples(source, model, cache)
     with _graph_folder(out) as graphs:
         work = Work(source, samples, graphs, separate, ort)
@@ -127,7 +127,7 @@ def export_student(
 
 def export_format(work: Work, form: Format, out: Path, progress: Progress | None = None) -> Exported:
     """Writes one format, checks it, and publishes `out`. Raises as `export_student`."""
-    form.refuse(work.source)
+    form.check(work.source)
     report = progress or (lambda done, total, note="": None)
     report(0, 3, "write")
     sweep_beside(out)

@@ -57,6 +57,16 @@ class Format:
     """What the files in that folder compute, on one thread, as their own runtime does."""
     refuse: Callable[[Source], None] = lambda source: None
     """Raises InvalidInputError for a student that cannot be written so."""
+    flux: bool = False
+    """Whether students of FLUX are written, too."""
+
+    def check(self, source: Source) -> None:
+        """Raises InvalidInputError for a student that cannot be written so."""
+        if source.backbone.is_flux and not self.flux:
+            raise InvalidInputError(
+                f"{source.name} is of FLUX, and the format {self.name} is for SD3's students; use --to diffusers"
+            )
+        self.refuse(source)
 
 
 def format_names() -> list[str]:

@@ -74,10 +74,6 @@ def load_source(student: str, model: str = "mini") -> Source:
     name = None if student == model else student
     backbone, controlnet = load_painter(model, name)
     sampler = choose_sampler(model, name, {})
-    if backbone.is_flux:
-        raise InvalidInputError(
-            f"{model} is a FLUX model, and exports are of SD3's; name an SD3 model and its ControlNet"
-        )
     controlnet.requires_grad_(False).eval()
     return Source(student, None if name is None else resolve(name), backbone, controlnet, sampler)
 

@@ -23,7 +23,9 @@ from refine_control.export.source import Source
 from refine_control.injection import stock_injects_exactly
 from refine_control.models.backbone import predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals
+from refine_control.models.families import extra_channels
 from refine_control.models.families.sd3 import reads_pooled, takes_shift
+from refine_control.models.loading import stock_warning
 
 _INPUT = "pos_embed_input.proj"
 
@@ -32,11 +34,21 @@ def refuse_shifted(source: Source, program: str) -> None:
     """Raises InvalidInputError where diffusers' rule, which is ComfyUI's for these numbers of layers, is not the
     student's."""
     layers, blocks = len(source.controlnet.controlnet_blocks), source.backbone.num_blocks
+    if source.backbone.is_flux:
+        return _refuse_flux(source, program)
     if not stock_injects_exactly(layers, blocks, layers_of_sites(source.controlnet, source.backbone)):
         raise InvalidInputError(
             f"{program} injects the {layers} layers of {source.name} into other blocks than it was trained for; export "
             "it with --to onnx, which is exact for any number of layers, or train 1, 2, 3, 4, 6, 8 or 12 layers"
         )
+
+
+def _refuse_flux(source: Source, program: str) -> None:
+    config = source.controlnet.config
+    if extra_channels(config):
+        raise InvalidInputError(f"{source.name} reads a mask, and {program} has no FLUX pipeline that shows it one")
+    if warning := stock_warning(config, source.backbone.num_blocks):
+        raise InvalidInputError(f"{source.name}: {warning}")
 
 
 def comfy_layers(num_layers: int, num_blocks: int) -> list[int]:

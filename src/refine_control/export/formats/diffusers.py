@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from refine_control.export.format import Format, Velocity, Work
+from refine_control.export.source import Source
 from refine_control.export.stock import refuse_shifted, velocity_by
 from refine_control.injection import diffusers_layer_of_block
 from refine_control.models.card import CARD
-from refine_control.models.controlnet import ControlNet
+from refine_control.models.families.flux import stock_layer_of_site
+from refine_control.models.loading import controlnet_class
 from refine_control.models.own_transformer import LORA, WHOLE, load_own_transformer
 from refine_control.storage import write_atomic
 
@@ -44,12 +46,17 @@ def _save_half(network: Any, folder: Path) -> None:
 def load(work: Work, folder: Path, change: Callable[[Any], Any] = lambda network: network) -> Velocity:
     """What stock diffusers computes with the folder, its networks changed after loading."""
     backbone = work.source.backbone
-    controlnet = ControlNet.from_pretrained(folder, variant="fp16").float().eval()
-    layers = diffusers_layer_of_block(len(controlnet.controlnet_blocks), backbone.num_blocks)[:-1]
+    controlnet = controlnet_class(folder).from_pretrained(folder, variant="fp16").float().eval()
+    if backbone.is_flux:
+        layers = stock_layer_of_site(work.source.controlnet.config)
+    else:
+        layers = diffusers_layer_of_block(len(controlnet.controlnet_blocks), backbone.num_blocks)[:-1]
     trained = load_own_transformer(folder, backbone.transformer) if (folder / WHOLE).is_dir() else None
     return velocity_by(work, change(controlnet), layers, transformer=change(trained or backbone.transformer))
 
 
-FORMAT = Format(
-    "diffusers", "stock diffusers, fp16", 5e-3, _write, load, lambda source: refuse_shifted(source, "stock diffusers")
-)
+def _refuse(source: Source) -> None:
+    refuse_shifted(source, "stock diffusers")
+
+
+FORMAT = Format("diffusers", "stock diffusers, fp16", 5e-3, _write, load, _refuse, flux=True)
