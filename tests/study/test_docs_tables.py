@@ -1,5 +1,6 @@
 """The tables in the documents are those of the finished rows under results/."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,16 @@ def test_every_target_with_finished_rows_has_tables():
     names = set(doc_tables())
     assert {"headline", "cost", "figure2", "figure2_long", "table1_long", "table1_photos", "table3_photos"} <= names
     assert {"table1", "table3", "layers", "split", "init", "losses", "data", "prompts", "scarce", "parts"} <= names
+
+
+def test_the_table_of_conditions_has_shares_of_the_teachers_and_only_whole_studies(tmp_path):
+    lines = doc_table("halved", ROOT / "results").splitlines()
+    canny = next(line for line in lines if line.startswith("| canny |"))
+    of_its_own = next(line for line in doc_table("conditions_canny", ROOT / "results").splitlines() if "`fc`" in line)
+    assert canny.split(" | ")[4] in of_its_own
+    folder = tmp_path / "mini" / "conditions" / "canny"
+    shutil.copytree(ROOT / "results" / "mini" / "conditions" / "canny", folder)
+    (folder / "balanced-0.json").unlink()
+    for seed in (1, 2):
+        (folder / f"balanced-{seed}.json").unlink(missing_ok=True)
+    assert doc_table("halved", tmp_path).count("\n") == 1  # the headings alone

@@ -43,8 +43,8 @@ from refine_control.study.summary import GAP_METRICS, HEADLINES, common_seeds, r
 from refine_control.study.tables import Table, markdown_rows
 
 RESULTS = Path("results")
-BY_ARITHMETIC: Mapping[str, Callable[[], Table]] = {"small_devices": small_devices_table}
-"""Tables that need no results, by name."""
+HALVED = {BASELINE: f"`{BASELINE}` %", "balanced": "12 layers %", "edge@4": "4 steps %", "edge@1": "1 step %"}
+"""Rows of the table of all conditions, and their headings."""
 HEADLINE = (TEACHER, "balanced", "inherit", "fc_inherit", "ours", BASELINE)
 END = "<!-- end -->"
 _BLOCK = re.compile(rf"(<!-- table: (\S+) -->\n)(.*?)({END}|<!-- table: |\Z)", re.DOTALL)
@@ -179,6 +179,27 @@ def steps_table(study: Study, budget: str, metric: str) -> Table:
     return table
 
 
+def halved_table(results: Path) -> Table:
+    """A row for each condition: the teacher's score, and what students have of it, in per cent."""
+    lines = []
+    for condition in condition_names():
+        folder, metric = results / _conditions(condition), find_task(condition).headline
+        studied = {key: each for key in (TEACHER, *HALVED) if (each := _finished(folder, key))}
+        if len(studied) > len(HALVED):
+            teacher = summarise(studied, [metric], ()).models[TEACHER].mean[metric]
+            ratios = [ratio_of_means(studied[key], studied[TEACHER], metric) for key in HALVED]
+            shares = [format(ratio.scaled(100), ".1f") if ratio else "" for ratio in ratios]
+            lines.append([condition, HEADINGS[metric], str(len(studied["balanced"])), f"{teacher:.1f}", *shares])
+    return Table(
+        "", ["condition", "score", "seeds", "teacher", *(f"{each}, % of it" for each in HALVED.values())], lines
+    )
+
+
+def _conditions(condition: str) -> str:
+    """The folder of a condition's rows under results/."""
+    return "mini/conditions" if condition == INPAINT else f"mini/conditions/{condition}"
+
+
 class DocTable(NamedTuple):
     """A table of the documentation: a folder of results, its rows and a layout."""
 
@@ -210,8 +231,7 @@ def doc_tables() -> dict[str, DocTable]:
         headline = find_task(condition).headline
         shown = [Column(headline, HEADINGS[headline]), Column("psnr", "PSNR dB"), Column("ssim", "SSIM", places=3)]
         layout = partial(means_table, metrics=shown, relative=headline)
-        folder = "mini/conditions" if condition == INPAINT else f"mini/conditions/{condition}"
-        out[f"conditions_{condition}"] = DocTable(folder, select_rows(TARGETS["conditions"]), layout)
+        out[f"conditions_{condition}"] = DocTable(_conditions(condition), select_rows(TARGETS["conditions"]), layout)
     for target in ("codi", "pairs", "orders", "placement"):
         layout = partial(steps_table, budget="steps", metric="obeyed")
         out[f"{target}_obeyed"] = DocTable("mini/steps", select_rows(TARGETS[target]), layout)
@@ -223,14 +243,21 @@ def doc_tables() -> dict[str, DocTable]:
     return out
 
 
+OTHERS: Mapping[str, Callable[[Path], Table]] = {
+    "halved": halved_table,
+    "small_devices": lambda _: small_devices_table(),
+}
+"""Tables of several folders or of none, by name."""
+
+
 def doc_table(name: str, results: Path = RESULTS) -> str:
     """The markdown of a table. Raises InvalidInputError for an unknown name and where no row is finished."""
     tables = doc_tables()
-    if name not in {**tables, **BY_ARITHMETIC}:
-        names = ", ".join((*tables, *BY_ARITHMETIC))
+    if name not in {**tables, **OTHERS}:
+        names = ", ".join((*tables, *OTHERS))
         raise InvalidInputError(f"there is no table {name} for documents; the names are {names}")
-    if name in BY_ARITHMETIC:
-        table = BY_ARITHMETIC[name]()
+    if name in OTHERS:
+        table = OTHERS[name](results)
     else:
         folder, rows, layout = tables[name]
         study = read_study(results / folder, rows)
@@ -257,7 +284,7 @@ def rewrite(text: str, results: Path = RESULTS) -> str:
 def main(paths: Sequence[str]) -> None:
     """Rewrites the documents; without any it prints the names of the tables."""
     if not paths:
-        print("\n".join((*doc_tables(), *BY_ARITHMETIC)))
+        print("\n".join((*doc_tables(), *OTHERS)))
     for path in map(Path, paths):
         try:
             text = rewrite(path.read_text())
