@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from refine_control.bench.machines import ASSUMED, named_machine
 from refine_control.cli import app as cli
 from refine_control.injection import groups
 
@@ -61,24 +62,14 @@ def test_the_data_flow_names_folders_and_commands_that_exist():
         assert {command.partition(" --")[0] for command in station.command.split(", ")} <= known
 
 
-def committed() -> list[str]:
-    page = (ROOT / "docs/sd3.md").read_text()
-    return page.split("<!-- made by: python docs/sd3_cost.py -->\n")[1].split("\n<!-- end -->")[0].splitlines()
-
-
-def test_sd3s_table_is_what_the_script_counts():
-    """But for the last nine lines, whose training step takes seconds to count."""
-    table = script("sd3_cost").table(training=False)
-    assert len(table) == 10
-    assert committed()[:-9] == table
-
-
-def test_the_readmes_numbers_of_sd3_are_in_that_table():
+def test_the_readmes_numbers_of_sd3_are_in_the_table_of_its_arithmetic():
     section = (ROOT / "README.md").read_text().split("## Distil SD3 on one GPU")[1].split("\n## ")[0]
-    numbers = re.findall(r"([\d.]+) (GB|EFLOP|hours|TFLOP/s)", section)
-    assert len(numbers) >= 4
-    table = "\n".join(committed())
-    assert [pair for pair in numbers if " ".join(pair) not in table] == []
+    table = (ROOT / "docs/sd3.md").read_text().split("<!-- table: full_size -->")[1].split("<!-- end -->")[0]
+    numbers = dict(map(reversed, re.findall(r"([\d.]+) (GB|EFLOP|hours)", section)))
+    assert f"{numbers['GB']} GB" in table
+    assert f"both stages, 1,280,000 samples |  |  | {numbers['EFLOP']} EFLOP" in table
+    hours = float(numbers["EFLOP"]) * 1e18 / named_machine("H100").bf16 / ASSUMED / 3600
+    assert float(numbers["hours"]) == pytest.approx(hours, abs=0.6)
 
 
 def test_the_diff_of_a_condition_is_the_files_that_it_added():

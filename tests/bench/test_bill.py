@@ -46,10 +46,20 @@ def test_the_chain_is_linear_in_samples():
         a, b, c = (getattr(each, name) for each in (small, twice, thrice))
         assert b > a
         assert c - b == pytest.approx(b - a)
+    assert "mini/balanced_stage1: training.steps=" in small.text
+    assert "passes over 500 samples" in small.text
     names = [stage.name for stage in small.stages]
     trained = [f"train mini/{name}" for name in ("balanced_stage1", "balanced_stage2", "edge")]
     caches = [f"cache {name}" for name in ("labeled", "completions of the teacher", "paths of the teacher")]
     assert names == ["data build", *caches, *trained, "evaluate"]
+
+
+def test_epochs_make_training_linear_in_samples_too():
+    small, twice = (chain(samples=16000 * n, pairs=1600 * n, tested=100 * n, epochs=2) for n in (1, 2))
+    assert twice.operations == pytest.approx(2 * small.operations)
+    trained = {stage.name: stage.samples for stage in small.stages if stage.name.startswith("train")}
+    assert trained["train mini/balanced_stage1"] == 2 * 8000
+    assert "to set, with training.batch_size" in small.text
 
 
 def test_what_does_not_fit_is_said_and_leaves_with_2(monkeypatch, capsys):

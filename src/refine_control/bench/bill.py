@@ -31,7 +31,7 @@ from refine_control.photos.buckets import Size
 from refine_control.records import LABELED, UNLABELED
 from refine_control.training.assembly import reads_teacher
 from refine_control.training.memory import MemoryPlan, fused_attention, plan_memory
-from refine_control.training.memory_choice import chosen_settings, fitted, too_large
+from refine_control.training.memory_choice import chosen_settings, fitted, too_large, with_settings
 from refine_control.training.run import training_device
 
 SAMPLES = 260_000
@@ -86,6 +86,8 @@ class Bill(NamedTuple):
     hours: float
     disk: float
     money: float
+    lengths: dict[str, str]
+    """By recipe, how often its training passes over the samples."""
 
     @property
     def problems(self) -> list[str]:
@@ -107,6 +109,7 @@ class Bill(NamedTuple):
                 f"{stage.name:34}{stage.samples or '':>11}{stage.operations / 1e15:12,.4g}{stage.seconds / 3600:10,.3g}"
                 f"{devices:>9}{memory:>8}{stage.disk / 1e9:9.3g}{stage.money:10,.2f}"
             )
+        lines += [f"{name}: {length}" for name, length in self.lengths.items()]
         lines += [f"{name}: {plan.text}" for name, plan in self.memory.items()]
         lines += [f"{name}: chosen {' '.join(settings)}" for name, settings in self.chosen.items()]
         return "\n".join([*lines, *(f"does not fit: {problem}" for problem in self.problems)])
@@ -127,6 +130,8 @@ class Ask(NamedTuple):
     measured: Path | None = None
     """JSON of `bench step`."""
     chain: bool = False
+    epochs: float | None = None
+    """Passes of each training over the samples of its caches; None: the recipe's steps."""
 
 
 def plan(recipes: Sequence[Recipe], ask: Ask) -> Bill:
@@ -138,7 +143,7 @@ def plan(recipes: Sequence[Recipe], ask: Ask) -> Bill:
     if ask.size:
         backbone.geometry.check(ask.size, ask.size)
     side = (ask.size or backbone.geometry.side) // backbone.pipeline.vae_scale_factor
-    recipes = [_on_machine(each, ask, (side, side)) for each in recipes]
+    recipes = [_on_machine(_with_length(each, ask), ask, (side, side)) for each in recipes]
     machine, plans = _machine(recipes, ask, (side, side))
     chosen = {each.name: chosen_settings(each) for each in recipes if each.training.memory == "auto"}
     pricing = _Pricing(machine, ask.price)
@@ -148,7 +153,30 @@ def plan(recipes: Sequence[Recipe], ask: Ask) -> Bill:
         stages = [*before, *stages, *after]
     sums = (sum(getattr(stage, name) for stage in stages) for name in ("operations", "seconds", "disk", "money"))
     operations, seconds, disk, money = sums
-    return Bill(machine, ask.price, stages, plans, chosen, operations, seconds / 3600, disk, money)
+    lengths = {each.name: _length(each, ask) for each in recipes if ask.chain or ask.epochs}
+    return Bill(machine, ask.price, stages, plans, chosen, operations, seconds / 3600, disk, money, lengths)
+
+
+def _cached_samples(recipe: Recipe, ask: Ask) -> int:
+    """Samples that a recipe is trained on."""
+    return sum(count for _, _, count, _ in _caches([recipe], ask))
+
+
+def _with_length(recipe: Recipe, ask: Ask) -> Recipe:
+    """The recipe with as many steps as `ask.epochs` need."""
+    if ask.epochs is None:
+        return recipe
+    steps = math.ceil(ask.epochs * _cached_samples(recipe, ask) / recipe.training.batch_size)
+    return with_settings(recipe, {"training.steps": steps})
+
+
+def _length(recipe: Recipe, ask: Ask) -> str:
+    training, samples = recipe.training, _cached_samples(recipe, ask)
+    passes, whose = training.steps * training.batch_size / samples, "of the recipe" if ask.epochs is None else "to set"
+    return (
+        f"training.steps={training.steps} {whose}, with training.batch_size={training.batch_size} "
+        f"{passes:.3g} passes over {samples:,} samples"
+    )
 
 
 def _on_machine(recipe: Recipe, ask: Ask, size: Size) -> Recipe:

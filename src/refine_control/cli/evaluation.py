@@ -168,7 +168,12 @@ def plan(
     overrides: opt.Overrides = None,
     chain: Annotated[bool, typer.Option("--chain", help="Plan data, caches and evaluation too.")] = False,
     size: Annotated[int | None, opt.number("Side of the images in pixels; default: the model's own.", 16)] = None,
-    samples: Annotated[int, opt.number("Samples of both data sets; a training has its recipe's steps.", 2)] = 260_000,
+    samples: Annotated[
+        int, opt.number("Samples of both data sets; trainings keep their recipe's steps without --epochs.", 2)
+    ] = 260_000,
+    epochs: Annotated[
+        float | None, opt.number("Passes of each training over its samples; default: the recipe's steps.", 0.001)
+    ] = None,
     pairs: Annotated[int, opt.number("Samples with the teacher's guided paths, for few steps.")] = 20_000,
     test: Annotated[int, opt.number("Test samples of the evaluation.")] = 1000,
     price: Annotated[float, opt.number("Price of one device for an hour.", 0)] = 0.0,
@@ -188,7 +193,7 @@ def plan(
     from refine_control.recipe_files import load_recipe
 
     recipes = [load_recipe(each, overrides or []) for each in recipe]
-    ask = Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain)
+    ask = Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain, epochs)
     if dry_run:
         return show({"recipes": [each.name for each in recipes], **ask._asdict()}, as_json)
     bill = run(recipes, ask)

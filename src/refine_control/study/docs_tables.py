@@ -22,6 +22,7 @@ from refine_control.metrics.statistics import Interval
 from refine_control.miniature.tasks.task import find_task
 from refine_control.storage import write_atomic
 from refine_control.study.alike import alike_table, summarise_alike
+from refine_control.study.full_size import full_size_table
 from refine_control.study.plan import (
     ALIKE,
     BASELINE,
@@ -244,6 +245,7 @@ def doc_tables() -> dict[str, DocTable]:
 
 
 OTHERS: Mapping[str, Callable[[Path], Table]] = {
+    "full_size": lambda _: full_size_table(),
     "halved": halved_table,
     "small_devices": lambda _: small_devices_table(),
 }
