@@ -161,3 +161,12 @@ def test_memory_that_is_full_is_named(recipe, monkeypatch):
 
     monkeypatch.setattr(gpu, "random_networks", full)
     assert measure(Measurement(OURS, WHOLE), recipe, RATES).problem == "out of memory"
+
+
+def test_settings_that_save_memory_have_the_loss_of_the_step_without_them(recipe):
+    listed = {each.name: each for each in gpu.measurements(2, 2)}
+    names = [f"ours, {name}" for name, *_ in gpu._MEMORY]
+    assert [listed[name].optimizer for name in names if "AdamW" in name] == ["adamw8bit"]
+    offloaded, int8 = (measure(listed[name], recipe, RATES) for name in (names[4], names[1]))
+    assert (offloaded.problem, int8.problem) == ("", "")
+    assert 0 < abs(int8.loss / offloaded.loss - 1) < 0.01

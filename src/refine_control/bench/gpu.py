@@ -59,7 +59,19 @@ _SHARE = 0.6
 """Of the memory: what the plan of the step that all are compared at may take. The peers need more than ours."""
 _LONG = 10.0
 """Seconds in which a measurement ends after its first call, at least two calls apart."""
+_HALF = 18
+"""Of the blocks of student and transformer, 12 and 24 with SD3."""
 _OUT_OF_MEMORY, _NO_TIME = "out of memory", "no time was left"
+
+
+_MEMORY: list[tuple[str, dict[str, Any], str]] = [
+    ("8-bit AdamW", {}, "adamw8bit"),
+    ("int8 frozen", {"frozen": "int8"}, ""),
+    ("fp8 frozen", {"frozen": "fp8", "precision": "bf16"}, ""),
+    ("half the blocks checkpointed", {"gradient_checkpointing": True, "checkpointed_blocks": _HALF}, ""),
+    ("moments offloaded", {"offload": "moments"}, ""),
+]
+"""Settings that save memory: name, of `training`, and `optimizer.kind`."""
 
 
 class Measurement(NamedTuple):
@@ -74,6 +86,8 @@ class Measurement(NamedTuple):
     """A member of torch's SDPBackend; empty: torch chooses."""
     painting: tuple[str, int, bool] = ("", 0, False)
     """Of a picture: teacher or student, number of steps, and whether guided."""
+    optimizer: str = ""
+    """`optimizer.kind`; empty: the recipe's."""
 
 
 class Outcome(NamedTuple):
@@ -148,13 +162,17 @@ def measurements(batch: int, largest: int) -> list[Measurement]:
         ),
         *(Measurement(f"ours, {n} attention", whole, attention=each) for n, each in attentions.items()),
         Measurement("ours, plain attention", whole, attention="MATH"),
+        *(Measurement(f"ours, {name}", whole | more, optimizer=kind) for name, more, kind in _MEMORY),
         *([Measurement(f"ours, batch {largest}", most)] if largest > batch else []),
         Measurement(f"ours, batch {largest}, checkpointing", {**most, "gradient_checkpointing": True}),
     ]
 
 
-def _set(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=dict(settings))})
+def _set(recipe: Recipe, settings: Mapping[str, Any], optimizer: str = "") -> Recipe:
+    """The recipe with the settings of a measurement."""
+    parts = {"training": recipe.training.model_copy(update=dict(settings))}
+    parts |= {"optimizer": recipe.optimizer.model_copy(update={"kind": optimizer})} if optimizer else {}
+    return recipe.model_copy(update=parts)
 
 
 def _attention(name: str) -> AbstractContextManager[Any]:
@@ -228,7 +246,7 @@ def _measure_picture(each: Measurement, recipe: Recipe) -> Outcome:
 def measure(each: Measurement, recipe: Recipe, rates: dict[str, float]) -> Outcome:
     """One measurement here; what goes wrong is its problem."""
     try:
-        changed = comparable(_set(recipe, each.settings))
+        changed = comparable(_set(recipe, each.settings, each.optimizer))
         return _measure_step(each, changed, rates) if each.step else _measure_picture(each, changed)
     except torch.OutOfMemoryError:
         return Outcome(problem=_OUT_OF_MEMORY)
