@@ -64,7 +64,7 @@ _HALF = 18
 _OUT_OF_MEMORY, _NO_TIME = "out of memory", "no time was left"
 
 
-_MEMORY: list[tuple[str, dict[str, Any], str]] = [
+_MEMORY = [
     ("8-bit AdamW", {}, "adamw8bit"),
     ("int8 frozen", {"frozen": "int8"}, ""),
     ("fp8 frozen", {"frozen": "fp8", "precision": "bf16"}, ""),
@@ -170,9 +170,9 @@ def measurements(batch: int, largest: int) -> list[Measurement]:
 
 def _set(recipe: Recipe, settings: Mapping[str, Any], optimizer: str = "") -> Recipe:
     """The recipe with the settings of a measurement."""
-    parts = {"training": recipe.training.model_copy(update=dict(settings))}
-    parts |= {"optimizer": recipe.optimizer.model_copy(update={"kind": optimizer})} if optimizer else {}
-    return recipe.model_copy(update=parts)
+    training = recipe.training.model_copy(update=dict(settings))
+    kind = recipe.optimizer.model_copy(update={"kind": optimizer or recipe.optimizer.kind})
+    return recipe.model_copy(update={"training": training, "optimizer": kind})
 
 
 def _attention(name: str) -> AbstractContextManager[Any]:

@@ -37,7 +37,7 @@ def _networks(teacher_name: str | None) -> dict[str, tuple[int, int]]:
         given = torch.empty(1, 16, side, side), torch.empty(1)
         text = torch.empty(1, text_tokens(backbone), config["joint_attention_dim"])
         cond, pooled = torch.empty(1, 17, side, side), torch.empty(1, config["pooled_projection_dim"])
-    controlnets: dict[str, Any] = {"teacher": teacher, "student": student}
+    controlnets = {"teacher": teacher, "student": student}
     passes = {n: _flops(lambda c=c: control_residuals(c, *given, text, cond, pooled)) for n, c in controlnets.items()}
     residuals = control_residuals(student, *given, text, cond, pooled)
     passes["transformer"] = _flops(lambda: predict_velocity(transformer, *given, text, pooled, residuals))
