@@ -73,9 +73,10 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return nn.functional.pixel_shuffle(squares, 2)
 
 
-def position_ids(height: int, width: int) -> torch.Tensor:
+def position_ids(height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(N,3): zero, row and column of each token of latents of size h x w."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    sides = (torch.arange(side // 2, device=device) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
 
 
@@ -119,7 +120,7 @@ def _inputs(
         "guidance": torch.full((batch,), guidance, device=device) if network.config["guidance_embeds"] else None,
         "encoder_hidden_states": prompt_embeds.to(dtype),
         "pooled_projections": pooled_prompt_embeds.to(dtype),
-        "img_ids": position_ids(height, width).to(device),
+        "img_ids": position_ids(height, width, device),
         "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=device),
         "return_dict": False,
     }

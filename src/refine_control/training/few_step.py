@@ -174,7 +174,7 @@ def end_points(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
         number = torch.where(levels == 1, 0, ((1 - levels) * (knots - 1)).long() + 1).clamp_max(knots - 1)
         levels = 1 - number / knots
         points = torch.stack(_points(batch))
-        x = points[number * apart, torch.arange(len(levels))]
+        x = points[number * apart, torch.arange(len(levels), device=levels.device)]
         at = Point(x, batch.noise, objective.shifted(levels, batch), flow.velocity(batch.latents, batch.noise))
     else:
         at = objective.point(batch.latents, batch.noise, objective.shifted(levels, batch))
@@ -240,7 +240,7 @@ def windows(objective: FewStep, batch: Batch, draw: Draw) -> Terms:
     number = (objective.uniforms(draw, "windows", batch.latents) * count).long().clamp_max(count - 1)
     part = objective.levels(draw, batch.latents)
     first, last = 1 - number / count, 1 - (number + 1) / count
-    points, rows = torch.stack(_points(batch)), torch.arange(len(number))
+    points, rows = torch.stack(_points(batch)), torch.arange(len(number), device=number.device)
     start, end = points[number * apart, rows], points[(number + 1) * apart, rows]
     t_start, t_end = objective.shifted(first, batch), objective.shifted(last, batch)
     sigmas = objective.shifted(last + part * (first - last), batch)
