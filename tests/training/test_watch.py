@@ -129,7 +129,12 @@ def test_a_process_says_that_it_leaves_only_where_its_work_is_done(monkeypatch, 
     assert json.loads(store.get("watch/0"))[0] == 0  # not there yet
 
 
-def test_a_lost_connection_is_a_process_that_died_and_other_errors_stay(monkeypatch):
+@pytest.mark.parametrize(("backend", "aborted"), [("nccl", 3), ("gloo", 0)])
+def test_a_lost_connection_is_a_process_that_died_and_other_errors_stay(monkeypatch, backend, aborted):
+    aborts = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(distributed.distributed_c10d, "_abort_process_group", lambda: aborts.append(1))
     monkeypatch.setattr(watch, "_Watch", lambda patience: SimpleNamespace(rank=0, count=2, end=lambda left: None))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for error in (RuntimeError("[third_party/gloo/pair.cc:1] closed by peer"), distributed.DistBackendError("NCCL")):
@@ -137,3 +142,6 @@ def test_a_lost_connection_is_a_process_that_died_and_other_errors_stay(monkeypa
             raise error
     with pytest.raises(RuntimeError, match="out of memory"), watch.watched():
         raise RuntimeError("out of memory")
+    with watch.watched():
+        pass
+    assert len(aborts) == aborted  # never where all has gone well

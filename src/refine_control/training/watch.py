@@ -206,3 +206,6 @@ def watched(patience: float = PATIENCE) -> Iterator[None]:
         ) from error
     finally:
         watch.end(left)
+        if not left and distributed.is_initialized() and distributed.get_backend() == "nccl":
+            # NCCL leaves a group together: this process would wait for the others, which wait for it
+            distributed.distributed_c10d._abort_process_group()
