@@ -201,6 +201,14 @@ def test_on_gpus_processes_speak_nccl_and_each_has_a_gpu_of_its_own(monkeypatch)
     assert not run.is_main_process()
     assert {"backend": "nccl"} in calls
     assert ("set_device", torch.device("cuda", 3)) in calls
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(InvalidInputError, match="4 processes on a machine that shows 3 GPUs"):
+        run.training_device()
+
+
+def test_a_gpu_without_units_for_bf16_computes_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert run.fast_precision(torch.device("cuda")) == "fp32"
 
 
 def test_frozen_networks_are_in_bf16_and_what_is_trained_has_masters_in_fp32():

@@ -116,7 +116,8 @@ def _gpu() -> Check:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         detail = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
-        return Check("gpu", "ok", f"{detail}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Check("gpu", "ok", f"{detail}; bf16 {'yes' if has_units else 'no'}")
     if shutil.which("nvidia-smi"):
         sees = f"torch {torch.__version__} sees no GPU: a CPU build, or a driver too old"
         return Check("gpu", "note", f"nvidia-smi is here, but {sees}")

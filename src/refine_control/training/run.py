@@ -75,14 +75,19 @@ class Trained(NamedTuple):
 def fast_precision(device: torch.device) -> Precision:
     """bf16 where the processor has units for it (measured in docs/engineering.md), else fp32."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def training_device() -> torch.device:
-    """The best device as accelerate shares it out: each process has a GPU of its own."""
+    """The best device as accelerate shares it out: each process has a GPU of its own.
+
+    Raises InvalidInputError where there are too few."""
     from accelerate import PartialState
 
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if best_device().type == "cuda" and processes > (count := torch.cuda.device_count()):
+        raise InvalidInputError(f"{processes} processes on a machine that shows {count} GPUs; start one for each")
     return torch.device(PartialState(cpu=best_device().type == "cpu").device or "cpu")
 
 
