@@ -191,9 +191,7 @@ def halved_table(results: Path) -> Table:
             ratios = [ratio_of_means(studied[key], studied[TEACHER], metric) for key in HALVED]
             shares = [format(ratio.scaled(100), ".1f") if ratio else "" for ratio in ratios]
             lines.append([condition, HEADINGS[metric], str(len(studied["balanced"])), f"{teacher:.1f}", *shares])
-    return Table(
-        "", ["condition", "score", "seeds", "teacher", *(f"{each}, % of it" for each in HALVED.values())], lines
-    )
+    return Table("", ["condition", "score", "seeds", "teacher", *HALVED.values()], lines)
 
 
 def _conditions(condition: str) -> str:
