@@ -53,6 +53,12 @@ def test_the_steps_have_equal_losses_and_the_plan_of_their_memory(recipe):
     assert (ours.planned, outcomes[SCRIPT].planned) == (50, 0)
 
 
+def test_a_loss_on_decoded_pictures_has_its_vae(recipe):
+    objective = {"kind": "codi", "x0_source": "truth", "few_step": {"distance": "pixel"}}
+    decoding = Recipe.model_validate({**recipe.model_dump(), "objective": objective})
+    assert measure(Measurement(OURS, WHOLE), decoding, RATES).problem == ""
+
+
 @pytest.mark.slow
 def test_compiled_blocks_have_the_loss_of_eager_ones(recipe, monkeypatch):
     compiled, compile_as_usual = [], torch.compile

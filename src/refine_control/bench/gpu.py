@@ -46,6 +46,7 @@ from refine_control.models.skeleton import read_configs
 from refine_control.pipeline.painting import paint
 from refine_control.progress import Progress
 from refine_control.storage import write_json
+from refine_control.training.assembly import beside
 from refine_control.training.memory import plan_memory
 
 RESULTS = "bench_gpu.json"
@@ -208,7 +209,7 @@ def _measure_step(each: Measurement, recipe: Recipe, rates: dict[str, float]) ->
     backbone = step.networks.backbone
     batch, draw = make_batch(recipe, backbone, device)
     batch = encode_pictures(batch, make_pictures(recipe, backbone.geometry.side, device), backbone.vae.to(device))
-    if each.step == OURS:
+    if each.step == OURS and backbone.vae not in beside(recipe, backbone):
         backbone.pipeline.vae = backbone.vae = None  # a run over caches does without
     call = partial(whole_step, step, batch, draw)
     with _attention(each.attention):
