@@ -67,6 +67,13 @@ def uninterrupted(tmp_path_factory):
     return run_dir
 
 
+def test_the_host_waits_for_a_mean_in_its_memory_only_to_save_it_and_at_the_end(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(MasterWeights, "settle", lambda self: waits.append(self))
+    toy.train(tmp_path, offload="mean")
+    assert 4 <= len(waits) <= 5  # space for a checkpoint, 4 and 8 and 12 steps, the end
+
+
 def test_a_run_killed_in_mid_step_and_run_again_has_the_same_bytes(tmp_path, uninterrupted):
     run_dir = tmp_path / "run"
     process = start(run_dir, pause=0.01, **ACCUMULATED)

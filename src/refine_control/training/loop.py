@@ -360,5 +360,6 @@ def fit(
             save(training.steps)
     if log:
         log.close()
+    master.settle()
     weights = {name: tensor.float().clone() for name, tensor in master.ema_state().items()}
     return Fitted(training.steps, time.monotonic() - began, weights)

@@ -183,7 +183,7 @@ class Networks:
         for prefix, part in parts.items():
             for name, parameter in part.named_parameters():
                 if (value := weights.get(prefix + name)) is not None:
-                    parameter.copy_(value)
+                    parameter.copy_(value.to(parameter.device))  # a cast before the copy would be the host's
 
     def shift_at(self, size: Sequence[int]) -> float:
         """The sigma shift for latents of size h w: the recipe's, else the scheduler's."""

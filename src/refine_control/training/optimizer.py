@@ -212,7 +212,7 @@ class MasterWeights:
             moment.copy_(state[name], non_blocking=True)
             state[name] = moment
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits until a GPU has written what the host is to read."""
         if self.offload != "none" and self.masters[0].is_cuda:
             torch.cuda.synchronize(self.masters[0].device)
@@ -227,7 +227,7 @@ class MasterWeights:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint needs, by name: `weights/`, `ema/`, `moment1/`, `moment2/`; of moments in 8 bits the
         codes, and `scale1/`, `scale2/`."""
-        self._settle()
+        self.settle()
         out = {}
         for index, (name, master) in enumerate(zip(self.named, self.masters, strict=True)):
             out[f"weights/{name}"] = master.detach()
@@ -267,7 +267,8 @@ class MasterWeights:
             torch._foreach_copy_(self.params, self.masters)
 
     def ema_state(self) -> Mapping[str, torch.Tensor]:
-        """The averaged weights by parameter name (the plain ones without EMA), whole."""
-        self._settle()
+        """The averaged weights by parameter name (the plain ones without EMA), whole.
+
+        A GPU may still write those in the host's memory: it reads them in order, the host after `settle`."""
         local = dict(zip(self.named, self.ema or [m.detach() for m in self.masters], strict=True))
         return local if self.rows is None else self.rows.whole(local)
