@@ -179,3 +179,6 @@ def test_shards_of_a_condition_are_its_scenes_and_their_oracle_reads_them(tmp_pa
     stored = list(test)
     truth = images_of(list(find_task(name).photos(test.manifest["seed"], 0, 2)))
     assert (find_oracle(name, stored)(stored, truth)[find_task(name).headline] == 100).all()
+    with pytest.raises(InvalidInputError, match="holds other photographs or scenes"):
+        build_scenes(tmp_path, labeled=3, unlabeled=2, test=2, condition="depth")
+    build_scenes(tmp_path, labeled=3, unlabeled=2, test=2, condition=name)  # finished, and left as it is

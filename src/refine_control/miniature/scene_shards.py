@@ -62,8 +62,8 @@ def write_role(
 
     Raises InvalidInputError when the manifest of `folder` describes others."""
     if (folder / MANIFEST).is_file():
-        previous = json.loads((folder / MANIFEST).read_text())
-        if {name: previous.get(name) for name in described} != described:
+        previous = {"condition": INPAINT, **json.loads((folder / MANIFEST).read_text())}
+        if any(previous.get(name) != value for name, value in {**described, "condition": condition}.items()):
             raise InvalidInputError(f"{folder} holds other photographs or scenes; choose another folder")
     elif count:
         writer = ShardWriter(folder, folder.name, image_format="webp", condition=condition)
