@@ -226,6 +226,17 @@ def test_regions_of_one_photo_are_one_sample_and_unused_masks_are_mentioned(sour
     assert plain == whole
 
 
+@pytest.mark.parametrize("value", [["conditions/0.png"], 3, {"path": "conditions/0.png"}])
+def test_a_condition_that_is_no_path_is_refused_and_none_is_made_in_its_place(source, value):
+    listed(source, [{"image": "0.png", "mask": "0.mask.png", "local_prompt": "a hole", "condition": value}])
+    (entry,) = entries(source, condition="canny")
+    assert entry.problem is not None
+    assert entry.problem[0] is R.BAD_ROW
+    assert "condition" in entry.problem[1]
+    (plain,) = entries(source)  # inpainting reads none
+    assert plain.problem is None
+
+
 def test_a_photo_wider_than_two_squares_is_cropped_centrally(tmp_path):
     photo = np.hstack([scenery(0), scenery(1)])
     entry = put(tmp_path / "in", photo, photo[:, ::-1])

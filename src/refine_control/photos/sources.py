@@ -62,8 +62,9 @@ def entries(
     at the end. Of a `condition` without a region the entries are whole photos: no mask, and the global prompt where
     there is one. Raises InvalidInputError when `source` is nothing of the kind, or a folder that this project writes
     for another use."""
-    listed = _reader(Path(source), images)
-    if find_condition(condition).region:
+    region = find_condition(condition).region
+    listed = _reader(Path(source), images, region)
+    if region:
         listed = (replace(entry, condition=None) if entry.condition else entry for entry in listed)
     else:
         listed = _whole_photos(source, listed, condition)
@@ -92,18 +93,18 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _reader(source: Path, images: Path | None) -> Iterator[Entry]:
+def _reader(source: Path, images: Path | None, region: bool) -> Iterator[Entry]:
     """Chooses by what lies there; errors of the choice are raised here, before the first entry."""
     if images is not None and source.suffix.lower() != ".json":
         raise InvalidInputError(f"a folder of images is for COCO's .json files; {source} says where its photos are")
     if source.is_dir():
         refuse_other_kind(source, PHOTOGRAPHS)
         if (source / MANIFEST_NAME).is_file():
-            return _manifest_entries(source / MANIFEST_NAME)
+            return _manifest_entries(source / MANIFEST_NAME, region)
         return _folder_entries(source)
     if source.is_file():
         if source.suffix.lower() == ".jsonl":
-            return _manifest_entries(source)
+            return _manifest_entries(source, region)
         if source.suffix.lower() == ".json":
             from refine_control.photos.coco import coco_entries
 
@@ -171,7 +172,7 @@ def photos_of(listed: Iterable[Entry]) -> Iterator[list[Entry]]:
 # A JSONL manifest
 
 
-def _manifest_entries(path: Path) -> Iterator[Entry]:
+def _manifest_entries(path: Path, region: bool) -> Iterator[Entry]:
     decisions = read_decisions(path.with_name(DECISIONS_NAME))
     root = path.parent
     with path.open("rb") as lines:
@@ -185,7 +186,7 @@ def _manifest_entries(path: Path) -> Iterator[Entry]:
                 if number == 1 and "image" not in row and isinstance(row.get("root"), str):
                     root = _root(path, row["root"])
                     continue
-                entry, doubts = _manifest_entry(root, row), _texts(row, "prompt_problems")
+                entry, doubts = _manifest_entry(root, row, region), _texts(row, "prompt_problems")
             except Rejected as error:
                 detail = f"line {number}: {error.detail}"
                 yield Entry.refused(root, _image_name(line), error.reason, detail, f"row-{number}")
@@ -215,15 +216,16 @@ def _root(manifest: Path, named: str) -> Path:
     return root
 
 
-def _manifest_entry(root: Path, row: Row) -> Entry:
-    """The entry of a row. Rejected where a field has a value that it cannot have."""
+def _manifest_entry(root: Path, row: Row, region: bool) -> Entry:
+    """The entry of a row. Rejected where a field has a value that it cannot have; with a `region` none reads the
+    field `condition`, which other lists use in other ways."""
     image = take_text(row, "image")
     if not image:
         fields = ", ".join(sorted(map(str, row))[:8])
         raise Rejected(RejectReason.BAD_ROW, f"no `image` is named; the fields are: {fields or 'none'}")
     mask = take_text(row, "mask") or None
     segmentation = take_segmentation(row) if mask is None else None
-    cond = row["condition"] if isinstance(row.get("condition"), str) and row["condition"] else None
+    cond = None if region and not isinstance(row.get("condition"), str) else take_text(row, "condition") or None
     region = mask or cond if segmentation is None else json.dumps(segmentation, sort_keys=True)
     captions = _texts(row, "captions")
     take_id(row, "source_image_id")
