@@ -104,11 +104,17 @@ def test_a_folder_gives_as_many_samples_as_the_budget_says(data, tmp_path):
         ({"data": Path("nowhere")}, "nowhere has no shards in labeled"),
         ({"scale": "sd3", "data": Path("nowhere")}, "has no shards in labeled"),
         ({"model": "m"}, "reads no rendered scenes"),
+        ({"condition": "edit"}, "no teacher for edit is packaged; .*--teacher"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(parts, told):
     with pytest.raises(InvalidInputError, match=told):
         Comparison(BUDGET, Path("a"), **parts).check()
+
+
+def test_a_teacher_of_another_condition_than_the_samples_is_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="of lowres is for lowres, and the samples are of the condition canny"):
+        Comparison(BUDGET, tmp_path, teacher="lowres", condition="canny").backbone()
 
 
 @pytest.mark.parametrize("parts", [{}, {"photos": Path("p"), "model": "m"}])

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_control.cache.building import build_cache, completion_sampler
-from refine_control.conditions.condition import find_condition
+from refine_control.conditions.condition import check_condition, find_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ALL_ROLES, refuse_other_kind
 from refine_control.miniature.scene_shards import build_scenes
 from refine_control.miniature.small_photos import build_small_photos, small_photos_mark
 from refine_control.models.backbone import Backbone
-from refine_control.models.card import BUNDLE
+from refine_control.models.card import BUNDLE, packaged
 from refine_control.models.devices import best_device
 from refine_control.models.loading import load_backbone, load_controlnet, weights_mark
 from refine_control.photos.shards import Shards, open_manifest
@@ -78,6 +78,11 @@ class Comparison:
         find_condition(self.condition)
         if self.condition != INPAINT and not self.rendered:
             raise InvalidInputError("--condition chooses rendered scenes; with --data the samples name their own")
+        if self.condition != INPAINT and not self.teacher and packaged(self.condition) is None:
+            verb = f"refine-control mini train --condition {self.condition}"
+            raise InvalidInputError(
+                f"no teacher for {self.condition} is packaged; make one with `{verb}`, give --teacher"
+            )
         if self.rendered and self.model:
             raise InvalidInputError("--model reads no rendered scenes; give its data with --photos or --data")
         return self
@@ -112,9 +117,13 @@ class Comparison:
         return self.model or recipe.model, self.teacher or (None if self.model else usual)
 
     def backbone(self, cpu_kernels: bool = False, painting: bool = True) -> Backbone:
-        """The model with its teacher on the best device; without `painting` its VAE and encoders alone."""
+        """The model with its teacher on the best device; without `painting` its VAE and encoders alone.
+
+        Raises InvalidInputError for a teacher of another condition than the samples."""
         model, teacher = self.names
         controlnet = load_controlnet(teacher) if teacher else None
+        if controlnet is not None and teacher:
+            check_condition(controlnet.config, self.tested, teacher)
         return load_backbone(model, controlnet, cpu_kernels, best_device(), painting, controlnet_name=teacher)
 
     def mark(self) -> list[str]:
