@@ -108,6 +108,14 @@ def test_completions_of_another_condition_are_refused_before_anything_is_encoded
     assert not (tmp_path / "cache").exists()
 
 
+def test_the_teacher_of_a_cache_takes_the_condition_of_its_samples(world, tmp_path):
+    build_scenes(tmp_path / "shards", labeled=1, unlabeled=0, test=0, condition="depth")
+    given = {"model": str(world / "model"), "teacher": str(world / "teacher")}
+    with pytest.raises(InvalidInputError, match=r"teacher is for canny, and the samples are of the condition depth"):
+        cache_folder(tmp_path / "shards" / LABELED, tmp_path / "cache", **given)
+    assert not (tmp_path / "cache").exists()
+
+
 # Batches and losses.
 
 

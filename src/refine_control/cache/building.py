@@ -50,7 +50,7 @@ from refine_control.models.fit import geometry
 from refine_control.models.loading import has_controlnet, load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
 from refine_control.photos.buckets import Size, grouped, sizes_of
-from refine_control.photos.shards import Shards
+from refine_control.photos.shards import Shards, open_manifest
 from refine_control.pipeline.painting import asks_twice, sampling_path
 from refine_control.pixels import from_images
 from refine_control.progress import Progress
@@ -246,6 +246,10 @@ def cache_folder(
     sampler = completion_sampler(complete, guidance, path > 0, precision) if complete else None
     stored, painting = Stored(_DTYPES[dtype], prompts, sampler, path, posterior).check(), sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
+    if controlnet is not None and teacher:
+        check_condition(controlnet.config, open_manifest(source).get("condition", INPAINT), teacher)
+    if not painting and (guidance != 1 or precision != "fp32"):
+        logger.warning("guidance and precision are those of completions; without --complete they change nothing")
     controlled = painting or controlnet is not None or has_controlnet(model)
     how = {"cpu_kernels": painting, "device": best_device(), "painting": painting, "controlled": controlled}
     backbone = load_backbone(model, controlnet, controlnet_name=teacher, **how)

@@ -288,7 +288,7 @@ def cache(
         ),
     ] = "full",
     teacher: Annotated[
-        str | None, typer.Option(help="ControlNet for --complete, a folder or hub id; default: the model's own.")
+        str | None, typer.Option(help="ControlNet that the cache is for, a folder or hub id; default: the model's own.")
     ] = None,
     posterior: Annotated[
         Literal["mean", "mean_std"],
