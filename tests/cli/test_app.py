@@ -269,6 +269,21 @@ def test_a_dry_run_of_a_verb_writes_nothing(monkeypatch, capsys, tmp_path, verb)
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data scenes out --condition cany", "there is no condition 'cany'"),
+        ("mini train --condition cany", "there is no condition 'cany'"),
+        ("mini train --condition canny --world photos --photos .", "leave --world and --photos out"),
+        ("plan mini/fc --price inf", "--price"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse_or_ignore(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words.split(), "--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_students_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "s").mkdir()
     base = ("evaluate", "--test", str(tmp_path), "--out", str(tmp_path / "o"), "--dry-run", "--student")

@@ -122,8 +122,8 @@ def generate(
 ) -> None:
     """Paint an image by ControlNets without a mask: edges, low resolution, depth, poses, edits.
 
-    A condition picture is made of the photograph where the ControlNet's condition says how, as for canny and lowres;
-    depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
+    A condition picture is made of the photograph where the ControlNet's condition says how, as for canny, lowres and
+    blur; depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
     controls = paired(control, "--control", opt.CONTROL)
     others = {"sigmas": sigmas, "seed": seed, "injection": injection}
     sampler = opt.sampling(model, controls[0][0], steps, guidance, None, **others)
@@ -158,7 +158,11 @@ def mini_train(
     With --condition train the teacher of that condition alone, OUT/controlnet, on a bundle that stays as it is."""
     from refine_control.miniature.stages import condition_stage, named_stages
 
+    if (world == "photos") != (photos is not None):
+        raise InvalidInputError("--world photos needs --photos FOLDER, and --photos needs --world photos")
     if condition != "inpaint":
+        if photos is not None:
+            raise InvalidInputError("the teacher of a condition is trained on scenes; leave --world and --photos out")
         chosen = condition_stage(stage or [])
         if dry_run:
             planned = {"verb": "mini train", "condition": condition, "from": source, "out": out, "seed": seed}
@@ -168,8 +172,6 @@ def mini_train(
         given = {"stage": chosen, "start": source, "count": check, "progress": progress_bar("mini train")}
         return show(train_condition_teacher(condition, out, seed, **given), as_json)
     stages = named_stages(stage or [])
-    if (world == "photos") != (photos is not None):
-        raise InvalidInputError("--world photos needs --photos FOLDER, and --photos needs --world photos")
     if dry_run:
         planned = {"verb": "mini train", "world": world, "from": source, "out": out, "seed": seed, "stages": stages}
         return show(planned, as_json)

@@ -176,7 +176,7 @@ def plan(
     ] = None,
     pairs: Annotated[int, opt.number("Samples with the teacher's guided paths, for few steps.")] = 20_000,
     test: Annotated[int, opt.number("Test samples of the evaluation.")] = 1000,
-    price: Annotated[float, opt.number("Price of one device for an hour.", 0)] = 0.0,
+    price: Annotated[float, opt.number("Price of one device for an hour.", 0, 1_000_000)] = 0.0,
     efficiency: Annotated[
         float | None,
         opt.number("Share of the product rate that a step reaches; default: 0.4, or measured.", 0.001, 1),

@@ -91,13 +91,23 @@ def number(help: str, least: float = 1, most: float | None = None) -> Any:
     return typer.Option(min=least, max=most, help=help)
 
 
+def _known_condition(name: str) -> str:
+    from refine_control.conditions.condition import find_condition
+
+    return find_condition(name).name
+
+
 InFile = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
 InFolder = Annotated[Path, typer.Argument(exists=True, file_okay=False)]
 Source = Annotated[Path, typer.Argument(exists=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Condition = Annotated[
-    str, typer.Option(help="What the ControlNet is shown, a kind of `conditions/`, such as inpaint or canny.")
+    str,
+    typer.Option(
+        callback=_known_condition,
+        help="What the ControlNet is shown, a kind of `conditions/`, such as inpaint or canny.",
+    ),
 ]
 Model = Annotated[str, typer.Option(help="mini, a hub id, or a folder in diffusers layout.")]
 Network = Annotated[str | None, typer.Option(help="Hub id, folder, or edge; default: the model's own.")]
