@@ -15,6 +15,7 @@ from refine_control.losses import mask_weight
 from refine_control.miniature.scene_shards import scene_photos
 from refine_control.models.backbone import Backbone, decode_latents, encode_images, encoder_features
 from refine_control.records import LABELED
+from refine_control.training.assembly import compile_blocks
 from refine_control.training.batches import CacheBatches
 from refine_control.training.few_step import KINDS, FewStep, asks_teacher, fields_read, needs_target
 from refine_control.training.loop import Draw, fit
@@ -46,6 +47,14 @@ def cache(backbone, tmp_path_factory):
 @pytest.fixture
 def networks(backbone, tiny_student):
     return Networks(backbone, backbone.pipeline.controlnet, tiny_student(2))
+
+
+def test_the_target_of_a_compiled_student_is_compiled(networks, monkeypatch):
+    compiled = lambda block: setattr(block, "_compiled_call_impl", block._call_impl)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    compile_blocks(networks.student)
+    target = FewStep(networks, config_of("phases")).target
+    assert all(block._compiled_call_impl is not None for block in target.transformer_blocks)
 
 
 def config_of(kind, x0="teacher", alpha=None, **few):

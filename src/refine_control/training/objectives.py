@@ -158,9 +158,13 @@ class Networks:
 
     def copy_student(self) -> ControlNet:
         """A frozen copy of the student for a running mean, and of its own transformer, whose frozen part is shared."""
-        copied = copy.deepcopy(self.student).requires_grad_(False)
+        copied, pairs = copy.deepcopy(self.student).requires_grad_(False), list[tuple[Any, Any]]()
         if self.own_transformer is not None:
             self.steered[copied] = sharing_copy(self.own_transformer).requires_grad_(False)
+            pairs += zip(layer_modules(self.steered[copied]), layer_modules(self.own_transformer), strict=True)
+        for block, original in (*pairs, *zip(layer_modules(copied), layer_modules(self.student), strict=True)):
+            if original._compiled_call_impl is not None:  # which copies of modules leave out
+                block.compile()
         return copied
 
     def share(self, engine: Engine) -> Callable[[bool], None]:
