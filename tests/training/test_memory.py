@@ -130,6 +130,8 @@ def test_processes_that_share_parameters_hold_parts_of_the_sums(model):
     for name in ("masters", "moments", "average"):
         assert getattr(plans[1], name) == pytest.approx(getattr(plans[0], name) / 4, rel=0.01)
     assert plans[0].samples == plans[1].samples == 2
+    alone = plan_memory(make(model, precision="bf16", ema_decay=0.9))
+    assert plans[0].student == 2 * alone.student  # with the copy that one process paints with
     sums = sum(getattr(plans[0], name) for name in ("masters", "moments", "average"))
     assert plans[0].peak - plans[1].peak >= 0.75 * sums - 16
 

@@ -209,7 +209,7 @@ def _measure_step(each: Measurement, recipe: Recipe, rates: dict[str, float]) ->
     backbone = step.networks.backbone
     batch, draw = make_batch(recipe, backbone, device)
     batch = encode_pictures(batch, make_pictures(recipe, backbone.geometry.side, device), backbone.vae.to(device))
-    if each.step == OURS and backbone.vae not in beside(recipe, backbone):
+    if each.step in (OURS, STOCK) and backbone.vae not in beside(recipe, backbone):
         backbone.pipeline.vae = backbone.vae = None  # a run over caches does without
     call = partial(whole_step, step, batch, draw)
     with _attention(each.attention):

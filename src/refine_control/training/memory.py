@@ -145,8 +145,9 @@ def plan_memory(recipe: Recipe, size: Size | None = None, processes: int = 1, cp
     del moments
     offload = "none" if cpu_kernels else recipe.training.offload
     offloaded = {"none": 0, "mean": mean, "moments": mean + held}[offload]
-    resident = frozen, student, masters, held, live.alive["average"] + mean
-    peak = live.peak - sum(elsewhere.values()) - offloaded
+    whole = student if processes > 1 else 0  # the copy that one process alone paints with (`Networks.share`)
+    resident = frozen, student + whole, masters, held, live.alive["average"] + mean
+    peak = live.peak + whole - sum(elsewhere.values()) - offloaded
     return MemoryPlan(samples, *resident, gradients, step.kept, peak, live.flops // samples, offloaded)
 
 
