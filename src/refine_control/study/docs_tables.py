@@ -133,7 +133,7 @@ def means_table(
     notes = numerics_note(summary)
     notes += [NOT_BOUNDED_WHY.format(BASELINE)] if any(NOT_BOUNDED in line for line in lines) else []
     columns = ["row", *(COST if cost else ()), "seeds", *(column.heading for column in shown)]
-    columns += [f"{HEADINGS[relative].split()[0]}, % of the teacher's"] if relative else []
+    columns += [f"{HEADINGS[relative].rpartition(' ')[0]}, % of the teacher's"] if relative else []  # without its unit
     return Table("", [*columns, *(SHARES[m] for m in gaps)], lines, notes)
 
 
@@ -227,9 +227,10 @@ def doc_tables() -> dict[str, DocTable]:
             layout = partial(steps_table, budget=budget, metric=metric)
             out[f"{budget}_{metric}"] = DocTable(f"mini/{budget}", chosen, layout)
     for condition in condition_names():
-        headline = find_task(condition).headline
-        shown = [Column(headline, HEADINGS[headline]), Column("psnr", "PSNR dB"), Column("ssim", "SSIM", places=3)]
-        layout = partial(means_table, metrics=shown, relative=headline)
+        task = find_task(condition)
+        shown = [Column(metric, HEADINGS[metric]) for metric in task.headings]
+        shown += [Column("psnr", "PSNR dB"), Column("ssim", "SSIM", places=3)]
+        layout = partial(means_table, metrics=shown, relative=task.headline)
         out[f"conditions_{condition}"] = DocTable(_conditions(condition), select_rows(TARGETS["conditions"]), layout)
     for target in ("codi", "pairs", "orders", "placement"):
         layout = partial(steps_table, budget="steps", metric="obeyed")
