@@ -116,6 +116,7 @@ VERBS = {
     "inpaint": [
         *(*SAMPLING, "--box", "--composite", "--context", "--controlnet", DRY, "--feather", "--image", "--mask"),
         *("--model", "--out", "--point", "--prompt", "--runtime", "--seeds", "--segmenter", "--size", "--whole"),
+        *("--control", "--prepared", "--preparer"),
     ],
     "mini check": ["--bundle", JSON, "--n", "--photos", "--precision", SEED],
     "mini edge": ["--check", DRY, JSON, SEED, "out", "student"],
@@ -125,7 +126,7 @@ VERBS = {
     ],
     "plan": [
         *("--chain", DRY, "--efficiency", JSON, "--machine", "--measured", "--pairs", "--price", "--samples", "--set"),
-        *("--size", "--test", "recipe"),
+        *("--epochs", "--size", "--test", "recipe"),
     ],
     "reproduce": [
         *(

@@ -226,11 +226,11 @@ def _manifest_entry(root: Path, row: Row, region: bool) -> Entry:
     mask = take_text(row, "mask") or None
     segmentation = take_segmentation(row) if mask is None else None
     cond = None if region and not isinstance(row.get("condition"), str) else take_text(row, "condition") or None
-    region = mask or cond if segmentation is None else json.dumps(segmentation, sort_keys=True)
+    part = mask or cond if segmentation is None else json.dumps(segmentation, sort_keys=True)
     captions = _texts(row, "captions")
     take_id(row, "source_image_id")
     return Entry(
-        key=make_key(image, region, take_id(row, "id")),
+        key=make_key(image, part, take_id(row, "id")),
         root=root,
         image=image,
         mask=mask,
