@@ -129,7 +129,7 @@ def too_large(recipe: Recipe, plan: MemoryPlan, memory: float, device: str, **on
     return f"a step of {recipe.name} needs {plan.text}, and {device} has {memory / 1e9:.3g} GB; " + (
         f"it fits with {advice}"
         if change
-        else "no batch, offload, checkpointing or 8 bits make it fit: take a larger one"
+        else "no batch, offload, checkpointing or 8 bits make it fit: use a larger device"
     )
 
 
