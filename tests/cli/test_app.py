@@ -277,6 +277,8 @@ def test_a_dry_run_of_a_verb_writes_nothing(monkeypatch, capsys, tmp_path, verb)
         ("mini train --condition cany", "there is no condition 'cany'"),
         ("mini train --condition canny --world photos --photos .", "leave --world and --photos out"),
         ("plan mini/fc --price inf", "--price"),
+        ("plan mini/fc --machine 00xH100", "--machine 00xH100 is not known"),
+        ("plan mini/fc --machine 9999999xH100", "--machine 9999999xH100 is not known"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would_refuse_or_ignore(monkeypatch, capsys, tmp_path, words, message):

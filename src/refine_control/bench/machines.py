@@ -59,9 +59,9 @@ DEVICES = {
 
 def named_machine(name: str, efficiency: float | None = None, basis: str = "given") -> Machine:
     """`4090` or `8xH100`. Raises InvalidInputError for a device that is not known."""
-    match = re.fullmatch(r"(?:(\d+)x)?(.+)", name)
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?(.+)", name)
     known = {each.lower(): each for each in DEVICES}
-    if not match or match[2].lower() not in known or match[1] == "0":
+    if not match or match[2].lower() not in known:
         raise InvalidInputError(
             f"--machine {name} is not known; give this or, with a count as in 8xH100, {', '.join(DEVICES)}"
         )

@@ -190,11 +190,14 @@ def plan(
     """Print time, memory, disk and money of a training, by arithmetic; exit code 2 where it does not fit."""
     from refine_control.bench.bill import Ask
     from refine_control.bench.bill import plan as run
+    from refine_control.bench.machines import named_machine
     from refine_control.recipe_files import load_recipe
 
     recipes = [load_recipe(each, overrides or []) for each in recipe]
     ask = Ask(machine, size, samples, pairs, test, price, efficiency, measured, chain, epochs)
     if dry_run:
+        if machine != "this":
+            named_machine(machine)
         return show({"recipes": [each.name for each in recipes], **ask._asdict()}, as_json)
     bill = run(recipes, ask)
     show(bill if as_json else bill.text, as_json)
