@@ -9,7 +9,7 @@ import numpy as np
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scenes import MAX_OBJECTS, Objects
-from refine_control.miniature.tasks.task import Rendered, Scores, Task, silhouettes, stored_objects
+from refine_control.miniature.tasks.task import Rendered, Scores, Task, nearest_tones, silhouettes, stored_objects
 from refine_control.miniature.vocabulary import COLOURS
 from refine_control.records import Photo
 
@@ -39,16 +39,29 @@ def render(seed: int, start: int, count: int) -> Rendered:
 
 
 def score(photos: Sequence[Photo], painted: np.ndarray, classifier: Classifier) -> Scores:
-    """Per cent of the scenes in which the overlap of the target with the object that it covers has its colour."""
+    """Per cent of the scenes in which the target is in front of the object that it covers, and in which it has the
+    colour of the prompt.
+
+    The colour of a part is the one that most of its pixels are nearest to. The target is in front where the overlap
+    has the colour of the rest of the target, and the visible part of the other object has another one, both of them
+    colours of objects: which objects the prompt gives which colour is another question."""
     del classifier
     objects, target = stored_objects(photos), np.array([p.meta["target"] for p in photos])
-    rows, other = np.arange(len(photos)), (target + 1) % objects.present.sum(1)
-    both = np.minimum(silhouettes(objects, target), silhouettes(objects, other)) > 0.5
-    palette = np.array(list(COLOURS.values()), np.float32)
-    front, back = (palette[objects.colour[rows, each]][:, None, None] for each in (target, other))
-    to_front, to_back = (((painted - colour) ** 2).sum(-1) for colour in (front, back))
-    nearer = ((to_front < to_back) & both).sum((1, 2)) / np.maximum(1, both.sum((1, 2)))
-    return {"depth_order": 100.0 * (nearer > 0.5)}
+    rows, count = np.arange(len(photos)), objects.present.sum(1)
+    other = (target + 1) % count
+    covers = np.stack([silhouettes(objects, np.full(len(photos), n)) > 0.5 for n in range(MAX_OBJECTS)], 1)
+    front, back = covers[rows, target], covers[rows, other]
+    covers[rows, target] = covers[rows, other] = False
+    seen = back & ~front & ~covers.any(1)
+    tones = nearest_tones(painted)
+    overlap, rest, behind = (_majority(tones, part) for part in (front & back, front & ~back, seen))
+    in_front = (overlap == rest) & (behind != rest) & (np.maximum(rest, behind) < len(COLOURS))
+    return {"depth_order": 100.0 * in_front, "front_colour": 100.0 * (overlap == objects.colour[rows, target])}
 
 
-TASK = Task(render, score, {"depth_order": "depth order %"})
+def _majority(tones: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """(N,) the most frequent tone of tones (N,64,64) where part (N,64,64) is true."""
+    return np.stack([((tones == tone) & part).sum((1, 2)) for tone in range(tones.max() + 1)]).argmax(0)
+
+
+TASK = Task(render, score, {"depth_order": "depth order %", "front_colour": "colour in front %"})

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scenes import Objects
-from refine_control.miniature.tasks.task import Rendered, Scores, Task, stored_objects
-from refine_control.miniature.vocabulary import BACKGROUNDS, COLOURS, SHAPES
+from refine_control.miniature.tasks.task import Rendered, Scores, Task, nearest_tones, stored_objects
+from refine_control.miniature.vocabulary import SHAPES
 from refine_control.records import Photo
 
 LIMBS = {"circle": (), "ring": (0.0, 180.0), "square": (45.0, 135.0, 225.0, 315.0), "triangle": (0.0, 120.0, 240.0),
@@ -49,8 +49,7 @@ def centres(images: np.ndarray, objects: Objects) -> np.ndarray:
     """(N,3,2) x and y of the mean of the pixels that are nearest to each object's colour; NaN where there is none.
 
     images (N,64,64,3) uint8."""
-    tones = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
-    nearest = ((images[..., None, :].astype(np.float32) - tones) ** 2).sum(-1).argmin(-1)
+    nearest = nearest_tones(images)
     grid = np.stack(np.meshgrid(np.arange(scenes.SIZE), np.arange(scenes.SIZE)), -1)
     out = np.full((*objects.colour.shape, 2), np.nan)
     for i, n in np.argwhere(objects.present):

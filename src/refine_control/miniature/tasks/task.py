@@ -19,6 +19,7 @@ from refine_control.conditions.condition import INPAINT, Condition, Shown, condi
 from refine_control.miniature import scenes
 from refine_control.miniature.obedience import Classifier, load_classifier
 from refine_control.miniature.scenes import Objects, Scenes
+from refine_control.miniature.vocabulary import BACKGROUNDS, COLOURS
 from refine_control.models.card import BUNDLE
 from refine_control.records import Photo
 
@@ -147,3 +148,9 @@ def silhouettes(objects: Objects, numbers: np.ndarray) -> np.ndarray:
         covered = scenes.cover(rows, numbers[rows], objects)
         out[covered.rows] = covered.alpha[:, 0].numpy()
     return out
+
+
+def nearest_tones(images: np.ndarray) -> np.ndarray:
+    """(N,64,64,3) uint8 -> (N,64,64) which of COLOURS and then BACKGROUNDS each pixel is nearest to."""
+    tones = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
+    return ((images[..., None, :].astype(np.float32) - tones) ** 2).sum(-1).argmin(-1)
