@@ -225,6 +225,7 @@ def test_misuse_of_further_controlnets_is_a_sentence(networks, wide, photo, pain
         f"{canny} --runtime onnx": "an exported folder paints with its own ControlNet alone; leave out --control",
         f"{canny} --size 64": "leave out --control",
         f"{canny} --image {wide} --prompt=a": "--mask is for one photograph",
+        f"--dry-run --control={networks}/canny={wide}/none.png": "none.png; give a picture of the photograph's size",
         "--prepared": "--prepared is about the pictures of --control",
     }
     for more, said in refused.items():
@@ -272,6 +273,14 @@ def test_misuse_is_a_sentence(networks, photo, painted, tmp_path, monkeypatch, c
         generate(networks, out, ("canny", photo[0]), ("inpaint", photo[0]))
     with pytest.raises(InvalidInputError, match="canny is shown no mask; use it by `refine-control generate`"):
         inpaint_file(photo[0], mask, WORDS, out, controlnet=str(networks / "canny"))
+    there, gone = (f"{networks / 'canny'}={path}" for path in (photo[0], tmp_path / "none.png"))
+    for control, prompt, name, said in (
+        (gone, WORDS, "a.png", "none.png; give a picture for each ControlNet"),
+        (there, " ", "a.png", "the prompt is empty; describe the picture"),
+        (there, WORDS, "a.bmp", "a.bmp ends in none of .png"),
+    ):
+        assert call(monkeypatch, "--control", control, "--prompt", prompt, "--out", name, "--dry-run") == 2
+        assert said in capsys.readouterr().err
     for control in ("canny", "=a.png", "canny="):
         assert call(monkeypatch, "--control", control, "--prompt", WORDS, "--out", str(out)) == 2
         assert f"--control {control}: write CONTROLNET=PICTURE" in capsys.readouterr().err

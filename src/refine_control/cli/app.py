@@ -124,10 +124,15 @@ def generate(
 
     A condition picture is made of the photograph where the ControlNet's condition says how, as for canny, lowres and
     blur; depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
+    from refine_control.pipeline.pictures import A_PICTURE_EACH, check_ending, check_files, check_prompt
+
     controls = paired(control, "--control", opt.CONTROL)
     others = {"sigmas": sigmas, "seed": seed, "injection": injection}
     sampler = opt.sampling(model, controls[0][0], steps, guidance, None, **others)
     pairs = [(name, Path(picture)) for name, picture in controls]
+    check_files([picture for _, picture in pairs], A_PICTURE_EACH)
+    check_prompt(prompt, "the picture")
+    check_ending(out)
     options = {"model": model, "scales": scale or [], "size": size, "prepared": prepared, "preparer": preparer}
     if dry_run:
         shown = sampler.model_dump(exclude={"conditioning_scale"})

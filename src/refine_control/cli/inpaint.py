@@ -163,9 +163,11 @@ def _check(given: dict[str, Any], several: bool) -> tuple[str, list[int]] | None
 
 def _check_control(given: dict[str, Any], several: bool) -> None:
     """Raises InvalidInputError for options of further ControlNets that do not go together."""
+    from refine_control.pipeline.pictures import EACH_OF_ITS_SIZE, check_files
     from refine_control.pipeline.together import check_scales
 
     control = given["control"]
+    check_files([Path(picture) for _, picture in control], EACH_OF_ITS_SIZE)
     if control and several:
         raise InvalidInputError(f"--control is for one photograph, and {given['image']} holds several; leave it out")
     if control and given["runtime"] != "torch":

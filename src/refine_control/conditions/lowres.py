@@ -23,4 +23,5 @@ def prepare(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(shrink(image)).resize(size, Image.Resampling.BICUBIC))
 
 
-CONDITION = Condition("lowres", "the picture at a quarter of its resolution, enlarged", prepare=prepare)
+TITLE = "the picture at a quarter of its resolution, enlarged"
+CONDITION = Condition("lowres", TITLE, prepare=prepare, photographic=True)

@@ -18,7 +18,7 @@ from refine_control.models.controlnet import Control
 from refine_control.models.devices import best_device
 from refine_control.pipeline.inpainter import Inpainter
 from refine_control.pipeline.painting import paint, warn_wasted_steps
-from refine_control.pipeline.pictures import check_ending, encode_picture
+from refine_control.pipeline.pictures import A_PICTURE_EACH, check_ending, check_files, check_prompt, encode_picture
 from refine_control.pipeline.together import (
     Reading,
     conditioning_scales,
@@ -51,7 +51,7 @@ def inpaint_file(
     `Inpainter` paints photographs in their own size. The ControlNet is that of `Inpainter.load`.
     Raises InvalidInputError for files that cannot be used, sizes that the model cannot paint and a ControlNet that is
     shown no region, MissingError for weights that are not there."""
-    _check_files([image, mask], "a photograph and its mask (white = inpaint)")
+    check_files([image, mask], "a photograph and its mask (white = inpaint)")
     side = _check(prompt, "the content of the masked region", out, model, size)
     photo = _read(image, prompt, side, mask=mask)
     inpainter = Inpainter.load(model, controlnet)
@@ -84,7 +84,7 @@ def generate_file(
     from refine_control.models.loading import load_painter
 
     names, pictures = zip(*controls, strict=True)
-    _check_files(pictures, "a picture for each ControlNet")
+    check_files(pictures, A_PICTURE_EACH)
     sampler = sampler or choose_sampler(model, names[0], {})
     factors = conditioning_scales(model, names, scales, sampler.conditioning_scale)
     side = _check(prompt, "the picture", out, model, size)
@@ -103,18 +103,11 @@ def generate_file(
     return _write(painted[0], out)
 
 
-def _check_files(paths: Sequence[Path], what: str) -> None:
-    for path in paths:
-        if not path.is_file():
-            raise InvalidInputError(f"no file at {path}; give {what}")
-
-
 def _check(prompt: str, what: str, out: Path, model: str, size: int | None) -> int:
     """The side of the picture in pixels. Raises InvalidInputError for what is wrong before anything is loaded."""
     from refine_control.models.loading import read_geometry
 
-    if not prompt.strip():
-        raise InvalidInputError(f"the prompt is empty; describe {what}")
+    check_prompt(prompt, what)
     check_ending(out)
     sizes = read_geometry(model)
     side = sizes.side if size is None else size

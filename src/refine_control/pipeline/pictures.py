@@ -29,6 +29,10 @@ Picture = str | Path | Image.Image | np.ndarray
 _JPEG = {"quality": 95, "subsampling": 0}
 FORMATS: dict[str, dict[str, Any]] = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": {"lossless": True}}
 """How a picture is written, by the end of its file's name."""
+A_PICTURE_EACH, EACH_OF_ITS_SIZE = (
+    "a picture for each ControlNet",
+    "a picture of the photograph's size for each ControlNet",
+)
 
 
 def read_photograph(image: Picture) -> Original:
@@ -59,7 +63,7 @@ def read_condition(picture: Picture, photograph: Original, ground: str) -> np.nd
     """(H, W, 3) uint8 of a photograph as shown, from a file, a PIL image or an array, with `ground` under transparency.
 
     Raises InvalidInputError for what is no picture of its size."""
-    opened = _open(picture, "the condition picture", "a picture of the photograph's size for each ControlNet")
+    opened = _open(picture, "the condition picture", EACH_OF_ITS_SIZE)
     with _refusing(picture if isinstance(picture, str | Path) else "the condition picture"):
         return condition_picture(on_ground(opened, ground), photograph.header)
 
@@ -84,10 +88,10 @@ def encode_picture(image: Image.Image, out: Path, **more: Any) -> bytes:
     return buffer.getvalue()
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, what: str = "the content of the masked region") -> None:
     """Raises InvalidInputError for an empty prompt."""
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InvalidInputError("the prompt is empty; describe the content of the masked region")
+        raise InvalidInputError(f"the prompt is empty; describe {what}")
 
 
 def check_ending(out: Path) -> None:
@@ -96,9 +100,15 @@ def check_ending(out: Path) -> None:
         raise InvalidInputError(f"{out} ends in none of {', '.join(FORMATS)}; name the picture to write so")
 
 
+def check_files(paths: Sequence[Path], what: str) -> None:
+    """Raises InvalidInputError, which asks for `what`, where one of the files is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise InvalidInputError(f"no file at {path}; give {what}")
+
+
 def _read(path: Path, what: str) -> bytes:
-    if not path.is_file():
-        raise InvalidInputError(f"no file at {path}; give {what}")
+    check_files([path], what)
     whole = path.resolve()
     return read_bytes(Path(whole.anchor), str(whole))
 
