@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -117,6 +118,20 @@ def test_the_code_of_the_readme_paints_in_stock_diffusers_what_our_pipeline_pain
     assert expected.size == (64, 64)
     assert np.abs(np.asarray(names["picture"], int) - np.asarray(expected)).max() <= 1
     assert np.asarray(expected).std() > 1
+
+
+def test_the_code_of_a_condition_in_other_levels_shows_them_to_stock():
+    how = {"without_t5": True, "max_sequence_length": 0}
+    usual = cards.diffusers_code(SamplerConfig(), "canny", "FOLDER", "MODEL", **how)
+    code = cards.diffusers_code(SamplerConfig(), "canny", "FOLDER", "MODEL", **how, levels=(0.5, 128.0))
+    assert "VaeImageProcessor" not in usual
+    given = MagicMock()
+    names = {"PROMPT": "a", "FOLDER": "f", "MODEL": "m", "CONDITION_PICTURE": Image.new("RGB", (32, 16), (0, 51, 255))}
+    with patch.multiple("diffusers", SD3ControlNetModel=MagicMock(), StableDiffusion3ControlNetPipeline=given):
+        exec(code, names)
+    shown = given.from_pretrained.return_value.call_args.kwargs["control_image"]
+    assert shown.shape == (1, 3, 16, 32)
+    torch.testing.assert_close(shown[0, :, 3, 5], torch.tensor([0.5, 26.0, 128.0]))
 
 
 def test_the_card_of_a_controlnet_stands_above_that_of_the_model(folder, tmp_path):

@@ -3,11 +3,17 @@
 import json
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from refine_control import flow
+from refine_control.cache.building import write_cache
+from refine_control.cache.reader import Cache
+from refine_control.conditions.condition import take_condition
 from refine_control.config import LossWeights, SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.injection import layer_of_site, stock_injects_exactly
@@ -23,13 +29,14 @@ from refine_control.models.controlnet import (
     site_groups,
     trainable_parameters,
 )
-from refine_control.models.families import find_family
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import condition_encoding, find_family
 from refine_control.models.fit import check_controlnet
 from refine_control.models.loading import load_controlnet, load_student, save_controlnet
 from refine_control.models.skeleton import PUBLISHED as PUBLISHED_MODELS
 from refine_control.pipeline.painting import complete_latents
+from refine_control.pixels import from_images
 from refine_control.recipe_files import load_recipe
+from refine_control.records import UNLABELED, Photo
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import KINDS, Batch, Distillation, Networks
 
@@ -268,25 +275,65 @@ def stock_pipeline(world, controlnet):
     return pipeline
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_picture_is_the_one_of_the_stock_pipeline(world, tmp_path, guidance):
+class CardsProcessor(VaeImageProcessor):
+    """What the card of stabilityai's canny ControlNet has stock make of edges."""
+
+    def __init__(self):
+        super().__init__(do_normalize=False)
+
+    def preprocess(self, image, **how):
+        return 255 * super().preprocess(image, **how) / 2 + 1 / 2
+
+    def postprocess(self, image, output_type, **_):
+        return super().postprocess(image, output_type, [True] * len(image))
+
+
+@pytest.mark.parametrize(("guidance", "condition"), [(1.0, "depth"), (3.0, "depth"), (1.0, "canny")])
+def test_a_picture_is_the_one_of_the_stock_pipeline(world, tmp_path, guidance, condition):
     """A student's folder by stock alone, and our sampling of the condition's mean."""
     if world.teacher.config["extra_conditioning_channels"]:
         return  # tests/pipeline/test_painting.py compares pictures of the inpainting pipeline
     student, backbone, vae = world.student(4), world.backbone, world.backbone.vae
-    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    take_condition(student, condition, "the student")
+    encoding = condition_encoding(student.config)
+    assert encoding.levels == ((0.5, 128) if (world.name, condition) == ("SD3.5-large", "canny") else (-1, 1))
+    picture = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     text, empty = (backbone.encode_prompts([words]) for words in ("a red circle", ""))
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=guidance, conditioning_scale=0.8, sigmas="even")
     save_controlnet(student, tmp_path / "s", backbone.num_blocks)
     with torch.no_grad():
-        cond = backbone.encode_images(pixels, takes_shift(student.config))
+        cond = backbone.encode_condition(from_images(picture[None]), encoding)
         latents = complete_latents(backbone, student, cond, text, empty, sampler, LATENTS[:1])
         ours = (decode_latents(vae, latents) / 2 + 0.5).clamp(0, 1)
         given = {"num_inference_steps": 2, "sigmas": flow.even_sigmas(2)[:-1].tolist(), "guidance_scale": guidance}
         given |= {"controlnet_conditioning_scale": 0.8, "latents": LATENTS[:1].clone(), "max_sequence_length": 0}
         pipeline = stock_pipeline(world, SD3ControlNetModel.from_pretrained(tmp_path / "s"))
-        stock = pipeline("a red circle", control_image=pixels, height=64, width=64, output_type="pt", **given).images
+        if encoding.levels != (-1, 1):
+            pipeline.image_processor = CardsProcessor()
+        given |= {"control_image": Image.fromarray(picture), "height": 64, "width": 64, "output_type": "pt"}
+        stock = pipeline("a red circle", **given).images
     torch.testing.assert_close(ours, stock, rtol=0, atol=2e-5)
+
+
+def test_a_cache_holds_edges_in_the_levels_of_its_teacher(world, tmp_path):
+    if world.name != "SD3.5-large":
+        return  # tests/training/test_conditions.py reads caches of the others
+    teacher, pipeline = world.student(2), world.backbone.pipeline
+    edges, full = np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), bool)
+    edges[20:24] = 255
+    photo = Photo("a", edges, full, "a red circle", "a red circle", {}, edges)
+    for kind, levels in (("depth", (-1, 1)), ("canny", (0.5, 128))):
+        own = SD3ControlNetModel.from_config(teacher.config)
+        take_condition(own, kind, "the teacher")
+        backbone = Backbone(type(pipeline)(**{**pipeline.components, "controlnet": own}), max_sequence_length=0)
+        write_cache([photo], tmp_path / kind, backbone, UNLABELED, source={}, condition=kind)
+        cache = Cache(tmp_path / kind)
+        assert cache.encoding == (True, levels)
+        black, white = levels
+        pixels = torch.where(from_images(edges[None]) > 0, white, black)
+        torch.testing.assert_close(
+            cache.take("cond_latents", [0]), backbone.encode_images(pixels), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_the_shift_of_a_condition_may_be_stated():

@@ -98,6 +98,18 @@ def test_a_condition_without_preparation_is_given(networks, photo, painted, tmp_
     np.testing.assert_array_equal(painted[0][0].pictures[0], given)
 
 
+def test_a_controlnet_that_does_not_say_its_condition_takes_the_one_that_is_named(networks, photo, painted, tmp_path):
+    generate(networks, tmp_path / "out.png", ("unsaid", photo[0]), ("lowres", photo[0]), conditions=["canny", "lowres"])
+    np.testing.assert_array_equal(painted[0][0].pictures[0], find_condition("canny").prepare(photo[1]))
+    for conditions, said in (
+        (["canny"], "1 conditions for 2 ControlNets; give one for each"),
+        (["canny", "depth"], "lowres is for lowres, and the samples are of the condition depth"),
+        (["inpaint", "lowres"], "unsaid is for another condition, of 0 channels"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            generate(networks, tmp_path / "out.png", ("unsaid", photo[0]), ("lowres", photo[0]), conditions=conditions)
+
+
 def test_a_model_makes_the_pictures_that_it_can(networks, photo, painted, tmp_path, monkeypatch):
     record = depth.CONDITION
     fake = record.__class__(**{**vars(record), "network": lambda model: lambda image: image // 2 + len(model)})
@@ -278,8 +290,9 @@ def test_misuse_is_a_sentence(networks, photo, painted, tmp_path, monkeypatch, c
         (gone, WORDS, "a.png", "none.png; give a picture for each ControlNet"),
         (there, " ", "a.png", "the prompt is empty; describe the picture"),
         (there, WORDS, "a.bmp", "a.bmp ends in none of .png"),
+        (there, WORDS, "a.png --condition colour", "there is no condition 'colour'; choose one of"),
     ):
-        assert call(monkeypatch, "--control", control, "--prompt", prompt, "--out", name, "--dry-run") == 2
+        assert call(monkeypatch, "--control", control, "--prompt", prompt, "--out", *name.split(), "--dry-run") == 2
         assert said in capsys.readouterr().err
     for control in ("canny", "=a.png", "canny="):
         assert call(monkeypatch, "--control", control, "--prompt", WORDS, "--out", str(out)) == 2

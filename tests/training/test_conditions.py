@@ -14,6 +14,7 @@ from refine_control.losses import output_loss, task_loss
 from refine_control.miniature.scene_shards import build_scenes, scene_photos
 from refine_control.models.backbone import Backbone
 from refine_control.models.controlnet import for_condition
+from refine_control.models.families import Encoding
 from refine_control.models.loading import load_backbone, save_controlnet
 from refine_control.photos.shards import Shards
 from refine_control.pixels import from_images
@@ -77,7 +78,7 @@ def test_a_cache_without_a_region_holds_no_mask_and_unlabeled_no_latents(world):
     text = {"prompt_index", "prompt_embeds", "pooled_prompt_embeds"}
     assert set(unlabeled.arrays) == {"cond_latents", "completions"} | text
     assert set(labeled.arrays) == set(unlabeled.arrays) | {"latents"}
-    assert (unlabeled.condition, unlabeled.shift) == ("canny", False)
+    assert (unlabeled.condition, unlabeled.encoding) == ("canny", Encoding(shift=False))
 
 
 def test_a_row_is_what_the_controlnet_is_shown_without_the_shift(world, tiny_backbone):
@@ -95,10 +96,10 @@ def test_a_row_is_what_the_controlnet_is_shown_without_the_shift(world, tiny_bac
 def test_the_manifest_of_inpainting_does_not_name_the_condition(tiny_backbone, tmp_path):
     write_cache(list(scene_photos(0, 0, 2)), tmp_path / "cache", tiny_backbone, LABELED, source={})
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    assert not {"condition", "shift"} & manifest.keys()
+    assert not {"condition", "shift", "levels"} & manifest.keys()
     assert {"masked_latents.npy", "masks.npy"} < manifest["files"].keys()
     cache = Cache(tmp_path / "cache")
-    assert (cache.condition, cache.shift) == ("inpaint", True)
+    assert (cache.condition, cache.encoding) == ("inpaint", Encoding())
 
 
 def test_completions_of_another_condition_are_refused_before_anything_is_encoded(world, tiny_backbone, tmp_path):
@@ -225,9 +226,9 @@ def test_a_cache_with_the_shift_is_refused_for_a_teacher_without_it(recipe, worl
     stated.register_to_config(condition_shift=True)
     backbone = Backbone(type(tiny_backbone.pipeline)(**{**tiny_backbone.pipeline.components, "controlnet": stated}), 0)
     build_cache(world / "shards" / LABELED, tmp_path / "cache", backbone)
-    assert Cache(tmp_path / "cache").shift
+    assert Cache(tmp_path / "cache").encoding.shift
     other = changed(recipe, objective={"kind": "supervised"}, data={LABELED: str(tmp_path / "cache")})
     with pytest.raises(
-        InvalidInputError, match=r"with the VAE's shift, and the teacher takes the others; make it again"
+        InvalidInputError, match=r"with the VAE's shift, from -1 for black .* takes others; make it again"
     ):
         train(other, tmp_path / "run")

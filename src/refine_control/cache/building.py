@@ -38,6 +38,7 @@ from refine_control.conditions.condition import (
     has_region,
     mask_at_latents,
     show,
+    take_condition,
 )
 from refine_control.config import Precision, SamplerConfig
 from refine_control.errors import InvalidInputError
@@ -45,7 +46,7 @@ from refine_control.folders import ONE_ROLE, Kind, refuse_other_kind, refuse_out
 from refine_control.models.backbone import Backbone, by_parts
 from refine_control.models.cpu_kernels import in_precision
 from refine_control.models.devices import best_device, pictures_at_once
-from refine_control.models.families import takes_shift
+from refine_control.models.families import Encoding, condition_encoding
 from refine_control.models.fit import geometry
 from refine_control.models.loading import has_controlnet, load_backbone, load_controlnet
 from refine_control.models.prompt_memory import PromptMemory
@@ -85,12 +86,14 @@ def refuse_sizes(sizes: Iterable[Size], backbone: Backbone, *controlnets: Any) -
             geometry(backbone.vae.config, network.config).check(factor * h, factor * w)
 
 
-def condition_shift(backbone: Backbone, condition: str) -> bool:
-    """Whether the VAE's shift is taken off the latents of a condition: as the model's ControlNet has it, where that
-    takes the condition, else as stock has it for one of FLUX, or of SD3 that reads no pooled projection."""
+def encoding_of(backbone: Backbone, condition: str) -> Encoding:
+    """How a condition's pictures are encoded: as the model's ControlNet has it, where that takes the condition, else
+    as stock has it for one of FLUX, or of SD3 that reads no pooled projection."""
     controlnet, region = backbone.pipeline.controlnet, find_condition(condition).region
     fits = controlnet is not None and has_region(controlnet.config) == region
-    return takes_shift(controlnet.config) if controlnet is not None and fits else region or backbone.is_flux
+    if controlnet is not None and fits:
+        return condition_encoding(controlnet.config)
+    return Encoding(region or backbone.is_flux)
 
 
 def write_cache(
@@ -123,8 +126,9 @@ def write_cache(
     described |= {"condition": condition} if condition != INPAINT else {}
     if teacher is not None and options.completions is not None:
         check_condition(teacher.config, condition, "the model, which paints the completions,")
-    shift = condition_shift(backbone, condition)
-    described |= {"shift": shift} if shift != region else {}
+    encoding = encoding_of(backbone, condition)
+    described |= {"shift": encoding.shift} if encoding.shift != region else {}
+    described |= {"levels": list(encoding.levels)} if encoding.levels != Encoding().levels else {}
     described["model"] = model_mark(backbone)
     if options.completions is not None:
         described["teacher"] = teacher_mark(backbone)
@@ -142,7 +146,7 @@ def write_cache(
     writer = CacheWriter(out, described, groups, progress)
     if options.completions is not None:
         note(completions_cost(writer, backbone, options.completions, options))
-    write_pictures(writer, lambda row: photos[order[row]], backbone, role, options, shift)
+    write_pictures(writer, lambda row: photos[order[row]], backbone, role, options, encoding)
     prompt_facts = write_prompts(writer, backbone, options)
     if options.completions is not None:
         write_completions(writer, backbone, options.completions, options, region)
@@ -247,7 +251,7 @@ def cache_folder(
     stored, painting = Stored(_DTYPES[dtype], prompts, sampler, path, posterior).check(), sampler is not None
     controlnet = load_controlnet(teacher) if teacher else None
     if controlnet is not None and teacher:
-        check_condition(controlnet.config, open_manifest(source).get("condition", INPAINT), teacher)
+        take_condition(controlnet, open_manifest(source).get("condition", INPAINT), teacher)
     if not painting and (guidance != 1 or precision != "fp32"):
         logger.warning("guidance and precision are those of completions; without --complete they change nothing")
     controlled = painting or controlnet is not None or has_controlnet(model)
@@ -291,11 +295,11 @@ def write_pictures(
     backbone: Backbone,
     role: str,
     stored: Stored,
-    shift: bool = True,
+    encoding: Encoding,
 ) -> None:
     """Writes the condition's latents, with a region `masks`, and `latents` unless the role is unlabelled.
 
-    `photo(row)` is a sample, `shift` that of the condition. With mean_std both latents' deviations as well."""
+    `photo(row)` is a sample, `encoding` that of the condition. With mean_std both latents' deviations as well."""
 
     def put_latents(name: str, rows: range, pixels: torch.Tensor, shift: bool = True) -> torch.Tensor:
         if stored.posterior == "mean":
@@ -309,7 +313,7 @@ def write_pictures(
     def batch(rows: range) -> None:
         chunk = [photo(row) for row in rows]
         pixels, mask = show(chunk).tensors()
-        latents = put_latents(shown_array(mask is not None), rows, pixels, shift)
+        latents = put_latents(shown_array(mask is not None), rows, encoding.pixels(pixels), encoding.shift)
         if mask is not None:
             writer.put_sized("masks", rows, mask_at_latents(mask, latents).to(torch.uint8).numpy())
         if role != UNLABELED:

@@ -15,6 +15,7 @@ from refine_control.cache.stored import SAMPLES, SHOWN, numbered_prompts, row_gr
 from refine_control.conditions.condition import find_condition
 from refine_control.errors import DamagedError, InvalidInputError
 from refine_control.folders import A_CACHE, refuse_other_kind
+from refine_control.models.families import Encoding
 from refine_control.records import INPAINT, LABELED, UNLABELED
 from refine_control.storage import read_manifest
 
@@ -50,8 +51,9 @@ class Cache:
         self.folder, self.role = folder, self.manifest["role"]
         self.condition = str(self.manifest.get("condition", INPAINT))
         region = find_condition(self.condition).region
-        self.shift = bool(self.manifest.get("shift", region))
-        """Whether the VAE's shift is taken off the condition's latents."""
+        shift, levels = bool(self.manifest.get("shift", region)), self.manifest.get("levels", Encoding().levels)
+        self.encoding = Encoding(shift, tuple(levels))
+        """How the condition's latents were encoded."""
         self.bfloat16 = self.manifest["dtype"] == "bfloat16"
         opened = {Path(n).stem: _open_array(folder / n) for n in self.manifest["files"] if n.endswith(".npy")}
         self.arrays = {name.replace(shown_array(region), SHOWN): array for name, array in opened.items()}

@@ -108,6 +108,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="Prompt for the whole image.")],
     out: Annotated[Path, opt.output_file("PNG to write.")],
+    conditions: opt.Kinds = None,
     prepared: opt.Prepared = False,
     preparer: opt.Preparer = None,
     model: opt.Model = "mini",
@@ -125,6 +126,7 @@ def generate(
     A condition picture is made of the photograph where the ControlNet's condition says how, as for canny, lowres and
     blur; depth maps and poses are given. The first ControlNet's card says how many steps and how much guidance."""
     from refine_control.pipeline.pictures import A_PICTURE_EACH, check_ending, check_files, check_prompt
+    from refine_control.pipeline.together import check_conditions
 
     controls = paired(control, "--control", opt.CONTROL)
     others = {"sigmas": sigmas, "seed": seed, "injection": injection}
@@ -134,6 +136,8 @@ def generate(
     check_prompt(prompt, "the picture")
     check_ending(out)
     options = {"model": model, "scales": scale or [], "size": size, "prepared": prepared, "preparer": preparer}
+    options["conditions"] = conditions or []
+    check_conditions(options["conditions"], len(pairs))
     if dry_run:
         shown = sampler.model_dump(exclude={"conditioning_scale"})
         return show({"controls": pairs, "prompt": prompt, "out": out, **options, **shown}, as_json=False)

@@ -49,6 +49,7 @@ def inpaint(
     model: opt.Model = "mini",
     controlnet: Annotated[str | None, typer.Option(help=_CONTROLNET)] = None,
     control: Annotated[list[str] | None, typer.Option(help=_CONTROL)] = None,
+    conditions: opt.Kinds = None,
     prepared: opt.Prepared = False,
     preparer: opt.Preparer = None,
     runtime: Annotated[
@@ -73,7 +74,8 @@ def inpaint(
     dry_run: opt.DryRun = False,
 ) -> None:
     """Inpaint the white region of a mask, a box or the region at a point in one image or many, of any size."""
-    given = {**locals(), "control": paired(control or [], "--control", opt.CONTROL), "scale": scale or []}
+    given = {**locals(), "control": paired(control or [], "--control", opt.CONTROL)}
+    given |= {"scale": scale or [], "conditions": conditions or []}
     sampling = {"num_inference_steps": steps, "guidance_scale": guidance}
     sampling["conditioning_scale"] = scale[0] if scale else None
     _run(given, {**sampling, "sigmas": sigmas, "seed": seed, "injection": injection})
@@ -114,7 +116,7 @@ def _run(given: dict[str, Any], sampling: dict[str, Any]) -> None:
     bar = progress_bar("inpaint")
     if photograph is None or hole is None:
         return print(inpaint_source(inpainter, image, out, plan, given["prompt"], bar))
-    how = {name: given[name] for name in ("prepared", "preparer")}
+    how = {name: given[name] for name in ("conditions", "prepared", "preparer")}
     others = inpainter.beside(given["control"], photograph, scales=given["scale"], **how)
     for path in inpaint_photograph(inpainter, photograph, hole, given["prompt"], out, plan, bar, others):
         print(path)
@@ -164,7 +166,7 @@ def _check(given: dict[str, Any], several: bool) -> tuple[str, list[int]] | None
 def _check_control(given: dict[str, Any], several: bool) -> None:
     """Raises InvalidInputError for options of further ControlNets that do not go together."""
     from refine_control.pipeline.pictures import EACH_OF_ITS_SIZE, check_files
-    from refine_control.pipeline.together import check_scales
+    from refine_control.pipeline.together import check_conditions, check_scales
 
     control = given["control"]
     check_files([Path(picture) for _, picture in control], EACH_OF_ITS_SIZE)
@@ -175,6 +177,7 @@ def _check_control(given: dict[str, Any], several: bool) -> None:
     if not control and (unused := [name for name in ("prepared", "preparer") if given[name]]):
         raise InvalidInputError(f"--{unused[0]} is about the pictures of --control; give one, or leave it out")
     check_scales(given["scale"], 1 + len(control))
+    check_conditions(given["conditions"], len(control))
 
 
 def _numbers(name: str, text: str) -> list[int]:

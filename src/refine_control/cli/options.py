@@ -135,6 +135,13 @@ Prepared = Annotated[
 Preparer = Annotated[
     str | None, typer.Option(help="Hub id or folder of the model that makes condition pictures (depth, pose).")
 ]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--condition",
+        help="Condition of a ControlNet whose config does not say it, such as canny; repeated, one for each.",
+    ),
+]
 Scales = Annotated[
     list[float] | None,
     typer.Option(

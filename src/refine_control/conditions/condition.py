@@ -26,6 +26,8 @@ from refine_control.records import INPAINT, Photo
 if TYPE_CHECKING:  # imported where it is used: workers that prepare pictures need none
     import torch
 
+    from refine_control.models.controlnet import ControlNet
+
 _NO_KINDS = {"condition", "networks"}
 
 
@@ -99,6 +101,15 @@ def check_condition(controlnet: Mapping[str, Any], condition: str, name: str | P
             f"the ControlNet of {name} is for {kind}, and the samples are of the condition {condition}; use those of "
             "one condition"
         )
+
+
+def take_condition(controlnet: ControlNet, condition: str, name: str | Path) -> None:
+    """`check_condition`; a ControlNet whose config does not say its condition, as published ones, says it from then on.
+
+    How a condition is encoded may depend on its kind (`models.families.condition_encoding`)."""
+    check_condition(controlnet.config, condition, name)
+    if own_condition(controlnet.config) is None:
+        controlnet.register_to_config(condition=condition)
 
 
 class Shown(NamedTuple):

@@ -18,7 +18,7 @@ from torch import nn
 from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, decode_latents, encode_images, predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals, equal_layer_of_site, injection_of
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import Encoding, condition_encoding
 
 CONTROLNET_INPUTS = (
     "noisy_latents",
@@ -68,14 +68,15 @@ class T5Graph(nn.Module):
 
 
 class _VaeEncoder(nn.Module):
-    """Pixels (B,3,H,W) in [-1, 1] -> latents (B,16,h,w) of the condition, the shift taken off where it is."""
+    """Pixels (B,3,H,W) in [-1, 1] -> latents (B,16,h,w) of the condition, in its levels, the shift taken off where it
+    is."""
 
-    def __init__(self, vae: nn.Module, shift: bool):
+    def __init__(self, vae: nn.Module, encoding: Encoding):
         super().__init__()
-        self.vae, self.shift = vae, shift
+        self.vae, self.encoding = vae, encoding
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return encode_images(self.vae, pixel_values, self.shift)
+        return encode_images(self.vae, self.encoding.pixels(pixel_values), self.encoding.shift)
 
 
 class _VaeDecoder(nn.Module):
@@ -214,7 +215,7 @@ def frame_graphs(backbone: Backbone, controlnet: ControlNet) -> dict[str, Graph]
         graphs["text_encoder_3"] = Graph(T5Graph(pipeline.text_encoder_3), example, ("input_ids",), ("hidden",))
     pixels = torch.linspace(-1, 1, 2 * 3 * side * side).reshape(2, 3, side, side)
     latents = example_inputs(backbone, controlnet)["noisy_latents"]
-    encoder = _VaeEncoder(backbone.vae, takes_shift(controlnet.config))
+    encoder = _VaeEncoder(backbone.vae, condition_encoding(controlnet.config))
     graphs["vae_encoder"] = Graph(encoder, {"pixel_values": pixels}, ("pixel_values",), ("latents",))
     graphs["vae_decoder"] = Graph(_VaeDecoder(backbone.vae), {"latents": latents}, ("latents",), ("pixel_values",))
     return {name: graph._replace(network=graph.network.eval()) for name, graph in graphs.items()}

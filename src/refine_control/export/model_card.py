@@ -10,6 +10,7 @@ from typing import Any
 
 from refine_control.export.card_facts import KNOWN, NOT_STATED, Run, public_name
 from refine_control.models.card import diffusers_code
+from refine_control.models.families import condition_encoding
 from refine_control.pipeline.picture_cost import network_calls
 from refine_control.records import INPAINT
 
@@ -192,7 +193,12 @@ def _code(what: str, language: str, lines: Sequence[str]) -> str:
 
 
 def _in_diffusers(run: Run) -> str:
-    lengths: dict[str, Any] = {"without_t5": run.without_t5, "max_sequence_length": run.max_sequence_length}
+    levels = condition_encoding(run.config).levels
+    lengths: dict[str, Any] = {
+        "levels": levels,
+        "without_t5": run.without_t5,
+        "max_sequence_length": run.max_sequence_length,
+    }
     model = f'"{run.model}"' if run.on_hub else "MODEL"
     code = [diffusers_code(run.sampler, run.condition, f'"{run.repo_id}"', model, scheduler=run.scheduler, **lengths)]
     notes = ["In diffusers:"]

@@ -14,14 +14,14 @@ import torch
 from refine_control import flow
 from refine_control.cache.marks import model_mark
 from refine_control.cache.reader import Cache
-from refine_control.conditions.condition import check_condition, control_cond, own_condition
+from refine_control.conditions.condition import control_cond, own_condition, take_condition
 from refine_control.config import SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError
 from refine_control.miniature.tasks.task import find_task
 from refine_control.models.backbone import Backbone
 from refine_control.models.card import choose_sampler, read_card
 from refine_control.models.controlnet import ControlNet
-from refine_control.models.families.sd3 import takes_shift
+from refine_control.models.families import condition_encoding
 from refine_control.models.loading import load_painter, resolve
 from refine_control.randomness import slot_normals
 from refine_control.records import INPAINT
@@ -94,7 +94,7 @@ def scene_samples(source: Source, count: int = SAMPLES) -> Samples:
     """Rendered scenes under the student's condition, encoded."""
     rendered, backbone = find_task(source.condition).render(_SEED, 0, count), source.backbone
     pictures, masks = rendered.shown.tensors()
-    cond = backbone.encode_images(pictures, takes_shift(source.controlnet.config))
+    cond = backbone.encode_condition(pictures, condition_encoding(source.controlnet.config))
     truth = rendered.truth.images.numpy()
     latents = backbone.encode_images(torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 127.5 - 1)
     return _samples(source, latents, control_cond(cond, masks), rendered.prompts)
@@ -103,7 +103,7 @@ def scene_samples(source: Source, count: int = SAMPLES) -> Samples:
 def cached_samples(source: Source, folder: Path, count: int = SAMPLES) -> Samples:
     """The first samples of a cache that have one size."""
     cache = Cache(folder, model_mark(source.backbone))
-    check_condition(source.controlnet.config, cache.condition, source.name)
+    take_condition(source.controlnet, cache.condition, source.name)
     rows = np.array(next(iter(cache.groups.values()))[:count])
     mask = cache.take("masks", rows).float() if cache.has("masks") else None
     shown = cache.take("cond_latents", rows).float()

@@ -24,6 +24,7 @@ from refine_control.models.devices import (
     missing_bytes,
     pictures_at_once,
 )
+from refine_control.models.families import Encoding
 from refine_control.models.fit import Geometry, geometry
 from refine_control.models.packed import packed
 from refine_control.models.words import cut_warnings, only_known, unknown_words_warning
@@ -131,8 +132,12 @@ class Backbone:
     def encode_images(self, pixel_values: torch.Tensor, shift: bool = True) -> torch.Tensor:
         """(B,3,H,W) in [-1, 1] -> latents (B,16,h,w): the posterior's mean, normalised (docs/paper.md, trap 3).
 
-        For a condition `shift` is what `families.sd3.takes_shift` says of the ControlNet's config."""
+        A condition is encoded by `encode_condition`."""
         return by_parts(self.vae, lambda part: encode_images(self.vae, part, shift), pixel_values)
+
+    def encode_condition(self, pixel_values: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+        """Latents (B,16,h,w) of condition pictures (B,3,H,W) in [-1, 1], as `families.condition_encoding` says."""
+        return self.encode_images(encoding.pixels(pixel_values), encoding.shift)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

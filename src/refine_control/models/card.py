@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from refine_control.config import CHOSEN_BY_MODEL, SamplerConfig, StudentCard
 from refine_control.errors import InvalidInputError, MissingError
-from refine_control.models.families import find_family, flux
+from refine_control.models.families import Encoding, find_family, flux
 from refine_control.models.hub import folder_of
 from refine_control.records import INPAINT
 from refine_control.storage import write_atomic, write_json
@@ -138,13 +138,16 @@ def sampler_by_card(
     return SamplerConfig(**{**usual, **(card.fields if card else {}), **chosen})
 
 
-def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str = "") -> None:
+def write_card(
+    folder: Path, card: StudentCard, backbone: Backbone, warning: str = "", encoding: Encoding = Encoding()
+) -> None:
     """Writes into a ControlNet folder its card, README.md, and scheduler/, with which stock diffusers samples the same.
 
     `backbone` is the model that it was trained for. FLUX has no stock pipeline for a mask, and no scheduler/: its
     pipelines space the levels evenly. FlowMatchEulerDiscreteScheduler alone would space few steps badly
     (diffusers#13243): for even levels without fresh noise the scheduler is FlowMapEulerDiscreteScheduler, with fresh
-    noise README.md passes the levels. A `warning` about stock diffusers stands in README.md too."""
+    noise README.md passes the levels. A `warning` about stock diffusers stands in README.md too, and how the condition
+    is encoded where stock does it otherwise."""
     from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     sampler = card.sampling
@@ -162,7 +165,8 @@ def write_card(folder: Path, card: StudentCard, backbone: Backbone, warning: str
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(1000, backbone.shift, stochastic_sampling=sampler.stochastic)
     scheduler.save_pretrained(folder / "scheduler")
-    more = {
+    more: Any = {
+        "levels": encoding.levels,
         "without_t5": backbone.pipeline.text_encoder_3 is None,
         "max_sequence_length": backbone.max_sequence_length,
         "scheduler": type(scheduler).__name__,
@@ -181,11 +185,12 @@ def diffusers_code(
     without_t5: bool,
     max_sequence_length: int,
     scheduler: str | None = None,
+    levels: tuple[float, float] = Encoding().levels,
 ) -> str:
     """Python that paints with a ControlNet in stock diffusers; it takes PROMPT, IMAGE and MASK or CONDITION_PICTURE.
 
     `folder` and `model` are Python expressions of where the ControlNet and its model are. `scheduler` is the class of
-    the folder's own scheduler/; None: the model's."""
+    the folder's own scheduler/; None: the model's. `levels` are those of the condition (`Encoding`)."""
     steps = sampler.num_inference_steps
     loading = ["text_encoder_3=None", "tokenizer_3=None"] if without_t5 else []
     if scheduler:
@@ -193,8 +198,14 @@ def diffusers_code(
     fresh = sampler.sigmas == "even" and (sampler.stochastic or not scheduler)
     calling = [f"sigmas={[1 - i / steps for i in range(steps)]}"] if fresh else []
     calling += [f"max_sequence_length={max_sequence_length}"]
-    shown = ["control_image=CONDITION_PICTURE,"]
+    shown, prepared = ["control_image=CONDITION_PICTURE,"], list[str]()
     pipe = "StableDiffusion3ControlNetPipeline"
+    if levels != Encoding().levels:
+        black, span = levels[0], levels[1] - levels[0]
+        prepared = [
+            "in_unit = VaeImageProcessor(vae_scale_factor=16, do_normalize=False).preprocess(CONDITION_PICTURE)"
+        ]
+        shown = [f"control_image={black:g} + {span:g} * in_unit,  # the levels that it was trained with"]
     if condition == INPAINT:
         shown = ["control_image=IMAGE,", "control_mask=MASK,  # white = inpaint"]
         pipe = "StableDiffusion3ControlNetInpaintingPipeline"
@@ -208,8 +219,10 @@ def diffusers_code(
         f"controlnet_conditioning_scale={sampler.conditioning_scale:g},",
         *(f"{each}," for each in calling),
     ]
-    lines = [f"from diffusers import {', '.join(imported)}", "", f"pipeline = {pipe}.from_pretrained("]
-    lines += [*(f"    {each}," for each in loading), ")", "picture = pipeline(", *(f"    {each}" for each in calling)]
+    lines = [f"from diffusers import {', '.join(imported)}"]
+    lines += ["from diffusers.image_processor import VaeImageProcessor"] if prepared else []
+    lines += ["", f"pipeline = {pipe}.from_pretrained(", *(f"    {each}," for each in loading), ")", *prepared]
+    lines += ["picture = pipeline(", *(f"    {each}" for each in calling)]
     return "\n".join([*lines, ").images[0]"])
 
 

@@ -30,8 +30,8 @@ StudentInit = Literal["transformer", "teacher", "random"]
 Seen = TypeVar("Seen")
 _forward = cast(Any, SD3ControlNetModel.forward)  # its annotations ask for long timesteps and promise one tensor
 ADDED_OPTIONS = ("layer_of_site", "condition_shift", "condition")
-"""Of a config, which stock does not know and leaves alone: the layer of each site, what `takes_shift` says, and the
-kind of condition (`conditions.condition.own_condition`)."""
+"""Of a config, which stock does not know and leaves alone: the layer of each site, what `families.sd3.takes_shift`
+says, and the kind of condition (`conditions.condition.own_condition`)."""
 _EMBEDDERS = ("pos_embed", "x_embedder", "time_text_embed", "context_embedder")
 _CONDITION_EMBEDDERS = ("pos_embed_input", "controlnet_x_embedder")
 """Of SD3's classes and of FLUX's; each has some."""

@@ -34,6 +34,7 @@ from refine_control.models.card import CARD, CONTROLNETS, packaged, write_card
 from refine_control.models.components import load_network, load_scheduler, load_tokenizer, read_config, read_json
 from refine_control.models.controlnet import ADDED_OPTIONS, join
 from refine_control.models.cpu_kernels import use_cpu_kernels
+from refine_control.models.families import condition_encoding
 from refine_control.models.families.flux import is_flux_folder, stock_layer_of_site
 from refine_control.models.fit import Geometry, check_controlnet, check_neighbours, geometry
 from refine_control.models.flux import MAX_SEQUENCE_LENGTH as FLUX_MAX_SEQUENCE_LENGTH
@@ -218,7 +219,7 @@ def save_controlnet(
             save_own_transformer(own_transformer, temporary)
         if card is not None and backbone is not None:
             card = card.model_copy(update={"condition": controlnet.config.get("condition", INPAINT)})
-            write_card(temporary, card, backbone, warning)
+            write_card(temporary, card, backbone, warning, condition_encoding(controlnet.config))
 
 
 class PipelineLayout(NamedTuple):

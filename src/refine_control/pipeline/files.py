@@ -23,6 +23,7 @@ from refine_control.pipeline.together import (
     Reading,
     conditioning_scales,
     load_beside,
+    name_conditions,
     readings,
     refuse_own_transformer,
     refuse_region,
@@ -70,6 +71,7 @@ def generate_file(
     scales: Sequence[float] = (),
     sampler: SamplerConfig | None = None,
     size: int | None = None,
+    conditions: Sequence[str] = (),
     prepared: bool = False,
     preparer: str | None = None,
 ) -> Path:
@@ -78,7 +80,8 @@ def generate_file(
     `controls` are ControlNets that are shown no region, each with a picture: a photograph, of which the condition's
     `prepare` or the model `preparer` makes what the ControlNet is shown, or that itself where it is `prepared` or the
     condition has no preparation. Pictures are read as `inpaint_file` does, each cropped to its central square.
-    `scales` are the conditioning scales, one for all or one for each; by default each ControlNet's own. The rest of
+    `scales` are the conditioning scales, one for all or one for each; by default each ControlNet's own. `conditions`
+    are the kinds of ControlNets whose configs do not say them, one for each. The rest of
     `sampler` is by default what `choose_sampler` says for the first. Raises InvalidInputError for ControlNets and files
     that cannot be used, MissingError for what is not there."""
     from refine_control.models.loading import load_painter
@@ -92,6 +95,7 @@ def generate_file(
     backbone, network = load_painter(model, names[0], best_device())
     refuse_region([network], names[:1])
     networks = [network, *load_beside(backbone, names[1:])]
+    name_conditions(networks, names, conditions)
     shown = [
         _show(picture, reading, prompt, side)
         for picture, reading in zip(pictures, readings(networks, prepared, preparer), strict=True)

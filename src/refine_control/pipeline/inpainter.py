@@ -33,6 +33,7 @@ from refine_control.pipeline.together import (
     check_scales,
     conditioning_scales,
     load_beside,
+    name_conditions,
     readings,
     refuse_own_transformer,
 )
@@ -217,12 +218,14 @@ class Inpainter:
         photograph: Original,
         *,
         scales: Sequence[float] = (),
+        conditions: Sequence[str] = (),
         prepared: bool = False,
         preparer: str | None = None,
     ) -> tuple[Beside, ...]:
         """The ControlNets that paint beside this model's, each with a picture of the photograph's size.
 
-        `scales` are conditioning scales: none, one for all, or one for each, the model's own ControlNet first. Raises
+        `scales` are conditioning scales: none, one for all, or one for each, the model's own ControlNet first;
+        `conditions` the kinds of those in `controls`: none, or one for each. Raises
         InvalidInputError for what cannot be used, MissingError for what is not there."""
         names = [name for name, _ in controls]
         every = [self.controlnet, *names]
@@ -236,6 +239,7 @@ class Inpainter:
         absent = [name for name in names if name not in self._loaded]
         self._loaded |= zip(absent, load_beside(self.painter.backbone, absent), strict=True)
         networks = [self._loaded[name] for name in names]
+        name_conditions(networks, names, conditions)
         chosen, read = list[Beside](), readings(networks, prepared, preparer)
         for network, scale, reading, (_, given) in zip(networks, factors, read, controls, strict=True):
             picture = read_condition(given, photograph, reading.ground)
@@ -254,6 +258,7 @@ class Inpainter:
         guidance_scale: float | None = None,
         conditioning_scale: float | Sequence[float] | None = None,
         controls: Sequence[tuple[str | Path, Picture]] = (),
+        conditions: Sequence[str] = (),
         prepared: bool = False,
         preparer: str | None = None,
         whole: bool = False,
@@ -270,9 +275,10 @@ class Inpainter:
         around the hole (0 to 1000; default: 1/32 of the frame); everything farther away is kept exactly. `controls`
         are ControlNets without a mask that paint with the model's own, each with a picture of the photograph's size:
         a photograph, of which the condition picture is made, or that itself where it is `prepared` or the condition has
-        no preparation (`preparer`: the model that makes it). `conditioning_scale` is one for all or one for each, the
-        model's own first. `progress` counts the sampling steps, with `controls` the frames. Raises InvalidInputError
-        for what cannot be used."""
+        no preparation (`preparer`: the model that makes it); `conditions` are the kinds of ControlNets whose configs do
+        not say them, one for each. `conditioning_scale` is one for all or one for each, the model's own first.
+        `progress` counts the sampling steps, with `controls` the frames. Raises InvalidInputError for what cannot be
+        used."""
         check_prompt(prompt)
         photograph = read_photograph(image)
         region = read_mask(mask, photograph)
@@ -282,7 +288,8 @@ class Inpainter:
             sampler = self.sampler(**given, conditioning_scale=scales[0] if scales else None, seed=seed)
         except ValueError as error:  # pydantic's names the field, the range and the value
             raise InvalidInputError(f"settings of the sampling that cannot be used: {error}") from None
-        others = self.beside(controls, photograph, scales=scales, prepared=prepared, preparer=preparer)
+        seen: Any = {"conditions": conditions, "prepared": prepared, "preparer": preparer}
+        others = self.beside(controls, photograph, scales=scales, **seen)
         how: Any = {"whole": whole, "context": context, "feather": feather, "progress": progress}
         return self.repaint(photograph, region, prompt, sampler, others, **how)
 

@@ -24,7 +24,7 @@ from refine_control.injection import Injection
 from refine_control.models.backbone import Backbone, encode_images, predict_velocity
 from refine_control.models.controlnet import Control, SD3ControlNetModel, injected, site_residuals
 from refine_control.models.devices import pictures_at_once
-from refine_control.models.families import takes_shift
+from refine_control.models.families import condition_encoding
 from refine_control.models.packed import packed
 from refine_control.models.prompt_memory import Encode, PromptMemory
 from refine_control.pixels import from_images, to_images
@@ -197,7 +197,7 @@ def paint(
 def _encoded(backbone: Backbone, control: Control[Shown], rows: slice) -> Control[torch.Tensor]:
     """Some of the samples as the ControlNet reads them."""
     pixels, mask = control.seen.take(rows).tensors()
-    latents = backbone.encode_images(pixels, shift=takes_shift(control.controlnet.config)).float()
+    latents = backbone.encode_condition(pixels, condition_encoding(control.controlnet.config)).float()
     cond = control_cond(latents, None if mask is None else mask.to(latents.device))
     return Control(control.controlnet, cond, control.scale)
 

@@ -5,6 +5,7 @@ a picture, and by which scale."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,15 +13,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from refine_control.conditions.condition import Condition, Shown, find_condition, has_region, own_condition
+from refine_control.conditions.condition import (
+    Condition,
+    Shown,
+    find_condition,
+    has_region,
+    own_condition,
+    take_condition,
+)
 from refine_control.errors import InvalidInputError
 from refine_control.models.card import choose_sampler
+from refine_control.models.families.sd35_large import is_single_stream
 from refine_control.pipeline.framing import Frame, cut_picture
 
 if TYPE_CHECKING:
     from refine_control.models.backbone import Backbone
     from refine_control.models.controlnet import Control, ControlNet
 
+logger = logging.getLogger(__name__)
 _COLOUR = 16
 """Mean difference between channels of a picture in colour; that of a grey one is noise of its JPEG."""
 _MAP = "depth"
@@ -80,6 +90,29 @@ class Beside(NamedTuple):
         from refine_control.models.controlnet import Control
 
         return Control(self.controlnet, self.reading.of_frame(self.picture, frame, multiple), self.scale)
+
+
+def name_conditions(networks: Sequence[ControlNet], names: Sequence[str | Path], conditions: Sequence[str]) -> None:
+    """Notes the kind of each ControlNet, of which configs of published ones say nothing: `conditions` are none, or one
+    for each. Raises InvalidInputError for another kind than a config says."""
+    check_conditions(conditions, len(networks))
+    for network, name, condition in zip(networks, names, conditions, strict=bool(conditions)):
+        take_condition(network, condition, name)
+    for network, name in zip(networks, names, strict=True):
+        if own_condition(network.config) is None and is_single_stream(network.config):
+            logger.warning(
+                "the config of %s does not say its condition; if it was trained on canny edges, name it with "
+                "`--condition canny`, for it reads their pixels in levels of their own",
+                name,
+            )
+
+
+def check_conditions(conditions: Sequence[str], count: int) -> None:
+    """Raises InvalidInputError unless there are no kinds or one for each of `count` ControlNets, all of them known."""
+    if len(conditions) not in (0, count):
+        raise InvalidInputError(f"{len(conditions)} conditions for {count} ControlNets; give one for each")
+    for condition in conditions:
+        find_condition(condition)
 
 
 def readings(networks: Sequence[ControlNet], prepared: bool, preparer: str | None) -> list[Reading]:

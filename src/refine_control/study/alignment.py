@@ -20,6 +20,7 @@ from refine_control.conditions.condition import control_cond, show
 from refine_control.injection import groups, layer_of_site
 from refine_control.models.backbone import Backbone, predict_velocity
 from refine_control.models.controlnet import control_residuals
+from refine_control.models.families import condition_encoding
 from refine_control.pixels import from_images
 from refine_control.randomness import slot_normals
 from refine_control.records import Photo
@@ -61,7 +62,7 @@ def teacher_alignment(
     power, cosine, control = np.zeros(sites), np.zeros(sites - 1), 0.0
     errors, outputs = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     for first in range(0, len(photos), batch_size):
-        points = _points(backbone, photos[first : first + batch_size], seed, first)
+        points = _points(backbone, controlnet, photos[first : first + batch_size], seed, first)
         residuals = _residuals(backbone, controlnet, points)
         exact = _velocity(backbone, points, residuals)
         control += float((_velocity(backbone, points, None) - exact).square().mean((1, 2, 3)).sum())
@@ -113,12 +114,12 @@ class _Points(NamedTuple):
     cond: torch.Tensor
 
 
-def _points(backbone: Backbone, photos: Sequence[Photo], seed: int, first: int) -> _Points:
+def _points(backbone: Backbone, controlnet: Any, photos: Sequence[Photo], seed: int, first: int) -> _Points:
     device = backbone.device
     pixels = from_images(np.stack([p.image for p in photos]))
     pictures, mask = show(photos).tensors()
     latents = backbone.encode_images(pixels).to(device).float()
-    shown = backbone.encode_images(pictures, shift=mask is not None).to(device).float()
+    shown = backbone.encode_condition(pictures, condition_encoding(controlnet.config)).to(device).float()
     cond = control_cond(shown, None if mask is None else mask.to(device))
     slots = range(first, first + len(photos))
     noise = slot_normals(latents.shape[1:], slots, seed, "alignment noise").to(device)

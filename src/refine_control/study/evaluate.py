@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from refine_control.conditions.condition import check_condition
+from refine_control.conditions.condition import take_condition
 from refine_control.config import SamplerConfig
 from refine_control.errors import InvalidInputError
 from refine_control.folders import A_CONTROLNET, refuse_other_kind
@@ -272,7 +272,7 @@ def evaluate(
     with only_writer(out):
         backbone, controlnets, own_backbones = load_models(model, teacher, in_torch)
         for name, controlnet in controlnets.items():
-            check_condition(controlnet.config, condition, name)
+            take_condition(controlnet, condition, name)
         backbone.warn_unread([p.prompt for p in photos])
         networks = scene_networks(condition, photos, weights)
         samplers = samplers_by_name(sampler, [*controlnets, *exported])

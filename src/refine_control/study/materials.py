@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from refine_control.cache.building import build_cache, completion_sampler
-from refine_control.conditions.condition import check_condition, find_condition
+from refine_control.conditions.condition import find_condition, take_condition
 from refine_control.errors import InvalidInputError
 from refine_control.folders import ALL_ROLES, refuse_other_kind
 from refine_control.miniature.scene_shards import build_scenes
@@ -123,7 +123,7 @@ class Comparison:
         model, teacher = self.names
         controlnet = load_controlnet(teacher) if teacher else None
         if controlnet is not None and teacher:
-            check_condition(controlnet.config, self.tested, teacher)
+            take_condition(controlnet, self.tested, teacher)
         return load_backbone(model, controlnet, cpu_kernels, best_device(), painting, controlnet_name=teacher)
 
     def mark(self) -> list[str]:

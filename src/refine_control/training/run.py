@@ -17,7 +17,7 @@ import torch
 from refine_control.cache.building import refuse_sizes
 from refine_control.cache.marks import model_mark, teacher_mark
 from refine_control.cache.reader import Cache
-from refine_control.conditions.condition import INPAINT, check_condition, find_condition, own_condition
+from refine_control.conditions.condition import INPAINT, check_condition, find_condition, own_condition, take_condition
 from refine_control.config import (
     DataConfig,
     ObjectiveConfig,
@@ -39,7 +39,7 @@ from refine_control.models.controlnet import (
     student_counts,
 )
 from refine_control.models.devices import best_device
-from refine_control.models.families import layer_counts, takes_shift
+from refine_control.models.families import condition_encoding, layer_counts
 from refine_control.models.loading import load_backbone, load_controlnet, load_student, save_controlnet, weights_mark
 from refine_control.models.own_transformer import own_folder
 from refine_control.models.prompt_memory import PromptMemory
@@ -142,7 +142,7 @@ def _condition(recipe: Recipe, backbone: Backbone) -> str:
     paths = [path for role in recipe.objective.roles if (path := getattr(recipe.data, role))]
     named = [Cache(Path(path)).condition for path in paths] or [known or INPAINT]
     if teacher is not None:
-        check_condition(teacher.config, named[0], "the teacher")
+        take_condition(teacher, named[0], "the teacher")
     return named[0]
 
 
@@ -163,10 +163,11 @@ def _cache(recipe: Recipe, role: str, backbone: Backbone, model: str, *controlne
     cache = Cache(Path(path), model).require(role)
     for controlnet in controlnets:
         check_condition(controlnet.config, cache.condition, "the recipe")
-        if takes_shift(controlnet.config) != cache.shift:
+        if condition_encoding(controlnet.config) != cache.encoding:
+            shift, (black, white) = "with" if cache.encoding.shift else "without", cache.encoding.levels
             raise InvalidInputError(
-                f"{path} has latents of its condition {'with' if cache.shift else 'without'} the VAE's shift, and the "
-                "teacher takes the others; make it again with `refine-control cache --teacher`"
+                f"{path} has latents of its condition {shift} the VAE's shift, from {black:g} for black to {white:g} "
+                "for white, and the teacher takes others; make it again with `refine-control cache --teacher`"
             )
     if recipe.data.prompts == "cached" and cache.manifest["prompts"] == "none":
         raise InvalidInputError(f"{path} holds no prompt embeddings; encode them with --set data.prompts=encode")

@@ -13,7 +13,7 @@ import torch
 
 from refine_control.conditions.condition import control_cond, show
 from refine_control.config import Recipe
-from refine_control.models.families import takes_shift
+from refine_control.models.families import condition_encoding
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
 from refine_control.picture_grid import PictureGrid, picture_grid
@@ -40,7 +40,7 @@ class Validation:
         backbone = networks.backbone
         warn_wasted_steps(backbone, self.sampler)
         pixels, mask = show(self.photos).tensors()
-        cond_latents = backbone.encode_images(pixels, shift=takes_shift(networks.student.config))
+        cond_latents = backbone.encode_condition(pixels, condition_encoding(networks.student.config))
         self.cond = control_cond(cond_latents, None if mask is None else mask.to(cond_latents.device))
         self.text = backbone.encode_prompts([p.prompt for p in self.photos])
         self.empty = backbone.encode_prompts([""] * count)

@@ -9,9 +9,19 @@ from pathlib import Path
 
 from refine_control.errors import InvalidInputError
 from refine_control.models.families import flux, sd3, sd35_large, sd35_medium
-from refine_control.models.families.family import Config, Family, Sites
+from refine_control.models.families.family import Config, Encoding, Family, Sites
 
-__all__ = ["FAMILIES", "Config", "Family", "Sites", "extra_channels", "find_family", "layer_counts", "takes_shift"]
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Encoding",
+    "Family",
+    "Sites",
+    "condition_encoding",
+    "extra_channels",
+    "find_family",
+    "layer_counts",
+]
 FAMILIES = (sd3, sd35_medium, sd35_large, flux)
 
 
@@ -20,9 +30,11 @@ def extra_channels(controlnet: Config) -> int:
     return controlnet.get("extra_conditioning_channels") or (controlnet.get("extra_condition_channels") or 0) // 4
 
 
-def takes_shift(controlnet: Config) -> bool:
-    """Whether the VAE's shift is taken off the latents of a ControlNet's condition, by its config alone."""
-    return flux.matches(controlnet) or sd3.takes_shift(controlnet)
+def condition_encoding(controlnet: Config) -> Encoding:
+    """How a ControlNet's condition is encoded, by its config alone."""
+    if flux.matches(controlnet):
+        return Encoding()
+    return Encoding(sd3.takes_shift(controlnet), sd35_large.levels(controlnet))
 
 
 def layer_counts(config: Config) -> tuple[int, ...]:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from refine_control.injection import is_layer_of_site, layer_of_site
 
+if TYPE_CHECKING:
+    import torch
+
 Config = Mapping[str, Any]
+
+
+class Encoding(NamedTuple):
+    """How a ControlNet's condition picture becomes latents."""
+
+    shift: bool = True
+    """Whether the VAE's shift is taken off them."""
+    levels: tuple[float, float] = (-1.0, 1.0)
+    """What the VAE is given for black and for white."""
+
+    def pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] in these levels."""
+        black, white = self.levels
+        return pixels if self.levels == (-1.0, 1.0) else black + (pixels + 1) * ((white - black) / 2)
 
 
 @dataclass(frozen=True)
