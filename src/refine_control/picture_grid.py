@@ -50,19 +50,20 @@ def repaint_grid(
     title: str = "Pictures",
     captions: Sequence[str] | None = None,
 ) -> PictureGrid:
-    """The original (mask outlined), the original with a black hole, and what each model painted, for every photo.
+    """The original (mask outlined), the original with a black hole or the condition picture, and what each model
+    painted, for every photo of one condition.
 
     The captions are the prompts by default."""
-    rows = [
-        [
-            photo.image,
-            np.where(photo.mask[..., None], 0, photo.image).astype(np.uint8),
-            *(p[i] for p in painted.values()),
-        ]
-        for i, photo in enumerate(photos)
-    ]
+    shown = [np.where(p.mask[..., None], 0, p.image).astype(np.uint8) if p.cond is None else p.cond for p in photos]
+    rows = [[photo.image, shown[i], *(p[i] for p in painted.values())] for i, photo in enumerate(photos)]
     captions = captions or [photo.prompt for photo in photos]
-    return PictureGrid(["original", "masked", *painted], rows, captions, [photo.mask for photo in photos], title=title)
+    second = "masked" if all(photo.cond is None for photo in photos) else "condition"
+    return PictureGrid(["original", second, *painted], rows, captions, outlines(photos), title=title)
+
+
+def outlines(photos: Sequence[Photo]) -> list[NDArray[np.bool_] | None]:
+    """What is outlined on each photo: its mask where it has a region."""
+    return [photo.mask if photo.cond is None else None for photo in photos]
 
 
 def picture_grid(grid: PictureGrid) -> bytes:

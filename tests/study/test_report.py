@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from refine_control.errors import DamagedError, InvalidInputError
-from refine_control.picture_grid import OUTLINE, PictureGrid, contact_sheet, picture_cells, picture_grid
+from refine_control.picture_grid import OUTLINE, PictureGrid, contact_sheet, picture_cells, picture_grid, repaint_grid
+from refine_control.records import Photo
 from refine_control.study.curves import Curve, draw, plot, read_metrics_jsonl
 from refine_control.study.report import ReportData, render_report, write_report
 from refine_control.study.tables import Table, to_latex
@@ -58,6 +59,20 @@ def make_grid(rows=2, side=64):
     mask[side // 4 : side // 2, side // 4 :] = True
     captions = [ATTACK, *["a blue ring"] * (rows - 1)]
     return PictureGrid(["Original", "Teacher", "Student"], [list(row) for row in pictures], captions, [mask, None])
+
+
+def test_a_row_shows_the_hole_or_what_the_controlnet_was_shown():
+    image, cond, painted = (np.full((8, 8, 3), level, np.uint8) for level in (200, 90, 120))
+    mask = np.arange(64).reshape(8, 8) < 20
+    region, whole = Photo("a", image, mask, "a dog"), Photo("b", image, np.ones_like(mask), "a cat", cond=cond)
+    grid = repaint_grid([region], {"teacher": [painted]})
+    assert (grid.columns, grid.captions) == (["original", "masked", "teacher"], ["a dog"])
+    np.testing.assert_array_equal(grid.rows[0][1][..., 0], np.where(mask, 0, 200))
+    np.testing.assert_array_equal(grid.masks[0], mask)
+    grid = repaint_grid([whole], {"teacher": [painted]})
+    assert (list(grid.columns), list(grid.masks)) == (["original", "condition", "teacher"], [None])
+    for picture, expected in zip(grid.rows[0], (image, cond, painted), strict=True):
+        np.testing.assert_array_equal(picture, expected)
 
 
 def make_data(**changes):

@@ -19,7 +19,7 @@ from refine_control.metrics.statistics import mean_ratio, two_level
 from refine_control.miniature.obedience import Classifier
 from refine_control.miniature.scene_features import scene_features
 from refine_control.models.backbone import Backbone
-from refine_control.picture_grid import PictureGrid
+from refine_control.picture_grid import PictureGrid, outlines
 from refine_control.pipeline.painting import paint
 from refine_control.progress import Progress
 from refine_control.records import Photo
@@ -116,4 +116,4 @@ def seeds_grid(photos: Sequence[Photo], painted: Mapping[str, NDArray[np.uint8]]
     rows = [(photo, [photo.image, *pictures[:, n]]) for n, photo in enumerate(photos) for pictures in painted.values()]
     captions = [f"{name}: {photo.prompt}" for photo in photos for name in painted]
     columns = ["original", *(f"seed {number}" for number in range(count))]
-    return PictureGrid(columns, [row for _, row in rows], captions, [photo.mask for photo, _ in rows], title=title)
+    return PictureGrid(columns, [row for _, row in rows], captions, outlines([photo for photo, _ in rows]), title=title)

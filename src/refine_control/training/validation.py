@@ -16,7 +16,7 @@ from refine_control.config import Recipe
 from refine_control.models.families import condition_encoding
 from refine_control.photos.buckets import sizes_of
 from refine_control.photos.shards import Shards
-from refine_control.picture_grid import PictureGrid, picture_grid
+from refine_control.picture_grid import picture_grid, repaint_grid
 from refine_control.pipeline.painting import complete_latents, warn_wasted_steps
 from refine_control.pixels import to_images
 from refine_control.randomness import slot_normals
@@ -71,14 +71,7 @@ class Validation:
             networks.load(trained, student)
         decoded = networks.backbone.decode_latents(latents.to(networks.backbone.vae.device))
         painted = to_images(decoded)
-        png = picture_grid(
-            PictureGrid(
-                ["original", f"student at step {step}"],
-                [[p.image, i] for p, i in zip(self.photos, painted, strict=True)],
-                [p.prompt for p in self.photos],
-                [p.mask for p in self.photos],
-            )
-        )
+        png = picture_grid(repaint_grid(self.photos, {f"student at step {step}": painted}))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / f"step_{step:08d}.png", png)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
