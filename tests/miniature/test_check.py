@@ -1,4 +1,4 @@
-"""The shipped bundle is what its card says: `refine-control mini check` on 64 scenes."""
+"""The shipped bundle is what its card says: `refine-control mini check` on 48 scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refine_control.models.card import BUNDLE
 from refine_control.storage import read_manifest
 from refine_control.training.run import fast_precision
 
-SCENES, CHANCE_SCENES = 64, 32
+SCENES, CHANCE_SCENES = 48, 20
 
 
 @pytest.fixture(scope="module")

@@ -297,6 +297,8 @@ def test_a_picture_is_the_one_of_the_stock_pipeline(world, tmp_path, guidance, c
     take_condition(student, condition, "the student")
     encoding = condition_encoding(student.config)
     assert encoding.levels == ((0.5, 128) if (world.name, condition) == ("SD3.5-large", "canny") else (-1, 1))
+    if condition == "canny" and encoding.levels == (-1, 1):
+        return  # as depth
     picture = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     text, empty = (backbone.encode_prompts([words]) for words in ("a red circle", ""))
     sampler = SamplerConfig(num_inference_steps=2, guidance_scale=guidance, conditioning_scale=0.8, sigmas="even")
