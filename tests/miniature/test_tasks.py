@@ -123,7 +123,8 @@ def test_the_target_is_nearest_and_covers_what_its_oracle_asks_for(photos):
     other = (target + 1) % objects.present.sum(1)
     of_target, of_other = (silhouettes(objects, each) > 0.5 for each in (target, other))
     assert (of_target & of_other).any((1, 2)).all()
-    palette, rows = np.array(list(scenes.COLOURS.values()), np.uint8), np.arange(COUNT)
+    colours, rows = len(scenes.COLOURS), np.arange(COUNT)
+    palette = np.array([*scenes.COLOURS.values(), *scenes.BACKGROUNDS.values()], np.uint8)
 
     def painted_over(region, colours):
         out = images_of(given)
@@ -135,7 +136,9 @@ def test_the_target_is_nearest_and_covers_what_its_oracle_asks_for(photos):
     behind = painted_over(of_target & of_other, back)  # the other object is in front
     assert behind["depth_order"].mean() == behind["front_colour"].mean() == 0
     assert painted_over(of_target | of_other, front)["depth_order"].mean() == 0  # one object, none is in front
-    wrong = (front + 1) % len(palette)
+    absent = painted_over(of_other & ~of_target, np.full(COUNT, colours))  # a tone of backgrounds: nothing is behind
+    assert absent["depth_order"].mean() == 0
+    wrong = (front + 1) % colours
     scores, distinct = painted_over(of_target, wrong), wrong != back
     assert (scores["depth_order"][distinct] == 100).all()  # in front, though not of the colour of the prompt
     assert scores["front_colour"].mean() == 0

@@ -2,6 +2,7 @@
 and what is refused."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from refine_control.pipeline import painting
 from refine_control.pipeline.files import generate_file, inpaint_file
 from refine_control.pipeline.framing import Frame
 from refine_control.pipeline.inpainter import Inpainter, TorchPainter
-from refine_control.pipeline.together import Reading
+from refine_control.pipeline.together import Reading, name_conditions
 
 ONE = SamplerConfig(num_inference_steps=1, guidance_scale=1.0)
 WORDS = "a red circle on a gray background"
@@ -108,6 +109,17 @@ def test_a_controlnet_that_does_not_say_its_condition_takes_the_one_that_is_name
     ):
         with pytest.raises(InvalidInputError, match=said):
             generate(networks, tmp_path / "out.png", ("unsaid", photo[0]), ("lowres", photo[0]), conditions=conditions)
+
+
+def test_edges_may_be_meant_where_a_single_stream_does_not_say_its_condition(caplog):
+    for config, warned in (
+        ({"joint_attention_dim": None}, True),
+        ({"joint_attention_dim": None, "condition": "depth"}, False),
+        ({"joint_attention_dim": 64}, False),
+    ):
+        caplog.clear()
+        name_conditions([SimpleNamespace(config=config)], ["here"], [])
+        assert ("of here does not say its condition; if it was trained on canny" in caplog.text) == warned
 
 
 def test_a_model_makes_the_pictures_that_it_can(networks, photo, painted, tmp_path, monkeypatch):
@@ -238,6 +250,9 @@ def test_misuse_of_further_controlnets_is_a_sentence(networks, wide, photo, pain
         f"{canny} --size 64": "leave out --control",
         f"{canny} --image {wide} --prompt=a": "--mask is for one photograph",
         f"--dry-run --control={networks}/canny={wide}/none.png": "none.png; give a picture of the photograph's size",
+        f"{canny} --condition depth": "canny is for canny, and the samples are of the condition depth",
+        f"{canny} --condition canny --condition canny": "2 conditions for 1 ControlNets; give one for each",
+        "--condition canny": "1 conditions for 0 ControlNets",
         "--prepared": "--prepared is about the pictures of --control",
     }
     for more, said in refused.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel
 
+from refine_control.cache import building
 from refine_control.cache.building import build_cache, cache_folder, write_cache
 from refine_control.cache.reader import Cache
 from refine_control.config import LossWeights, Recipe, SamplerConfig
@@ -24,7 +25,7 @@ from refine_control.training import loop
 from refine_control.training.batches import CacheBatches, MixedBatches
 from refine_control.training.loop import Draw
 from refine_control.training.objectives import KINDS, Distillation, Networks
-from refine_control.training.run import train
+from refine_control.training.run import _condition, train
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DRAW = Draw(0, "stage", 1, range(4))
@@ -219,6 +220,22 @@ def test_a_cache_of_another_condition_is_refused(recipe, trained, tmp_path):
     started = changed(recipe, objective={"kind": "supervised"}, data=data, init_from=str(trained.student))
     with pytest.raises(InvalidInputError, match=r"is for canny, and the samples are of the condition inpaint"):
         train(started, tmp_path / "run")
+
+
+def test_a_cache_in_other_levels_is_refused(recipe, world, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "encoding_of", lambda *_: Encoding(shift=False, levels=(0.5, 128.0)))
+    build_cache(world / "shards" / LABELED, tmp_path / "cache", tiny_backbone)
+    other = changed(recipe, objective={"kind": "supervised"}, data={LABELED: str(tmp_path / "cache")})
+    with pytest.raises(InvalidInputError, match=r"without the VAE's shift, from 0\.5 for black to 128 for white"):
+        train(other, tmp_path / "run")
+
+
+def test_a_teacher_that_does_not_say_its_condition_says_it_once_its_samples_are_known(recipe, tiny_backbone):
+    silent = for_condition(tiny_backbone.pipeline.controlnet, "canny", tiny_backbone.vae)
+    silent.register_to_config(condition=None)
+    parts = {**tiny_backbone.pipeline.components, "controlnet": silent}
+    assert _condition(recipe, Backbone(type(tiny_backbone.pipeline)(**parts), 0)) == "canny"
+    assert silent.config["condition"] == "canny"
 
 
 def test_a_cache_with_the_shift_is_refused_for_a_teacher_without_it(recipe, world, tiny_backbone, tmp_path):

@@ -92,7 +92,7 @@ def encoding_of(backbone: Backbone, condition: str) -> Encoding:
     controlnet, region = backbone.pipeline.controlnet, find_condition(condition).region
     fits = controlnet is not None and has_region(controlnet.config) == region
     if controlnet is not None and fits:
-        return condition_encoding(controlnet.config)
+        return condition_encoding({**controlnet.config, "condition": condition})
     return Encoding(region or backbone.is_flux)
 
 

@@ -25,6 +25,7 @@ from refine_control.models.backbone import predict_velocity
 from refine_control.models.controlnet import ControlNet, control_residuals
 from refine_control.models.families import extra_channels
 from refine_control.models.families.sd3 import reads_pooled, takes_shift
+from refine_control.models.families.sd35_large import is_single_stream
 from refine_control.models.loading import stock_warning
 
 _INPUT = "pos_embed_input.proj"
@@ -60,7 +61,7 @@ def comfy_layers(num_layers: int, num_blocks: int) -> list[int]:
 def refuse_comfy(source: Source) -> None:
     """As `refuse_shifted`; ComfyUI also feeds every SD3 ControlNet zeros as the pooled projection."""
     refuse_shifted(source, "ComfyUI")
-    if reads_pooled(source.controlnet.config) or source.controlnet.config["joint_attention_dim"] is None:
+    if reads_pooled(source.controlnet.config) or is_single_stream(source.controlnet.config):
         raise InvalidInputError(
             f"{source.name} is of a kind that ComfyUI does not read from such a file; export it with --to diffusers"
         )
